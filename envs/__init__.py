@@ -1,0 +1,1 @@
+"""Simulators and demonstrations. Nothing in here imports torch."""

@@ -1,0 +1,1 @@
+"""What every room stands on: types, protocols, errors, datasets, results. numpy and the standard library only."""

@@ -1,0 +1,157 @@
+"""Typed values that cross rooms.
+
+Shape suffixes, one legend for the whole project: B batch, S samples (candidates), T pixel frames, F latent frames,
+C channels, H W pixels, h w token grid, L tokens, D width, N points, P chunk length, A action dimension, V views,
+K history entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Physics steps of 1/250 s that one action lasts, and its duration in seconds (one dataset frame).
+PHYSICS_HZ = 250
+PHYSICS_STEPS_PER_ACTION = 15
+DT = PHYSICS_STEPS_PER_ACTION / PHYSICS_HZ
+#: LeRobot frame rate of every dataset recorded here.
+FPS = PHYSICS_HZ / PHYSICS_STEPS_PER_ACTION
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class ActionSpec:
+    """What an action means. ``low`` and ``high`` are per element: radians for joints, 0 closed .. 1 open for grippers."""
+
+    names: tuple[str, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    dt: float = DT
+
+    @property
+    def dim(self) -> int:
+        return len(self.names)
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class CameraSpec:
+    """A pinhole camera. ``intrinsics_33`` in pixels with integers at pixel centres, OpenCV axes."""
+
+    name: str
+    height: int
+    width: int
+    intrinsics_33: NDArray[np.float64]
+    world_to_camera_44: NDArray[np.float64]
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class ViewLayout:
+    """Which cameras make up the V axis, in order."""
+
+    names: tuple[str, ...] = ("head",)
+    height: int = 120
+    width: int = 160
+
+
+@dataclass(slots=True, kw_only=True)
+class Observation:
+    """What a planner or policy sees at one control step.
+
+    ``images``: camera name -> uint8 [H,W,3]. ``state_A``: drive targets (RoboTwin's proprioception), ``measured_A``: measured
+    joints, both radians / gripper 0..1. ``step`` counts calls of ``env.step`` since reset; time is ``step * DT`` seconds.
+    """
+
+    images: dict[str, NDArray[np.uint8]]
+    state_A: NDArray[np.float32]
+    measured_A: NDArray[np.float32]
+    instruction: str
+    step: int
+
+
+@dataclass(slots=True, kw_only=True)
+class PointTracks:
+    """Tracks of N points over T frames of one view.
+
+    ``points_TN2``: (x, y) pixels of a ``size``=(H, W) picture, integers at pixel centres, float32; also defined where the point
+    is hidden or outside. ``visible_TN``: bool. ``body_N``: id of the rigid body the point is on (-1 unknown).
+    ``depth_N``: metric depth at the query frame in metres (0 where unknown). Query frame is frame 0.
+    """
+
+    points_TN2: NDArray[np.float32]
+    visible_TN: NDArray[np.bool_]
+    size: tuple[int, int]
+    body_N: NDArray[np.int32]
+    depth_N: NDArray[np.float32]
+    teacher: str = "ground_truth"
+
+
+@dataclass(slots=True, kw_only=True)
+class Clip:
+    """A window of a demonstration: T frames with their joint targets."""
+
+    frames_THWC: NDArray[np.uint8]
+    states_TA: NDArray[np.float32]
+    times_T: NDArray[np.float64]
+    instruction: str
+    episode: int
+    start: int
+
+
+@dataclass(slots=True, kw_only=True)
+class WorldModelSpec:
+    """What a world model can do (the contract's ``spec``)."""
+
+    name: str
+    views: ViewLayout
+    context_frames: int
+    horizons: tuple[int, ...]
+    frame_dt: float
+    conditions: frozenset[str]
+    returns: frozenset[str]
+    proprioception_lags: tuple[int, ...] = ()
+    action_spec: ActionSpec | None = None
+    max_batch: int = 64
+    deterministic: bool = True
+    fingerprint: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class RolloutRequest:
+    """B contexts, S candidates each.
+
+    ``context_BVTHWC`` uint8, the last context frame is time 0. ``instructions``: B sentences. ``proprioception_BKA``: drive
+    targets at ``spec.proprioception_lags`` (in control steps before now), float32. ``horizon``: frames to return, the context
+    frame included. ``seeds_BS``: one noise seed a sample; equal seeds give equal rollouts wherever they stand in the batch.
+    """
+
+    context_BVTHWC: NDArray[np.uint8]
+    instructions: list[str]
+    seeds_BS: NDArray[np.int64]
+    horizon: int
+    proprioception_BKA: NDArray[np.float32] | None = None
+    actions_BSPA: NDArray[np.float32] | None = None
+    returns: frozenset[str] = frozenset({"frames"})
+    feature_tap: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Rollout:
+    """An answer to a ``RolloutRequest``. ``times_T`` seconds from the context frame; ``cost``: e.g. seconds, denoiser calls."""
+
+    times_T: NDArray[np.float64]
+    frames_BSVTHWC: NDArray[np.uint8] | None = None
+    latents_BSCFhw: NDArray[np.float32] | None = None
+    features: NDArray[np.float32] | None = None
+    cost: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class ActionChunk:
+    """P joint targets, one a control step (``DT``): ``actions_PA[i]`` is approached during step i from now.
+
+    ``spread_P``: the decoder's own uncertainty in radians (RMS over joints), or None.
+    """
+
+    actions_PA: NDArray[np.float32]
+    spread_P: NDArray[np.float32] | None = None

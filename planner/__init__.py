@@ -1,0 +1,1 @@
+"""From imagined video to actions: inverse dynamics, action planner, closed-loop comparison."""

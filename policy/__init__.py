@@ -1,0 +1,1 @@
+"""World-action policies with the world model as video backbone."""

@@ -1,0 +1,1 @@
+"""The video world model and everything that trains it. No simulator in here."""

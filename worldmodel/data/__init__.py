@@ -1,0 +1,1 @@
+"""Windows of demonstrations and their cached targets."""

@@ -1,0 +1,1 @@
+"""PhysisForcing losses (paper equations 1-13). Depends on torch alone."""

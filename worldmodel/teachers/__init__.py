@@ -1,0 +1,1 @@
+"""Teachers: point tracks, depth, frame features."""
