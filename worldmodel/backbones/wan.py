@@ -1,0 +1,205 @@
+"""The stock diffusers ``WanTransformer3DModel`` as velocity predictor, with a feature tap and proprioception tokens.
+
+Conditioning follows TI2V-5B: latent frame 0 is the clean encoded picture and its tokens have timestep 0, all others ``1000
+sigma``. Proprioception enters as K extra tokens behind the text tokens. The stock forward has no text mask, so text is always
+padded with zero vectors to the same length (32), in training and in use.
+
+``WanDenoiser.forward`` runs the stock sub-modules itself: modulations are computed once a latent frame instead of once a token,
+and the tap needs no hook. A test holds it against the stock forward.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..text import TEXT_WIDTH
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+
+@dataclass(slots=True, kw_only=True)
+class WanConfig:
+    """Size of the transformer. ``tap``: block (counted from 1) whose output the physics losses read."""
+
+    latent_channels: int = 16
+    num_heads: int = 4
+    head_dim: int = 64
+    num_layers: int = 7
+    ffn_dim: int = 896
+    text_dim: int = TEXT_WIDTH
+    patch_size: tuple[int, int, int] = (1, 1, 1)
+    tap: int = 4
+
+    @property
+    def dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+
+@dataclass(slots=True, kw_only=True)
+class ConditionerConfig:
+    """Proprioception: joint targets at ``lags`` (control steps before now, first is 0), ``state_dim`` numbers each."""
+
+    state_dim: int = 14
+    lags: tuple[int, ...] = (0, 8, 16)
+    hidden: int = 192
+    width: int = TEXT_WIDTH
+
+
+class ProprioceptionConditioner(nn.Module):
+    """Joint targets at K lags -> K conditioning tokens.
+
+    It sees the present targets and the differences between successive lags (velocities), both standardised with stored
+    statistics of the training set.
+    """
+
+    def __init__(self, config: ConditionerConfig) -> None:
+        super().__init__()
+        self.config = config
+        lags = len(config.lags)
+        self.register_buffer("state_mean", torch.zeros(config.state_dim))
+        self.register_buffer("state_std", torch.ones(config.state_dim))
+        self.register_buffer("difference_std", torch.ones(config.state_dim))
+        self.net = nn.Sequential(
+            nn.Linear(lags * config.state_dim, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, lags * config.width),
+        )
+
+    def set_statistics(self, proprioception_NKA: Tensor) -> None:
+        """Standardise with the statistics of training windows [N,K,A]; joints that never move keep scale 1."""
+        now, difference = proprioception_NKA[:, 0], proprioception_NKA[:, :-1] - proprioception_NKA[:, 1:]
+        self.state_mean.copy_(now.mean(0))
+        for buffer, values in ((self.state_std, now), (self.difference_std, difference.flatten(0, 1))):
+            spread = values.std(0)
+            buffer.copy_(torch.where(spread > 1e-4, spread, torch.ones_like(spread)))
+
+    def forward(self, proprioception_BKA: Tensor) -> Tensor:
+        now = (proprioception_BKA[:, :1] - self.state_mean) / self.state_std
+        difference = (proprioception_BKA[:, :-1] - proprioception_BKA[:, 1:]) / self.difference_std
+        tokens = self.net(torch.cat([now, difference], dim=1).flatten(1))
+        return tokens.unflatten(1, (len(self.config.lags), self.config.width))
+
+
+class WanDenoiser(nn.Module):
+    """Velocity of noisy latents under instruction and proprioception; see the module's docstring."""
+
+    def __init__(self, transformer: WanTransformer3DModel, conditioner: ProprioceptionConditioner, tap: int) -> None:
+        super().__init__()
+        assert 1 <= tap <= len(transformer.blocks), f"tap {tap} of {len(transformer.blocks)} blocks"
+        self.transformer = transformer
+        self.conditioner = conditioner
+        self.tap = tap
+        self._block: Callable[..., Tensor] = block_forward
+
+    def compile_blocks(self) -> None:
+        """Compile the block computation (one graph shared by all blocks). Parameters and exports stay as they are."""
+        self._block = torch.compile(block_forward)
+
+    def context(self, text_BLD: Tensor, proprioception_BKA: Tensor) -> Tensor:
+        """Text tokens [B,32,384] (zero padded) and the proprioception tokens behind them: [B,32+K,384]."""
+        return torch.cat([text_BLD, self.conditioner(proprioception_BKA).to(text_BLD.dtype)], dim=1)
+
+    def forward(
+        self, x_BCFhw: Tensor, timesteps_BF: Tensor, context_BLD: Tensor, *, need_tap: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> (velocity [B,C,F,h,w], output of block ``tap`` [B,F*h*w,D], row-major (F,h,w), or None)."""
+        model = self.transformer
+        batch, _, frames, height, width = x_BCFhw.shape
+        assert model.config.patch_size == (1, 1, 1) or tuple(model.config.patch_size) == (1, 1, 1)
+        rotary = model.rope(x_BCFhw)
+        x = model.patch_embedding(x_BCFhw).flatten(2).transpose(1, 2).contiguous()
+        temb, modulation, context, _ = model.condition_embedder(
+            timesteps_BF.flatten(), context_BLD, None, timestep_seq_len=frames
+        )
+        modulation = modulation.unflatten(2, (6, -1))
+        tapped = None
+        for index, block in enumerate(model.blocks, start=1):
+            x = self._block(block, x, context, modulation, rotary)
+            if need_tap and index == self.tap:
+                tapped = x
+        shift, scale = (model.scale_shift_table.unsqueeze(0) + temb.unsqueeze(2)).float().unbind(2)
+        x = _modulate(model.norm_out(x.float()), shift, scale).type_as(x)
+        velocity = model.proj_out(x).transpose(1, 2).unflatten(2, (frames, height, width))
+        return velocity, tapped
+
+
+def _modulate(x_BLD: Tensor, shift_BFD: Tensor, scale_BFD: Tensor) -> Tensor:
+    frames = x_BLD.unflatten(1, (shift_BFD.shape[1], -1))
+    return (frames * (1 + scale_BFD.unsqueeze(2)) + shift_BFD.unsqueeze(2)).flatten(1, 2)
+
+
+def _gate(x_BLD: Tensor, gate_BFD: Tensor) -> Tensor:
+    return (x_BLD.float().unflatten(1, (gate_BFD.shape[1], -1)) * gate_BFD.unsqueeze(2)).flatten(1, 2)
+
+
+def block_forward(block: nn.Module, x_BLD: Tensor, context: Tensor, modulation_BF6D: Tensor, rotary: tuple) -> Tensor:
+    """One stock ``WanTransformerBlock`` with modulations given per latent frame (the stock forward wants them per token)."""
+    table = block.scale_shift_table.unsqueeze(0) + modulation_BF6D.float()
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)
+    normed = _modulate(block.norm1(x_BLD.float()), shift, scale).type_as(x_BLD)
+    x_BLD = (x_BLD.float() + _gate(block.attn1(normed, None, None, rotary), gate)).type_as(x_BLD)
+    normed = block.norm2(x_BLD.float()).type_as(x_BLD)
+    x_BLD = x_BLD + block.attn2(normed, context, None, None)
+    normed = _modulate(block.norm3(x_BLD.float()), ffn_shift, ffn_scale).type_as(x_BLD)
+    return (x_BLD.float() + _gate(block.ffn(normed), ffn_gate)).type_as(x_BLD)
+
+
+def build_denoiser(config: WanConfig, conditioner: ConditionerConfig) -> WanDenoiser:
+    """A freshly initialised denoiser; draws from torch's global generator (seed it first)."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    transformer = WanTransformer3DModel(
+        patch_size=tuple(config.patch_size),
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        text_dim=config.text_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+    )
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    return WanDenoiser(transformer, ProprioceptionConditioner(conditioner), config.tap)
+
+
+def save_denoiser(denoiser: WanDenoiser, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """``transformer/`` (a plain diffusers folder), ``conditioner.safetensors`` and ``denoiser.json`` in ``folder``.
+
+    ``dtype`` (e.g. float16) is the stored precision; None keeps the weights bit-exact. The model itself is not changed.
+    """
+    from safetensors.torch import save_file
+
+    from ..storage import as_dtype, save_diffusers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_diffusers(denoiser.transformer, folder / "transformer", dtype)
+    save_file(as_dtype(denoiser.conditioner.state_dict(), dtype), folder / "conditioner.safetensors")
+    settings = {"tap": denoiser.tap, "conditioner": asdict(denoiser.conditioner.config)}
+    (folder / "denoiser.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load_denoiser(folder: Path, device: str | torch.device = "cpu") -> WanDenoiser:
+    """What ``save_denoiser`` wrote, in float32."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+    from safetensors.torch import load_file
+
+    transformer = WanTransformer3DModel.from_pretrained(
+        folder / "transformer", torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
+    settings = json.loads((folder / "denoiser.json").read_text())
+    settings["conditioner"]["lags"] = tuple(settings["conditioner"]["lags"])
+    conditioner = ProprioceptionConditioner(ConditionerConfig(**settings["conditioner"]))
+    state = load_file(folder / "conditioner.safetensors")
+    conditioner.load_state_dict({name: value.float() for name, value in state.items()})
+    return WanDenoiser(transformer, conditioner, settings["tap"]).to(device)

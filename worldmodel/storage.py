@@ -1,0 +1,49 @@
+"""Writing and identifying weights: safetensors only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+def as_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Contiguous CPU copies of ``state``; floating tensors in ``dtype`` unless it is None."""
+    out = {}
+    for name, value in state.items():
+        target = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        out[name] = value.detach().to("cpu", target).contiguous().clone()
+    return out
+
+
+def save_diffusers(model: torch.nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """A diffusers folder (config.json and one safetensors file) of a ``ModelMixin``, stored in ``dtype``.
+
+    Written directly instead of through ``save_pretrained``: this neither changes the model's precision nor needs a second copy
+    of it, and the file layout is the same (a test loads it with the stock ``from_pretrained``).
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_config(folder)
+    save_file(as_dtype(model.state_dict(), dtype), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def fingerprint(folder: Path) -> str:
+    """12 hex digits over the names and bytes of every safetensors and json file under ``folder``."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".json") and path.is_file():
+            digest.update(str(path.relative_to(folder)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())

