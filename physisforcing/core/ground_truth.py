@@ -46,11 +46,11 @@ class GroundTruth:
     """What the simulator knows about an episode of T frames, K rigid bodies, V views, M contacts, D stored frames.
 
     ``body_poses_TK7``: world position (metres) and quaternion wxyz of each rigid body (actors and robot links).
-    ``intrinsics_V33``: pixels, integers at pixel centres. ``world_to_camera_TV44``: OpenCV axes (x right, y down, z forward).
-    ``contact_*``: frame, the two body ids, impulse in N*s. ``depth_png`` and ``ids_png``: concatenated 16-bit PNGs, image
-    ``d * V + v`` (stored frame d, view v) occupies bytes ``offsets[i]:offsets[i + 1]``. Depth is the distance along the
-    optical axis in mm, 0 where nothing was hit; body id 0 is background. An id in the maps that ``body_ids_K`` lacks stands
-    still. Build the maps with ``encode_maps``.
+    ``intrinsics_V33``: pixels, integers at pixel centres. ``world_to_camera_TV44``: OpenCV axes (x right, y down, z
+    forward). ``contact_*``: frame, the two body ids, impulse in N*s. ``depth_png`` and ``ids_png``: concatenated 16-bit
+    PNGs, image ``d * V + v`` (stored frame d, view v) occupies bytes ``offsets[i]:offsets[i + 1]``; ``encode_maps``
+    builds them. Depth is the distance along the optical axis in mm, 0 where nothing was hit; body id 0 is background.
+    An id in the maps that ``body_ids_K`` lacks stands still.
     """
 
     body_ids_K: NDArray[np.uint16]
@@ -141,7 +141,7 @@ def save(path: Path | str, truth: GroundTruth) -> None:
 
 
 def load(path: Path | str) -> GroundTruth:
-    """Read and check an episode's ground truth. Raises ``DatasetError`` naming the file when it is missing or damaged."""
+    """Read and check an episode's ground truth. Raises ``DatasetError`` naming a missing or damaged file."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
