@@ -1,1 +1,5 @@
-"""The self-made asset pack: a dual-arm robot and objects, built from primitives and procedures in this repository."""
+"""The self-made asset pack: a dual-arm robot and objects generated from the code in this folder."""
+
+from .pack import PACK_VERSION, ensure_pack, pack_identity
+
+__all__ = ["PACK_VERSION", "ensure_pack", "pack_identity"]
