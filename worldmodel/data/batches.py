@@ -1,0 +1,105 @@
+"""Training batches assembled on the device from resident tensors, and the sampler that decides what is drawn.
+
+Draws depend on (seed, step) alone: resuming at a step needs no stored position, and the stream does not depend on how many
+processes share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..codec import VideoCodec
+from ..text import TextEmbedder
+from .windows import FrameStore, WindowTable, lagged_states
+
+
+@dataclass(slots=True, kw_only=True)
+class WindowSampler:
+    """Rows of a window table. ``start_fraction`` of the draws are windows at an episode's first step, each episode equally likely."""
+
+    first_W: Tensor
+    count: int
+    start_fraction: float
+
+    @classmethod
+    def build(cls, table: WindowTable, start_fraction: float) -> WindowSampler:
+        return cls(first_W=torch.nonzero(table.start_W == 0).flatten(), count=len(table), start_fraction=start_fraction)
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        """int64 [batch] window rows on the CPU."""
+        anywhere = torch.randint(self.count, (batch,), generator=generator)
+        first = self.first_W[torch.randint(len(self.first_W), (batch,), generator=generator)]
+        return torch.where(torch.rand(batch, generator=generator) < self.start_fraction, first, anywhere)
+
+
+def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """The generator of one training step: a function of (seed, step) only."""
+    mixed = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device=device).manual_seed(mixed)
+
+
+@dataclass(slots=True, kw_only=True)
+class WindowBank:
+    """Everything a world-model batch needs, on the training device, one row a window.
+
+    ``latents_WCFhw`` (bfloat16 on a GPU, else float32), ``text_SLD`` with ``sentence_W``, ``proprioception_WKA``; ``targets``
+    gives the physics targets of rows, or None where a run has no physics losses.
+    """
+
+    table: WindowTable
+    latents_WCFhw: Tensor
+    text_SLD: Tensor
+    sentence_W: Tensor
+    proprioception_WKA: Tensor
+    targets: Any | None = None
+
+    def batch(self, rows_B: Tensor) -> dict[str, Any]:
+        """``latents_BCFhw``, ``text_BLD``, ``proprioception_BKA`` (float32) and ``targets`` of window rows on the device."""
+        return {
+            "latents_BCFhw": self.latents_WCFhw[rows_B].float(),
+            "text_BLD": self.text_SLD[self.sentence_W[rows_B]],
+            "proprioception_BKA": self.proprioception_WKA[rows_B],
+            "targets": None if self.targets is None else self.targets.batch(rows_B),
+        }
+
+
+def build_bank(
+    store: FrameStore,
+    table: WindowTable,
+    codec: VideoCodec,
+    lags: tuple[int, ...],
+    *,
+    text_cache: Path | None = None,
+    chunk: int = 64,
+) -> WindowBank:
+    """Encode every window of ``table`` and gather its conditions (causal grouping makes latents depend on the start)."""
+    device = store.frames_MHWC.device
+    episode, start = table.episode_W.to(device), table.start_W.to(device)
+    kept = torch.bfloat16 if device.type == "cuda" else torch.float32
+    latents = []
+    for first in range(0, len(table), chunk):
+        part = slice(first, first + chunk)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            latents.append(codec.encode(store.windows(episode[part], start[part])).to(kept))
+    sentences = sorted({item.instruction for item in store.episodes})
+    number = {sentence: place for place, sentence in enumerate(sentences)}
+    spoken = np.array([number[item.instruction] for item in store.episodes])
+    proprioception = np.stack(
+        [
+            lagged_states(store.episodes[place].states_TA, step, lags)
+            for place, step in zip(table.episode_W.tolist(), table.start_W.tolist(), strict=True)
+        ]
+    )
+    return WindowBank(
+        table=table,
+        latents_WCFhw=torch.cat(latents),
+        text_SLD=TextEmbedder(text_cache).batch(sentences)[0].to(device),
+        sentence_W=torch.from_numpy(spoken)[table.episode_W].to(device),
+        proprioception_WKA=torch.from_numpy(proprioception).to(device),
+    )

@@ -1,0 +1,150 @@
+"""Atomic checkpoints: ``step-000500/{model/, training/, COMPLETE}``, safetensors and JSON only.
+
+A checkpoint is written under a hidden name beside its place, every file and folder is synced, ``COMPLETE`` (sizes and SHA-256 of
+all files) is written last, and the folder is renamed. ``last`` is a symbolic link that is swapped atomically. Whatever kills the
+process, the newest folder with a ``COMPLETE`` that matches is a good checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from physisforcing.core.errors import UserError
+
+from ..storage import as_dtype
+
+COMPLETE = "COMPLETE"
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    write_model: Callable[[Path], None],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write ``run/step-XXXXXX``. ``write_model(folder)`` fills ``model/``; each entry of ``tensors`` becomes
+    ``training/<name>.safetensors`` bit-exactly; ``state`` becomes ``training/state.json`` with the step in it."""
+    from safetensors.torch import save_file
+
+    run.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(run)
+    aside = run / f".writing-{uuid.uuid4().hex}"
+    (aside / "training").mkdir(parents=True)
+    write_model(aside / "model")
+    for name, group in tensors.items():
+        save_file(as_dtype(group, None), aside / "training" / f"{name}.safetensors")
+    (aside / "training" / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    listing = {str(path.relative_to(aside)): [path.stat().st_size, _sha256(path)] for path in files}
+    (aside / COMPLETE).write_text(json.dumps(listing, indent=1) + "\n")
+    _sync(aside / COMPLETE)
+    for folder in [path for path in aside.rglob("*") if path.is_dir()] + [aside]:
+        _sync(folder)
+    target = run / f"step-{step:06d}"
+    if target.exists():  # the same step again, after a resume from an older checkpoint
+        os.rename(target, run / f".writing-old-{uuid.uuid4().hex}")
+    os.rename(aside, target)
+    _sync(run)
+    link = run / f".writing-link-{uuid.uuid4().hex}"
+    link.symlink_to(target.name)
+    os.replace(link, run / "last")
+    _sync(run)
+    _remove_leftovers(run)
+    return target
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file that ``COMPLETE`` lists is there with its size and content."""
+    try:
+        listing = json.loads((checkpoint / COMPLETE).read_text())
+        return all(
+            (checkpoint / name).stat().st_size == size and _sha256(checkpoint / name) == digest
+            for name, (size, digest) in listing.items()
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder, or None."""
+    found = sorted(run.glob("step-*"), key=lambda path: path.name, reverse=True)
+    return next((path for path in found if is_complete(path)), None)
+
+
+def load_training(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """-> (tensors by file name, state) of a checkpoint. Raises ``UserError`` for an incomplete one."""
+    from safetensors.torch import load_file
+
+    if not is_complete(checkpoint):
+        raise UserError("checkpoint", got=str(checkpoint), wanted="a complete checkpoint", fix="resume from the run folder's last")
+    folder = checkpoint / "training"
+    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    return tensors, json.loads((folder / "state.json").read_text())
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimiser's per-parameter tensors as ``<parameter>/<entry>``."""
+    flat = {}
+    for name, parameter in names.items():
+        for entry, value in optimizer.state[parameter].items():
+            flat[f"{name}/{entry}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return flat
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], flat: Mapping[str, Tensor]) -> None:
+    """Inverse of ``optimizer_tensors``; every parameter's state goes to the parameter's device."""
+    for key, value in flat.items():
+        name, entry = key.rsplit("/", 1)
+        parameter = names[name]
+        fused = bool(optimizer.param_groups[0].get("fused"))
+        device = parameter.device if entry != "step" or fused else torch.device("cpu")
+        optimizer.state[parameter][entry] = value.to(device)
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's global generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_rng(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _remove_leftovers(run: Path) -> None:
+    """Half-written folders and links of killed processes (a run folder has one writer)."""
+    for path in run.glob(".writing-*"):
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)

@@ -1,0 +1,105 @@
+"""Settings of ``physis train vae`` and ``physis train worldmodel``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..backbones.wan import ConditionerConfig, WanConfig
+from ..flow_matching import FlowMatchingConfig
+from ..physics.forcing import PhysicsConfig
+from .optim import OptimConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """``roots``: LeRobot datasets. ``limit``: episodes a task. ``heldout``: episodes kept from training, spread over the set.
+
+    ``start_stride``: control steps between window starts; physics targets exist for starts at multiples of 8.
+    ``start_fraction``: share of windows at an episode's first step. ``text_cache``: folder of cached instruction embeddings
+    (the cache home's when empty).
+    """
+
+    roots: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    success_only: bool = True
+    limit: int | None = None
+    heldout: int = 8
+    start_stride: int = 4
+    start_fraction: float = 0.5
+    workers: int = 4
+    text_cache: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    """What both trainings share. ``out``: run folder. ``resume``: continue from its newest complete checkpoint.
+
+    ``precision``: auto (bfloat16 on a GPU, float32 on a CPU), bf16 or fp32. ``compile``: none, or blocks (torch.compile of the
+    repeated blocks). ``init``: a model folder to start from (fine-tuning).
+    """
+
+    out: str = "runs/train"
+    seed: int = 0
+    steps: int = 1000
+    batch: int = 96
+    device: str = "auto"
+    precision: str = "auto"
+    compile: str = "none"
+    resume: bool = False
+    init: str | None = None
+    log_every: int = 50
+    save_every: int = 1000
+    eval_every: int = 1000
+
+
+@dataclass(slots=True, kw_only=True)
+class AutoencoderConfig:
+    """Arguments of ``CausalVideoAutoencoder``."""
+
+    latent_channels: int = 16
+    fine_channels: int = 64
+    decoder_fine_channels: int = 80
+    coarse_channels: int = 128
+    group_channels: int = 160
+    fine_blocks: int = 2
+    decoder_fine_blocks: int = 3
+
+
+@dataclass(slots=True, kw_only=True)
+class VaeLossConfig:
+    """L1 on pictures in [-1,1], edges at ``edge_scales`` sizes, KL. What moves within a window counts up to ``1 + motion`` times."""
+
+    edge: float = 0.5
+    edge_scales: int = 3
+    kl: float = 1e-4
+    motion: float = 4.0
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainVaeConfig:
+    name: str = "vae"
+    run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/vae", steps=3000, batch=32))
+    data: DataConfig = field(default_factory=lambda: DataConfig(success_only=False, start_fraction=0.1))
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    loss: VaeLossConfig = field(default_factory=VaeLossConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup=100, weight_decay=0.0, beta2=0.99, ema=0.998))
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainWorldModelConfig:
+    """``codec``: folder of the video codec. ``targets``: cache of physics targets (the cache home's when empty).
+
+    ``heldout_windows``: windows of the held-out measurement, at fixed noise and timesteps.
+    """
+
+    name: str = "worldmodel"
+    codec: str = ""
+    targets: str | None = None
+    heldout_windows: int = 64
+    run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/worldmodel", steps=5000, batch=128))
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: WanConfig = field(default_factory=WanConfig)
+    conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
+    flow: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    physics: PhysicsConfig = field(default_factory=PhysicsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,0 +1,76 @@
+"""Small things every training needs: device, precision, provenance, the split."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from physisforcing.core.errors import UserError
+
+from .config import RunConfig
+
+T = TypeVar("T")
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where torch finds one. Raises ``UserError`` for a GPU that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("run.device", got=name, wanted="a device that torch sees", fix="run.device=cpu")
+    return torch.device(name)
+
+
+def autocast(run: RunConfig, device: torch.device) -> AbstractContextManager:
+    """The precision context of forward passes."""
+    if run.precision not in ("auto", "bf16", "fp32"):
+        raise UserError("run.precision", got=run.precision, wanted="auto, bf16 or fp32", fix="run.precision=auto")
+    if run.precision == "bf16" or (run.precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def fast_matmuls(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+
+
+def write_provenance(run: Path, config: object) -> None:
+    """``config.yaml`` (resolved) and ``provenance.json`` (command, commit, versions, hardware) in the run folder."""
+    from physisforcing.core.config import resolved_yaml
+
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(resolved_yaml(config))
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    record = {
+        "command": sys.argv,
+        "commit": commit.stdout.strip() or None,
+        "hardware": {"machine": platform.machine(), "cpus": torch.get_num_threads(), "gpu": gpu},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
+        | {"python": platform.python_version()},
+    }
+    (run / "provenance.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def split_heldout(items: Sequence[T], heldout: int) -> tuple[list[T], list[T]]:
+    """-> (training items, held-out items); the held-out ones are spread evenly. With too few items nothing is held out twice:
+    raises ``UserError`` when no training item would be left."""
+    if heldout >= len(items):
+        raise UserError("data.heldout", got=heldout, wanted=f"fewer than the {len(items)} episodes", fix="collect more, or data.heldout=1")
+    places = set(np.linspace(0, len(items) - 1, heldout + 2).round().astype(int)[1:-1].tolist()) if heldout else set()
+    return [x for i, x in enumerate(items) if i not in places], [x for i, x in enumerate(items) if i in places]

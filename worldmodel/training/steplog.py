@@ -1,0 +1,95 @@
+"""One structured line a logged step: on the terminal, in ``metrics.jsonl`` and, where it is installed, in TensorBoard."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+#: Dense bfloat16 peak in FLOP/s by a part of the device's name, for MFU.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
+
+
+class StepLog:
+    """Accumulates loss terms on the device and reads them only when a line is written (one host sync a line)."""
+
+    def __init__(self, run: Path, steps: int, batch: int, step_flops: float, device: torch.device, done: int = 0) -> None:
+        self.run, self.steps, self.batch, self.flops, self.device = run, steps, batch, step_flops, device
+        self._stream = (run / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = _tensorboard(run)
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._wait = 0.0
+        self._since = time.perf_counter()
+        self._done = done
+        self._peak = None
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+            self._peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+    def add(self, terms: dict[str, Tensor], wait_s: float) -> None:
+        """Loss terms and gradient norm of one step (device scalars), and the host seconds spent on its batch."""
+        for name, value in terms.items():
+            total = self._sums.get(name)
+            self._sums[name] = value.detach().float() if total is None else total + value.detach()
+        self._count += 1
+        self._wait += wait_s
+
+    def line(self, step: int, lr: float) -> dict[str, float]:
+        """Write the mean of the steps since the last line. Raises ``FloatingPointError`` when a loss is not finite."""
+        values = torch.stack([total / self._count for total in self._sums.values()]).tolist()
+        now = time.perf_counter()
+        seconds = (now - self._since) / self._count
+        record: dict[str, float] = {"step": step, **dict(zip(self._sums, values, strict=True)), "lr": lr}
+        record["step_ms"] = 1e3 * seconds
+        record["data_wait_pct"] = 100.0 * self._wait / max(1e-9, now - self._since)
+        record["clips_per_s"] = self.batch / seconds
+        if self._peak:
+            record["mfu_pct"] = 100.0 * self.flops / seconds / self._peak
+        record["memory_gib"] = _memory_gib(self.device)
+        record["eta_s"] = seconds * (self.steps - step)
+        self._write(record)
+        self._sums, self._count, self._wait, self._since = {}, 0, 0.0, now
+        if not all(value == value and abs(value) != float("inf") for value in values):
+            raise FloatingPointError(f"step {step}: a loss is not finite: {record}")
+        return record
+
+    def event(self, record: dict[str, object]) -> None:
+        """A line outside the step rhythm (held-out values, timings). The clock of the next step line restarts."""
+        self._write(record)
+        self._since = time.perf_counter()
+
+    def _write(self, record: dict) -> None:
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
+        text = " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in record.items())
+        print(text, file=sys.stderr, flush=True)
+        if self._board is not None and "step" in record:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(run: Path):
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"))
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,199 @@
+"""``physis train vae``: the causal video autoencoder on windows that are resident on the device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..autoencoder import CausalVideoAutoencoder
+from ..codec import to_unit_range
+from ..data.batches import WindowSampler, step_generator
+from ..data.windows import Episode, FrameStore, WindowTable, read_episodes
+from ..storage import save_diffusers
+from .checkpoint import (
+    latest_checkpoint,
+    load_training,
+    optimizer_tensors,
+    restore_optimizer,
+    restore_rng,
+    rng_tensors,
+    save_checkpoint,
+)
+from .config import TrainVaeConfig, VaeLossConfig
+from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
+from .runtime import autocast, fast_matmuls, pick_device, split_heldout, write_provenance
+from .steplog import StepLog
+
+
+def motion_map(pictures_BTCHW: Tensor) -> Tensor:
+    """What differs from the window's first or mean picture, in [0,1], widened by some pixels: [B,T,1,H,W]."""
+    batch, frames = pictures_BTCHW.shape[:2]
+    reference = torch.stack([pictures_BTCHW[:, 0], pictures_BTCHW.mean(1)], dim=1)
+    difference = (pictures_BTCHW[:, :, None] - reference[:, None]).abs().amax(dim=(2, 3))
+    coarse = F.avg_pool2d(difference.view(batch * frames, 1, *difference.shape[-2:]), 4)
+    wide = F.max_pool2d(coarse, 3, stride=1, padding=1)
+    wide = F.interpolate(wide, scale_factor=4, mode="nearest")
+    return (4.0 * wide).clamp(max=1.0).unflatten(0, (batch, frames))
+
+
+def vae_loss(
+    output_BTCHW: Tensor, target_BTCHW: Tensor, mean: Tensor, log_variance: Tensor, config: VaeLossConfig
+) -> dict[str, Tensor]:
+    """Loss terms and their weighted sum ``loss``; float32 scalars."""
+    weight = 1.0 + config.motion * motion_map(target_BTCHW)
+    weight = weight / weight.mean()
+    residual = (output_BTCHW - target_BTCHW).float()
+    pixel = (weight * residual.abs()).mean()
+    # The edge term compares gradients at several sizes: the residual's gradient is the difference of gradients.
+    edge = residual.new_zeros(())
+    scaled, scaled_weight = residual.flatten(0, 1), weight.flatten(0, 1)
+    for level in range(config.edge_scales):
+        if level:
+            scaled, scaled_weight = F.avg_pool2d(scaled, 2), F.avg_pool2d(scaled_weight, 2)
+        edge = edge + (scaled_weight[..., 1:, :] * (scaled[..., 1:, :] - scaled[..., :-1, :]).abs()).mean()
+        edge = edge + (scaled_weight[..., 1:] * (scaled[..., 1:] - scaled[..., :-1]).abs()).mean()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
+    total = pixel + config.edge * edge / config.edge_scales + config.kl * kl
+    return {"loss": total, "pixel": pixel, "edge": edge, "kl": kl}
+
+
+def train_step_terms(
+    model: CausalVideoAutoencoder, frames_BTHWC: Tensor, generator: torch.Generator, config: VaeLossConfig
+) -> dict[str, Tensor]:
+    target = to_unit_range(frames_BTHWC)
+    mean, log_variance = model.posterior(target)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    output = model.reconstruct(mean + noise * (0.5 * log_variance).exp())
+    return vae_loss(output, target, mean, log_variance, config)
+
+
+@torch.no_grad()
+def measure_statistics(model: CausalVideoAutoencoder, store: FrameStore, table: WindowTable, seed: int) -> None:
+    """Set the latents' mean and standard deviation from up to 512 windows."""
+    device = store.frames_MHWC.device
+    rows = torch.randperm(len(table), generator=step_generator(seed, 0))[:512]
+    moments = torch.zeros(3, model.latent_channels, dtype=torch.float64)
+    for part in rows.split(16):
+        frames = store.windows(table.episode_W[part].to(device), table.start_W[part].to(device))
+        z = model.posterior(to_unit_range(frames))[0].double().cpu().transpose(0, 1).flatten(1)
+        moments += torch.stack([torch.full_like(z[:, 0], z.shape[1]), z.sum(1), z.square().sum(1)])
+    mean = moments[1] / moments[0]
+    model.set_statistics(mean, (moments[2] / moments[0] - mean.square()).clamp(min=1e-12).sqrt())
+
+
+@torch.no_grad()
+def heldout_psnr(model: CausalVideoAutoencoder, episodes: list[Episode], windows: int = 32) -> dict[str, float]:
+    """PSNR in dB over held-out windows: of whole pictures, and of what moves (``motion_map`` > 1/2)."""
+    device = next(model.parameters()).device
+    store = FrameStore.build(episodes, device)
+    table = WindowTable.build([episode.length for episode in episodes], stride=8)
+    rows = torch.linspace(0, len(table) - 1, min(windows, len(table))).long()
+    whole, moving = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for part in rows.split(8):
+        frames = store.windows(table.episode_W[part].to(device), table.start_W[part].to(device))
+        z, _ = model.posterior(to_unit_range(frames))
+        pictures = (model.reconstruct(z) * 0.5 + 0.5).clamp(0.0, 1.0)
+        error = (pictures - (to_unit_range(frames) * 0.5 + 0.5)).square().mean(2, keepdim=True).double()
+        mask = (motion_map(to_unit_range(frames)) > 0.5).double()
+        whole += torch.stack([error.sum(), torch.ones_like(error).sum()]).cpu()
+        moving += torch.stack([(error * mask).sum(), mask.sum()]).cpu()
+    psnr = [float(-10.0 * torch.log10(total / count.clamp(min=1.0))) for total, count in (whole, moving)]
+    return {"psnr_db": psnr[0], "psnr_moving_db": psnr[1]}
+
+
+def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> Path:
+    """Train, write checkpoints and metrics into ``config.run.out`` and the codec into ``<out>/codec``; returns that folder.
+
+    ``episodes``: given by callers that hold the data already; read from ``config.data.roots`` otherwise.
+    """
+    run, device = Path(config.run.out), pick_device(config.run.device)
+    fast_matmuls(device)
+    write_provenance(run, config)
+    data = config.data
+    if episodes is None:
+        episodes = read_episodes(
+            data.roots, success_only=data.success_only, tasks=data.tasks, limit=data.limit, workers=data.workers
+        )
+    train, heldout = split_heldout(episodes, data.heldout)
+    store = FrameStore.build(train, device)
+    table = WindowTable.build([episode.length for episode in train], stride=2)
+    sampler = WindowSampler.build(table, data.start_fraction)
+    torch.manual_seed(config.run.seed)
+    model = CausalVideoAutoencoder(**asdict(config.model))
+    if config.run.init:
+        model = CausalVideoAutoencoder.from_pretrained(config.run.init, torch_dtype=torch.float32, local_files_only=True)
+    model = model.to(device).train()
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model.parameters(), config.optim)
+    average = WeightAverage(model, config.optim.ema)
+    names = dict(model.named_parameters())
+    first = _resume(run, config, model, optimizer, average, names, device) if config.run.resume else 0
+    terms_of = torch.compile(train_step_terms) if config.run.compile == "blocks" else train_step_terms
+    log = StepLog(run, config.run.steps, config.run.batch, 0.0, device, done=first)
+
+    for step in range(first, config.run.steps):
+        begun = time.perf_counter()
+        rows = sampler.draw(config.run.batch, step_generator(config.run.seed, step))
+        frames = store.windows(
+            table.episode_W[rows].to(device, non_blocking=True), table.start_W[rows].to(device, non_blocking=True)
+        )
+        wait = time.perf_counter() - begun
+        lr = learning_rate(config.optim, step, config.run.steps)
+        set_learning_rate(optimizer, lr)
+        with autocast(config.run, device):
+            terms = terms_of(model, frames, step_generator(config.run.seed, step, device), config.loss)
+        terms["loss"].backward()
+        terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(step)
+        log.add(terms, wait)
+        done = step + 1
+        if done % config.run.log_every == 0 or done == config.run.steps:
+            log.line(done, lr)
+        if done % config.run.eval_every == 0 or done == config.run.steps:
+            average.swap()
+            log.event({"step": done, **heldout_psnr(model, heldout or train)})
+            average.swap()
+        if done % config.run.save_every == 0 or done == config.run.steps:
+            _save(run, done, config, model, optimizer, average, names, device)
+    average.swap()
+    measure_statistics(model, store, table, config.run.seed)
+    save_diffusers(model, run / "codec", torch.float16)
+    log.close()
+    return run / "codec"
+
+
+def _save(run, step, config, model, optimizer, average, names, device) -> None:
+    def write_model(folder: Path) -> None:
+        average.swap()
+        save_diffusers(model, folder)
+        average.swap()
+
+    tensors = {
+        "weights": {name: parameter for name, parameter in names.items()},
+        "average": average.tensors(),
+        "optimizer": optimizer_tensors(optimizer, names),
+        "rng": rng_tensors(device),
+    }
+    save_checkpoint(run, step, write_model, tensors, {"seed": config.run.seed})
+
+
+def _resume(run, config, model, optimizer, average, names, device) -> int:
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        return 0
+    tensors, state = load_training(checkpoint)
+    with torch.no_grad():
+        for name, parameter in names.items():
+            parameter.copy_(tensors["weights"][name])
+    average.restore(tensors["average"])
+    restore_optimizer(optimizer, names, tensors["optimizer"])
+    restore_rng(tensors["rng"], device)
+    return int(state["step"])
