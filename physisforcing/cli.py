@@ -28,7 +28,9 @@ VERBS: dict[str, Verb] = {
     "data inspect": Verb("physisforcing.core.inspect", "check a dataset and summarise it"),
     "data targets": Verb("physisforcing.worldmodel.data.targets", "compute and cache teacher targets"),
     "train vae": Verb("physisforcing.worldmodel.training.command", "train the video autoencoder"),
-    "train worldmodel": Verb("physisforcing.worldmodel.training.command", "train the video model with the physics losses"),
+    "train worldmodel": Verb(
+        "physisforcing.worldmodel.training.command", "train the video model with the physics losses"
+    ),
     "train idm": Verb("physisforcing.planner.train", "train the inverse dynamics model"),
     "generate": Verb("physisforcing.worldmodel.generate", "imagine a video from a first frame and an instruction"),
     "eval plan": Verb("physisforcing.eval_plan", "plan in closed loop and count successes, with baselines"),
@@ -85,7 +87,9 @@ def find_verb(words: Sequence[str]) -> tuple[str, list[str]]:
         got = words[1] if len(words) > 1 else ""
         options = [name.split()[1] for name in family]
         if not got or got in ("-h", "--help"):
-            raise UserError(f"physis {words[0]}", got=got, wanted=f"one of {', '.join(options)}", fix=f"physis {family[0]}")
+            raise UserError(
+                f"physis {words[0]}", got=got, wanted=f"one of {', '.join(options)}", fix=f"physis {family[0]}"
+            )
         raise unknown_name(f"physis {words[0]}", got, options, see="physis --help")
     raise unknown_name("verb", words[0], {name.split()[0] for name in VERBS}, see="physis --help")
 

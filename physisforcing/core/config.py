@@ -40,7 +40,9 @@ def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             plain = hydra_compose(config_name=config_name, overrides=checked)
     except HydraException as error:
-        raise UserError("override", got=" ".join(overrides), wanted="valid Hydra overrides", fix=_first(error)) from error
+        raise UserError(
+            "override", got=" ".join(overrides), wanted="valid Hydra overrides", fix=_first(error)
+        ) from error
     assert isinstance(plain, DictConfig)
     OmegaConf.set_struct(plain, False)
     return build(schema, OmegaConf.to_container(plain, resolve=True))  # type: ignore[arg-type]
@@ -104,7 +106,9 @@ def check_override(override: str, folder: Path, schema: type, selected: Iterable
     if "/" in key:
         groups = {path.name for path in folder.iterdir() if path.is_dir()}
         raise _with_nearest("override", key, groups, "a config group")
-    _check_path(key, schema, extra=[path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._"])
+    _check_path(
+        key, schema, extra=[path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._"]
+    )
     return f"++{override.lstrip('+')}" if match[1] != "~" else override
 
 
