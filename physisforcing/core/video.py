@@ -110,7 +110,7 @@ def _check_frame(frame: NDArray[np.uint8], size: tuple[int, ...]) -> None:
 
 
 def _add_stream(container: Any, size: tuple[int, ...], rate: Fraction, *, crf: int, gop: int, preset: str) -> Any:
-    from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, Colorspace
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     x264 = "threads=1:lookahead-threads=1"
     if platform.machine().lower() in ("x86_64", "amd64"):
