@@ -1,0 +1,158 @@
+"""Physics-informative regions, eq. (1)-(4): which tracked points move and are near, and the tokens they pass through.
+
+Shape suffixes: B batch, T pixel frames, F latent frames, N points, h w token grid. Everything is batched and has static
+shapes, so it runs under ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import PhysicsConfig
+
+
+def normalise_points(points_px: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pixels (x, y) of a picture of ``size`` (H, W), integers at pixel centres -> [0,1] per axis: ``(x + 0.5) / W``.
+
+    The value does not depend on the resolution, and token (i, j) of an h x w grid has its centre at ((j+.5)/w,
+    (i+.5)/h).
+    """
+    return (points_px + 0.5) / points_px.new_tensor([size[1], size[0]])
+
+
+def to_pixels(points: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of ``normalise_points``."""
+    return points * points.new_tensor([size[1], size[0]]) - 0.5
+
+
+def to_cells(points: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[0,1] per axis -> token coordinates (x, y) of an (h, w) grid, integers at cell centres."""
+    return points * points.new_tensor([grid[1], grid[0]]) - 0.5
+
+
+def in_frame(points: Tensor) -> Tensor:
+    """Whether normalised points [...,2] lie inside the picture: bool [...]."""
+    return ((points >= 0) & (points < 1)).all(-1)
+
+
+def motion_magnitude(
+    points_BTN2: Tensor,
+    visible_BTN: Tensor,
+    size: tuple[int, int],
+    *,
+    kind: str = "path",
+    dead_zone: float = 0.0,
+) -> Tensor:
+    """Eq. (1): how far each point moves, in pixels of ``size`` (H, W): [B,N].
+
+    Points normalised to [0,1]. Only steps between two frames in which the point is visible count; steps below
+    ``dead_zone`` (a fraction of the diagonal) are jitter. ``net``: distance between the first and the last frame in
+    which it is visible.
+    """
+    position = to_pixels(points_BTN2, size)
+    floor = dead_zone * (size[0] ** 2 + size[1] ** 2) ** 0.5
+    if kind == "path":
+        step = torch.linalg.vector_norm(position[:, 1:] - position[:, :-1], dim=-1)
+        seen = visible_BTN[:, 1:] & visible_BTN[:, :-1]
+        return (step * (seen & (step >= floor))).sum(1)
+    assert kind == "net", kind
+    frames = torch.arange(visible_BTN.shape[1], device=position.device)[None, :, None]
+    first = torch.where(visible_BTN, frames, visible_BTN.shape[1] - 1).amin(1)
+    last = torch.where(visible_BTN, frames, 0).amax(1)
+    index = torch.stack([first, last], 1)[..., None].expand(-1, -1, -1, 2)
+    ends = position.gather(1, index)
+    distance = torch.linalg.vector_norm(ends[:, 1] - ends[:, 0], dim=-1)
+    return distance * (visible_BTN.any(1) & (distance >= floor))
+
+
+def foreground_weight(depth_BN: Tensor, *, kind: str = "metric", eps: float = 0.1) -> Tensor:
+    """Eq. (2): ``r = 1 / (D + eps)`` with D scaled to [0,1] per sample, 0 nearest: [B,N] in [1/(1+eps), 1/eps].
+
+    ``metric``: larger is farther, 0 means unknown and counts as farthest. ``disparity``: larger is nearer. D is
+    scaled by the 1st and 99th percentile over the points, so that one odd pixel does not set the scale; where all are
+    equal D = 0.
+    """
+    if kind == "off":
+        return torch.ones_like(depth_BN)
+    known = depth_BN > 0 if kind == "metric" else torch.ones_like(depth_BN, dtype=torch.bool)
+    ordered = torch.where(known, depth_BN, torch.inf).sort(1).values
+    count = known.sum(1, keepdim=True)
+    low = ordered.gather(1, ((count - 1).clamp(min=0) * 0.01).round().long())
+    high = ordered.gather(1, ((count - 1).clamp(min=0) * 0.99).round().long())
+    span = high - low
+    usable = torch.isfinite(span) & (span > 0)
+    scaled = ((depth_BN - torch.where(usable, low, 0)) / torch.where(usable, span, 1)).clamp(0, 1) * usable
+    if kind == "disparity":
+        scaled = torch.where(usable, 1 - scaled, scaled)
+    else:
+        assert kind == "metric", kind
+        scaled = torch.where(known, scaled, 1)
+    return 1 / (scaled + eps)
+
+
+def select_points(
+    score_BN: Tensor, motion_BN: Tensor, valid_BN: Tensor, *, kind: str, min_motion: float, top_k: int
+) -> Tensor:
+    """Eq. (3): ``q_i >= mean_j q_j`` (``mean``) or the ``top_k`` highest (``topk``): bool [B,N].
+
+    Points that moved less than ``min_motion`` pixels, or are not ``valid`` (hidden in the first frame), are never
+    selected: a static clip has an empty mask. The mean runs over valid points.
+    """
+    moving = valid_BN & (motion_BN >= min_motion)
+    if kind == "mean":
+        mean = (score_BN * valid_BN).sum(1, keepdim=True) / valid_BN.sum(1, keepdim=True).clamp(min=1)
+        return moving & (score_BN >= mean)
+    assert kind == "topk", kind
+    order = torch.where(moving, score_BN, -torch.inf).argsort(1, descending=True, stable=True)
+    best = torch.zeros_like(moving).scatter_(1, order[:, :top_k], True)
+    return moving & best
+
+
+def informative_points(
+    points_BTN2: Tensor, visible_BTN: Tensor, depth_BN: Tensor, size: tuple[int, int], config: PhysicsConfig
+) -> Tensor:
+    """Eq. (1)-(3): the points that the losses look at, bool [B,N]. ``size``: (H, W) in pixels."""
+    motion = motion_magnitude(points_BTN2, visible_BTN, size, kind=config.motion, dead_zone=config.dead_zone)
+    score = motion * foreground_weight(depth_BN, kind=config.depth, eps=config.depth_eps)
+    diagonal = (size[0] ** 2 + size[1] ** 2) ** 0.5
+    return select_points(
+        score,
+        motion,
+        visible_BTN[:, 0],
+        kind=config.select,
+        min_motion=config.min_motion * diagonal,
+        top_k=config.top_k,
+    )
+
+
+def latent_frame(frames: int, *, temporal_stride: int = 4, device: torch.device | str | None = None) -> Tensor:
+    """The latent frame of each pixel frame of a causal autoencoder: 0 -> 0, frames 4k-3..4k -> k; int64 [T]."""
+    assert (frames - 1) % temporal_stride == 0, f"{frames} frames are not 1 + {temporal_stride}k"
+    return (torch.arange(frames, device=device) + temporal_stride - 1) // temporal_stride
+
+
+def token_mask(
+    points_BTN2: Tensor,
+    visible_BTN: Tensor,
+    select_BN: Tensor,
+    grid: tuple[int, int],
+    *,
+    temporal_stride: int = 4,
+) -> Tensor:
+    """Eq. (4) in token coordinates: the tokens that a selected, visible point passes through, bool [B,F,h,w].
+
+    Equals marking ``round(p)`` in a mask of full resolution and max-pooling it onto the tokens, in time too, without
+    the mask.
+    """
+    batch, frames, points = visible_BTN.shape
+    height, width = grid
+    latents = (frames - 1) // temporal_stride + 1
+    cell = torch.floor(points_BTN2 * points_BTN2.new_tensor([width, height])).long()
+    marked = visible_BTN & select_BN[:, None] & in_frame(points_BTN2)
+    row, column = cell[..., 1].clamp(0, height - 1), cell[..., 0].clamp(0, width - 1)
+    latent = latent_frame(frames, temporal_stride=temporal_stride, device=cell.device)[None, :, None]
+    total = latents * height * width
+    index = torch.where(marked, (latent * height + row) * width + column, total).reshape(batch, frames * points)
+    mask = torch.zeros(batch, total + 1, dtype=torch.bool, device=cell.device).scatter_(1, index, True)
+    return mask[:, :total].reshape(batch, latents, height, width)

@@ -1,0 +1,65 @@
+"""Semantic relation alignment, eq. (9)-(12): tokens that a frozen encoder finds alike look alike in the denoiser.
+
+Shape suffixes: B batch, F latent frames, h w token grid, L = F*h*w tokens, K selected tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_order(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Random numbers in [0,1) that decide which tokens are kept when a mask has too many: float32 [B,L].
+
+    Drawn outside the loss, so that the loss itself is free of random state and may be compiled or captured.
+    """
+    return torch.rand(batch, tokens, generator=generator, device=generator.device)
+
+
+def even_order(batch: int, tokens: int, *, device: torch.device | str | None = None) -> Tensor:
+    """A fixed, evenly spread order (multiples of the golden ratio) for evaluation: float32 [B,L]."""
+    order = torch.frac(torch.arange(1, tokens + 1, device=device, dtype=torch.float64) * 0.6180339887498949)
+    return order.to(torch.float32).expand(batch, tokens)
+
+
+def select_tokens(mask_BFhw: Tensor, order_BL: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Eq. (10): at most K tokens of the mask, spread over the latent frames: index [B,K] into L, valid [B,K].
+
+    Frames take turns: each gives the tokens that come first in ``order_BL``. K = min(max_tokens, L); a place without
+    a token has ``valid`` False and an index that may be read.
+    """
+    batch, frames = mask_BFhw.shape[:2]
+    mask_BFl = mask_BFhw.reshape(batch, frames, -1)
+    key = torch.where(mask_BFl, order_BL.reshape(mask_BFl.shape), 2.0)
+    place_in_frame = key.argsort(-1).argsort(-1).to(order_BL.dtype)
+    turn = torch.where(mask_BFl, place_in_frame + order_BL.reshape(mask_BFl.shape), torch.inf).reshape(batch, -1)
+    smallest, index = turn.topk(min(max_tokens, turn.shape[1]), largest=False)
+    return index, torch.isfinite(smallest)
+
+
+def gather_tokens(tokens_BLC: Tensor, index_BK: Tensor) -> Tensor:
+    """The selected tokens, [B,K,C]."""
+    return tokens_BLC.gather(1, index_BK[..., None].expand(-1, -1, tokens_BLC.shape[-1]))
+
+
+def relation_matrix(tokens_BKC: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Eq. (11): cosines between all pairs of tokens over space and time, [B,K,K]."""
+    unit = tokens_BKC / torch.linalg.vector_norm(tokens_BKC, dim=-1, keepdim=True).clamp(min=eps)
+    return unit @ unit.transpose(1, 2)
+
+
+def relation_loss(student_BKC: Tensor, teacher_BKC: Tensor, valid_BK: Tensor) -> Tensor:
+    """Eq. (12): mean absolute difference of the two relation matrices, over the samples with two tokens or more.
+
+    Each sample is divided by the square of its own number of valid tokens. Exactly 0, with zero gradients, when no
+    sample has two.
+    """
+    with torch.no_grad():
+        teacher = relation_matrix(teacher_BKC)
+        count = valid_BK.sum(1)
+        usable = count >= 2
+        pair = (valid_BK[:, :, None] & valid_BK[:, None, :] & usable[:, None, None]).to(student_BKC.dtype)
+    difference = (relation_matrix(student_BKC) - teacher).abs() * pair
+    per_sample = difference.sum((1, 2)) / count.clamp(min=1).square()
+    return per_sample.sum() / usable.sum().clamp(min=1)

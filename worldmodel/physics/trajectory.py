@@ -1,0 +1,122 @@
+"""Trajectory alignment, eq. (5)-(8): where the features say that each point of the first frame goes.
+
+Coordinates are (x, y) in [0,1] per axis; the centre of token (i, j) of an h x w grid is ((j+.5)/w, (i+.5)/h). Shape
+suffixes: B batch, T pixel frames, F latent frames, N points, C channels, h w token grid, L = h*w tokens of a latent
+frame.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from .regions import latent_frame, to_cells
+
+
+def cell_centres(grid: tuple[int, int], *, device: torch.device | str | None = None) -> Tensor:
+    """Centres of the tokens in row order, float32 [L,2]."""
+    height, width = grid
+    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
+    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
+    return torch.stack([x[None].expand(height, width), y[:, None].expand(height, width)], -1).reshape(-1, 2)
+
+
+def latent_targets(points_BTN2: Tensor, visible_BTN: Tensor, *, temporal_stride: int = 4) -> tuple[Tensor, Tensor]:
+    """Tracks at the times of the latent frames of a causal autoencoder: points [B,F,N,2], visible [B,F,N].
+
+    Latent 0 is frame 0; latent k is the mean over the visible ones of the frames 4k-3..4k. Where none is visible the
+    plain mean stands there and ``visible`` is False.
+    """
+    frames = visible_BTN.shape[1]
+    latents = (frames - 1) // temporal_stride + 1
+    group = latent_frame(frames, temporal_stride=temporal_stride, device=points_BTN2.device)
+    member_FT = (group[None] == torch.arange(latents, device=group.device)[:, None]).to(points_BTN2.dtype)
+    weight_BTN = visible_BTN.to(points_BTN2.dtype)
+    seen = torch.einsum("ft,btn->bfn", member_FT, weight_BTN)
+    mean_seen = torch.einsum("ft,btn,btnc->bfnc", member_FT, weight_BTN, points_BTN2) / seen.clamp(min=1)[..., None]
+    mean_all = torch.einsum("ft,btnc->bfnc", member_FT / member_FT.sum(1, keepdim=True), points_BTN2)
+    visible = seen > 0
+    return torch.where(visible[..., None], mean_seen, mean_all), visible
+
+
+def clamp_to_hull(points: Tensor, grid: tuple[int, int]) -> Tensor:
+    """An expectation over cell centres cannot leave their hull: move targets [...,2] outside it onto its border."""
+    margin = points.new_tensor([0.5 / grid[1], 0.5 / grid[0]])
+    return torch.minimum(torch.maximum(points, margin), 1 - margin)
+
+
+def bilinear_weights(points_BN2: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Weights [B,N,L] that sample an h x w map at normalised points, border values repeated outside the hull.
+
+    A matrix product with these is ``grid_sample(align_corners=False, padding_mode="border")`` with a deterministic
+    backward.
+    """
+    height, width = grid
+    cell = to_cells(points_BN2, grid)
+    x = cell[..., 0].clamp(0, width - 1)[..., None] - torch.arange(width, device=cell.device)
+    y = cell[..., 1].clamp(0, height - 1)[..., None] - torch.arange(height, device=cell.device)
+    hat_x, hat_y = (1 - x.abs()).clamp(min=0), (1 - y.abs()).clamp(min=0)
+    return (hat_y[..., :, None] * hat_x[..., None, :]).flatten(-2)
+
+
+def match_logits(features_BFhwC: Tensor, query_BN2: Tensor) -> Tensor:
+    """Eq. (5), (6): ``Q(p_i)^T K_t(x) / sqrt(C)`` for every later latent frame and token: [B,F-1,N,L].
+
+    Q is latent frame 0 sampled bilinearly at the query points, K_t the latent frames 1..F-1. Under first-frame
+    conditioning Q comes from clean tokens (timestep 0) and K_t from noisy ones.
+    """
+    batch, frames, height, width, channels = features_BFhwC.shape
+    tokens_BFLC = features_BFhwC.reshape(batch, frames, height * width, channels)
+    query_BNC = bilinear_weights(query_BN2, (height, width)) @ tokens_BFLC[:, 0]
+    return torch.einsum("bnc,bflc->bfnl", query_BNC * channels**-0.5, tokens_BFLC[:, 1:])
+
+
+def soft_argmax(logits_BFNL: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Eq. (7): expected coordinate under the softmax over the token grid, [B,F,N,2] in [0,1] per axis."""
+    # Centred values: the weights sum to one only up to rounding, and the error is relative to the size of the values.
+    return logits_BFNL.softmax(-1) @ (cell_centres(grid, device=logits_BFNL.device).to(logits_BFNL) - 0.5) + 0.5
+
+
+def trajectory_loss(
+    logits_BFNL: Tensor,
+    target_BFN2: Tensor,
+    weight_BFN: Tensor,
+    grid: tuple[int, int],
+    *,
+    kind: str = "mse",
+    huber_delta: float = 0.05,
+    gauss_sigma: float = 0.7,
+) -> tuple[Tensor, Tensor]:
+    """Eq. (8): mean over the weighted points of the squared distance between expected and true coordinate.
+
+    ``target_BFN2``: latent frames 1.., inside the hull of cell centres. ``weight_BFN``: m_i * v_{i,t}; where it is
+    all zero the loss is exactly 0 with zero gradients. Returns (scalar loss, prediction [B,F,N,2]). A uniform map
+    scores 1/6 on targets spread evenly. ``huber`` is quadratic below ``huber_delta`` (same curvature as the MSE),
+    linear above.
+    """
+    prediction = soft_argmax(logits_BFNL, grid)
+    if kind == "ce_gauss":
+        offset = to_cells(target_BFN2, grid)[..., None, :] - to_cells(
+            cell_centres(grid, device=target_BFN2.device), grid
+        )
+        soft_target = (offset.square().sum(-1) / (-2 * gauss_sigma**2)).softmax(-1)
+        error = -(soft_target * nnf.log_softmax(logits_BFNL, -1)).sum(-1)
+    else:
+        squared = (prediction - target_BFN2).square().sum(-1)
+        if kind == "huber":
+            distance = squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt()
+            squared = torch.where(distance <= huber_delta, squared, huber_delta * (2 * distance - huber_delta))
+        else:
+            assert kind == "mse", kind
+        error = squared
+    return (weight_BFN * error).sum() / weight_BFN.sum().clamp(min=1), prediction
+
+
+def end_point_error(
+    prediction_BFN2: Tensor, target_BFN2: Tensor, weight_BFN: Tensor, grid: tuple[int, int], size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Mean distance between predicted and true coordinate, in cells of ``grid`` and in pixels of ``size`` (H, W)."""
+    offset, total = prediction_BFN2 - target_BFN2, weight_BFN.sum().clamp(min=1)
+    in_units = [torch.linalg.vector_norm(offset * offset.new_tensor([s[1], s[0]]), dim=-1) for s in (grid, size)]
+    return (weight_BFN * in_units[0]).sum() / total, (weight_BFN * in_units[1]).sum() / total
