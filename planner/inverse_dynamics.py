@@ -29,6 +29,8 @@ GRIPPERS = (6, 13)
 JOINTS = tuple(i for i in range(14) if i not in GRIPPERS)
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+#: Factor on the keypoint maps before their softmax.
+HEAT_SCALE = 10.0
 STATISTICS = ("state_mean_A", "state_std_A", "delta_std_A")
 
 
@@ -55,12 +57,26 @@ class InverseDynamicsConfig:
         return (self.frames - 1) * self.steps_per_frame
 
 
+class _ChannelNorm(nn.Module):
+    """Layer norm over the channels of each pixel. In channels-last memory this is one kernel and no transpose; inside it
+    accumulates in float32 whatever the dtype, so autocast (which would return float32 pictures) is switched off."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias).permute(0, 3, 1, 2)
+
+
 class _Residual(nn.Module):
     """Pre-activation residual block: norm, SiLU, 3x3 convolution, twice."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
+        self.norm1, self.norm2 = _ChannelNorm(channels), _ChannelNorm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
@@ -87,11 +103,12 @@ class FrameEncoder(nn.Module):
         self.fine = nn.Sequential(*[_Residual(c1) for _ in range(config.blocks[0])])
         self.down = nn.Conv2d(c1, c2, 3, stride=2, padding=1)
         self.coarse = nn.Sequential(*[_Residual(c2) for _ in range(config.blocks[1])])
-        self.norm_fine, self.norm_coarse = nn.GroupNorm(8, c1), nn.GroupNorm(8, c2)
+        self.norm_fine, self.norm_coarse = _ChannelNorm(c1), _ChannelNorm(c2)
         self.lateral = nn.Conv2d(c2, c1, 1)
         self.heat = nn.Conv2d(c1, config.keypoints, 1)
         self.flat = nn.Conv2d(c2, config.flat_channels, 1)
         self.project = nn.Linear(3 * config.keypoints + config.flat_channels * (h // 2) * (w // 2), config.dim)
+        self.norm_out = nn.LayerNorm(config.dim)
         ys, xs = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
         self.register_buffer("grid", torch.stack([xs.flatten(), ys.flatten()], -1), persistent=False)
 
@@ -101,11 +118,12 @@ class FrameEncoder(nn.Module):
         both = F.silu(self.norm_fine(fine + F.interpolate(self.lateral(coarse), scale_factor=2.0, mode="nearest")))
         heat = self.heat(both).flatten(2)
         # The softmax runs in float32: its argument decides sub-pixel positions.
-        weights = heat.float().softmax(-1)
+        # Sharpened, because a nearly uniform map has its centre of mass in the middle whatever the picture shows.
+        weights = (HEAT_SCALE * heat.float()).softmax(-1)
         xy = weights @ self.grid.float()
         level = (weights * heat.float()).sum(-1)
         flat = self.flat(coarse).flatten(1)
-        return self.project(torch.cat([xy.flatten(1).to(flat), level.to(flat), flat], dim=-1))
+        return self.norm_out(self.project(torch.cat([xy.flatten(1).to(flat), level.to(flat), flat], dim=-1)))
 
 
 class PixelInverseDynamics(nn.Module):
@@ -133,7 +151,7 @@ class PixelInverseDynamics(nn.Module):
         for name in STATISTICS:
             self.register_buffer(name, torch.full((c.action_dim,), float("nan")))
         nn.init.trunc_normal_(self.position, std=0.02)
-        nn.init.trunc_normal_(self.head[-1].weight, std=1e-3)
+        nn.init.trunc_normal_(self.head[-1].weight, std=0.02)
         nn.init.zeros_(self.head[-1].bias)
         self.fingerprint = "untrained"
 
@@ -148,15 +166,15 @@ class PixelInverseDynamics(nn.Module):
         video = rearrange(frames_BTHWC, "B T H W C -> B T C H W").to(self.position.dtype) / 127.5 - 1.0
         difference = torch.cat([torch.zeros_like(video[:, :1]), video[:, 1:] - video[:, :-1]], dim=1)
         x = rearrange(torch.cat([video, difference], dim=2), "B T C H W -> (B T) C H W")
-        frames = rearrange(self.encoder(x.contiguous(memory_format=torch.channels_last)), "(B T) D -> B T D", T=c.frames)
+        frames = rearrange(
+            self.encoder(x.contiguous(memory_format=torch.channels_last)), "(B T) D -> B T D", T=c.frames
+        )
         state = (state_BA - self.state_mean_A) / self.state_std_A
         tokens = torch.cat([self.state_token(state)[:, None].to(frames), frames], dim=1)
         hidden = self.temporal(tokens + self.position.to(frames))[:, 2:]
         repeated = state[:, None].expand(-1, hidden.shape[1], -1).to(hidden)
         out = self.head(torch.cat([hidden, repeated], dim=-1)).float()
-        mean, log_variance = rearrange(
-            out, "B T (Q P A) -> Q B (T P) A", Q=2, P=c.steps_per_frame, A=c.action_dim
-        )
+        mean, log_variance = rearrange(out, "B T (Q P A) -> Q B (T P) A", Q=2, P=c.steps_per_frame, A=c.action_dim)
         return state_BA[:, None] + mean * self.delta_std_A, log_variance.clamp(-12.0, 4.0)
 
     @torch.inference_mode()
@@ -182,7 +200,10 @@ class PixelInverseDynamics(nn.Module):
         c = self.config
         if not bool(torch.isfinite(self.delta_std_A).all()):
             raise UserError(
-                "decoder", got="no normalisation statistics", wanted="a trained decoder", fix="train it: physis train idm"
+                "decoder",
+                got="no normalisation statistics",
+                wanted="a trained decoder",
+                fix="train it: physis train idm",
             )
         wanted = (c.frames, c.height, c.width, 3)
         if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[1:] != wanted:
@@ -235,11 +256,15 @@ def load_inverse_dynamics(folder: str | Path, device: str = "cpu") -> PixelInver
     folder = Path(folder)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
-            raise UserError("decoder", got=str(folder), wanted=f"a folder with {name}", fix="train one: physis train idm")
+            raise UserError(
+                "decoder", got=str(folder), wanted=f"a folder with {name}", fix="train one: physis train idm"
+            )
     raw = json.loads((folder / CONFIG_NAME).read_text())
     known = {f.name for f in dataclasses.fields(InverseDynamicsConfig)}
     if surplus := set(raw) - known:
-        raise UserError("decoder config", got=sorted(surplus), wanted=f"fields {sorted(known)}", fix="use matching versions")
+        raise UserError(
+            "decoder config", got=sorted(surplus), wanted=f"fields {sorted(known)}", fix="use matching versions"
+        )
     config = InverseDynamicsConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
     model = PixelInverseDynamics(config)
     tensors = load_file(folder / WEIGHTS_NAME)

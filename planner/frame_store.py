@@ -1,0 +1,158 @@
+"""Demonstrations held in memory on one device, and windows gathered from them there.
+
+All episodes are decoded once to 120x160 uint8 (57.6 kB a frame: 900 episodes of 110 frames are 5.7 GB) and stay on the
+training device, so that a batch is one gather and no data loader stands between the GPU and its work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from physisforcing.core.errors import DatasetError, UserError
+
+#: Seeds from here on are for evaluation: nothing is ever trained on them.
+FIRST_TEST_SEED = 100_000
+VALIDATION_SEEDS = range(50_000, 60_000)
+HEAD = "observation.images.head"
+
+
+@dataclass(slots=True, kw_only=True)
+class FrameStore:
+    """``frames_NHWC`` uint8 and ``states_NA`` float32 of all episodes one after the other; episode e is the rows
+    ``first_E[e] : first_E[e] + length_E[e]``. ``states_NA[t]`` are the drive targets u[t], so that the target approached
+    during step t is the next row."""
+
+    frames_NHWC: Tensor
+    states_NA: Tensor
+    first_E: Tensor
+    length_E: Tensor
+    seeds_E: NDArray[np.int64]
+
+    @property
+    def episodes(self) -> int:
+        return len(self.length_E)
+
+    def to(self, device: str | torch.device) -> FrameStore:
+        return FrameStore(
+            frames_NHWC=self.frames_NHWC.to(device),
+            states_NA=self.states_NA.to(device),
+            first_E=self.first_E.to(device),
+            length_E=self.length_E.to(device),
+            seeds_E=self.seeds_E,
+        )
+
+    def draw(
+        self, count: int, *, allowed_E: Tensor, start_share: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Random (episode, start frame) pairs [count]: episodes by their length, a share ``start_share`` at frame 0."""
+        weights = self.length_E[allowed_E].float()
+        episode = allowed_E[torch.multinomial(weights, count, replacement=True, generator=generator)]
+        uniform = torch.rand(2, count, generator=generator, device=generator.device).to(weights.device)
+        start = (uniform[0] * self.length_E[episode]).long().clamp_max(self.length_E[episode] - 1)
+        return episode, torch.where(uniform[1] < start_share, torch.zeros_like(start), start)
+
+    def windows(self, episode_B: Tensor, start_B: Tensor, *, frames: int, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(frames [B,T,H,W,3] uint8, drive targets now [B,A], targets [B,(T-1)*stride,A]); past the end the last row repeats."""
+        last = self.length_E[episode_B] - 1
+        device = last.device
+
+        def rows(offsets: Tensor) -> Tensor:
+            step = torch.minimum(start_B[:, None] + offsets, last[:, None])
+            return self.first_E[episode_B][:, None] + step
+
+        pictures = rows(torch.arange(frames, device=device) * stride)
+        targets = rows(torch.arange(1, (frames - 1) * stride + 1, device=device))
+        now = rows(torch.zeros(1, dtype=torch.long, device=device))[:, 0]
+        return self.frames_NHWC[pictures], self.states_NA[now], self.states_NA[targets]
+
+
+def split_by_seed(seeds_E: Sequence[int] | NDArray[np.int64], *, share: float) -> NDArray[np.bool_]:
+    """True for validation episodes: seeds of the validation range, and about ``share`` of the others by a hash of the seed.
+
+    By seed, so that episodes of one scene never stand on both sides.
+    """
+
+    def held_out(seed: int) -> bool:
+        if seed in VALIDATION_SEEDS:
+            return True
+        digest = hashlib.sha256(f"idm-validation-{seed}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") / 2**32 < share
+
+    return np.array([held_out(int(s)) for s in seeds_E], dtype=bool)
+
+
+def load_frame_store(roots: Iterable[str | Path], *, height: int, width: int, workers: int = 8) -> FrameStore:
+    """Decode LeRobot datasets into one store on the CPU.
+
+    Raises ``UserError`` for datasets that hold evaluation seeds and ``DatasetError`` for empty ones.
+    """
+    from physisforcing.core.lerobot import LeRobotDataset
+
+    roots = [Path(r) for r in roots]
+    datasets = [LeRobotDataset(root) for root in roots]
+    infos = [(d, e) for d in datasets for e in d.episodes]
+    for dataset, episode in infos:
+        if int(episode.seed) >= FIRST_TEST_SEED:
+            raise UserError(
+                "data",
+                got=f"seed {episode.seed} in {dataset.root}",
+                wanted=f"seeds below {FIRST_TEST_SEED} (the rest is kept for evaluation)",
+                fix="train on a dataset collected with training seeds",
+            )
+    if not infos:
+        raise DatasetError(
+            "data", got=[str(r) for r in roots], wanted="at least one episode", fix="physis data collect"
+        )
+    lengths = np.array([e.length for _, e in infos], np.int64)
+    ends = lengths.cumsum()
+    frames = np.empty((int(ends[-1]), height, width, 3), np.uint8)
+
+    def read(number: int) -> NDArray[np.float32]:
+        dataset, episode = infos[number]
+        pictures = resize_to(dataset.frames(episode.index, key=HEAD), height, width)
+        frames[ends[number] - episode.length : ends[number]] = pictures
+        return np.asarray(dataset.columns(episode.index)["observation.state"], np.float32)
+
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        states = list(pool.map(read, range(len(infos))))
+    return make_store(frames, np.concatenate(states), lengths.tolist(), [int(e.seed) for _, e in infos])
+
+
+def make_store(
+    frames_NHWC: NDArray[np.uint8], states_NA: NDArray[np.float32], lengths_E: Sequence[int], seeds_E: Sequence[int]
+) -> FrameStore:
+    """A store from plain arrays (frames already at the decoder's size)."""
+    lengths = torch.as_tensor(np.asarray(lengths_E, np.int64))
+    assert int(lengths.sum()) == len(frames_NHWC) == len(states_NA) and len(seeds_E) == len(lengths)
+    return FrameStore(
+        frames_NHWC=torch.from_numpy(frames_NHWC),
+        states_NA=torch.from_numpy(np.ascontiguousarray(states_NA, np.float32)),
+        first_E=lengths.cumsum(0) - lengths,
+        length_E=lengths,
+        seeds_E=np.asarray(seeds_E, np.int64),
+    )
+
+
+def resize_to(frames_THWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Area-resize to the world model's picture; pictures that already have the size pass unchanged."""
+    if frames_THWC.shape[1:3] == (height, width):
+        return frames_THWC
+    if frames_THWC.shape[1:3] != (2 * height, 2 * width):
+        raise UserError(
+            "frames",
+            got=frames_THWC.shape[1:3],
+            wanted=f"{2 * height} x {2 * width} (halved by area) or {height} x {width}",
+            fix="record the head camera at 240 x 320",
+        )
+    from physisforcing.worldmodel.data.windows import resize_area
+
+    return resize_area(frames_THWC)
