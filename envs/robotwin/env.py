@@ -1,0 +1,456 @@
+"""RoboTwin's tasks behind gymnasium.
+
+Time base: one ``step`` is 15 physics steps of 1/250 s. ``state`` is RoboTwin's vector of drive targets u; an action is the
+next u, approached by linear interpolation (``control="interpolated"``), or by upstream's ``take_action`` (``"topp"``).
+"""
+
+from __future__ import annotations
+
+import string
+import weakref
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from physisforcing.core.errors import UnstableSceneError, UserError, unknown_name
+from physisforcing.core.types import DT, PHYSICS_STEPS_PER_ACTION, ActionSpec, CameraSpec
+
+from .embodiment import load_embodiment, resolve_assets
+from .expert import PLANNER_NAME, PlannerConfig, robot_class
+from .instructions import check_instruction, instruction_for
+from .renderer import CAMERAS, Pictures, check_shadows
+from .runtime import environment_variable, load_runtime, seeded_globals
+from .scene import Bodies, ContactLog, headless_task, scene_hash
+from .tasks import step_limit, task_info
+
+CONTROLS = ("interpolated", "topp")
+HEIGHT, WIDTH = 240, 320
+MAX_INSTRUCTION = 512
+#: ``reset()`` without a seed draws one from the training range.
+TRAIN_SEEDS = 10_000
+
+_live: weakref.ReferenceType[RoboTwinEnv] | None = None
+
+
+class RoboTwinEnv(gymnasium.Env):
+    """One RoboTwin task.
+
+    Observation (dict): ``<camera>_rgb`` uint8 [240,320,3], with ``depth`` also ``<camera>_depth`` uint16 [240,320] in mm, with
+    ``body_ids`` also ``<camera>_body_ids`` uint16 [240,320]; ``state`` float32 [14] drive targets, ``state_measured`` float32
+    [14] measured joints (radians; gripper 0 closed .. 1 open); ``instruction``.
+
+    Action: float32 [14] drive targets. Targets outside the joint limits are clipped to them, and ``info["clipped_steps"]``
+    counts the steps in which that happened. NaN, infinities and wrong shapes raise ``UserError``.
+
+    ``terminated``: the task's check, run after every physics step, has succeeded once. ``truncated``: the runtime's step limit
+    in calls of ``step``. Reward: 1 in the step that succeeds, else 0. Raises ``UnstableSceneError`` from ``reset`` for a seed whose scene does not
+    come to rest, ``VulkanUnavailableError`` without a rendering device, ``UserError`` for a second environment in a process.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 1 / DT}
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        cameras: tuple[str, ...] = ("head",),
+        depth: bool = False,
+        body_ids: bool = False,
+        control: str = "interpolated",
+        assets: str | Path | None = None,
+        embodiment: str | None = None,
+        shadows: str = "directional",
+        instruction: str = "template",
+        planner: PlannerConfig | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        self.task_name = task_info(task)["name"]
+        for camera in cameras:
+            if camera not in CAMERAS:
+                raise unknown_name("cameras", camera, CAMERAS, see="envs/robotwin/renderer.py")
+        if control not in CONTROLS:
+            raise unknown_name("control", control, CONTROLS, see="RoboTwinEnv")
+        self.camera_names, self.control = tuple(cameras), control
+        self.depth, self.body_ids, self.render_mode = depth, body_ids, render_mode
+        self.shadows, self.instruction_kind = check_shadows(shadows), check_instruction(instruction)
+        _claim(self)
+        try:
+            from physisforcing.core.vulkan import ensure_vulkan_env
+
+            ensure_vulkan_env()
+            self._runtime = load_runtime()
+            self._assets = resolve_assets(assets)
+            self._embodiment = load_embodiment(self._assets, embodiment)
+        except BaseException:
+            _release(self)
+            raise
+        self._runtime.base_task.Robot = robot_class(self._runtime.robot.Robot, planner or PlannerConfig())
+        self.action_spec: ActionSpec = self._embodiment.action_spec
+        self._low = np.array(self.action_spec.low, dtype=np.float32)
+        self._high = np.array(self.action_spec.high, dtype=np.float32)
+        self.step_limit = step_limit(self.task_name)
+        self.action_space = gymnasium.spaces.Box(self._low, self._high, dtype=np.float32)
+        self.observation_space = self._observation_space()
+        self._task: Any = None
+        self._instruction = ""
+
+    def _observation_space(self) -> gymnasium.spaces.Dict:
+        box, spaces = gymnasium.spaces.Box, {}
+        for name in self.camera_names:
+            spaces[f"{name}_rgb"] = box(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+            if self.depth:
+                spaces[f"{name}_depth"] = box(0, 65535, (HEIGHT, WIDTH), np.uint16)
+            if self.body_ids:
+                spaces[f"{name}_body_ids"] = box(0, 65535, (HEIGHT, WIDTH), np.uint16)
+        spaces["state"] = box(self._low, self._high, dtype=np.float32)
+        # measured joints overshoot their targets, so their bounds are only sanity bounds
+        spaces["state_measured"] = box(-20.0, 20.0, (self.action_spec.dim,), np.float32)
+        spaces["instruction"] = gymnasium.spaces.Text(MAX_INSTRUCTION, charset=frozenset(string.printable))
+        return gymnasium.spaces.Dict(spaces)
+
+    # ------------------------------------------------------------------ episode
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """Build the scene of ``seed`` and let it settle; numpy's, random's and torch's global generators come back unchanged.
+
+        ``options={"observe": False}`` leaves out the pictures (returned observation has only state and instruction).
+        """
+        super().reset(seed=seed)
+        self._check_open()
+        chosen = int(self.np_random.integers(TRAIN_SEEDS)) if seed is None else int(seed)
+        self._drop_task()
+        self.seed_used = chosen
+        task = headless_task(self._runtime, self.task_name, self.shadows, self._assets.root)
+        try:
+            with seeded_globals(chosen % 2**32), self._runtime_assets():
+                task.setup_demo(**self._setup_arguments(chosen))
+        except self._runtime.create_actor.UnStableError as error:
+            self._discard(task)
+            raise UnstableSceneError(f"RoboTwin/{self.task_name} seed {chosen}: {error}") from error
+        except BaseException:
+            self._discard(task)
+            raise
+        self._task = task
+        task.clock.before = None
+        task.clock.steps = 0
+        task.clock.after = self._physics_stepped
+        self.steps = self.clipped_steps = 0
+        self.success = False
+        self._played = False
+        self._check_enabled = True
+        self._on_boundary: Callable[[], None] | None = None
+        self._pictures = Pictures(task, self.camera_names)
+        self._bodies, self._contacts = Bodies(task.scene), ContactLog(task.scene)
+        self._contacts.add_last_step()
+        self._instruction = instruction_for(self._runtime, self.task_name, task, chosen, self.instruction_kind)
+        self._hash = scene_hash(self._drawn())
+        pictures = (options or {}).get("observe", True)
+        return (self.observe() if pictures else self._numbers()), self._info()
+
+    def step(self, action: NDArray[np.float32]) -> tuple[dict, float, bool, bool, dict]:
+        """Approach the drive targets ``action`` [14] during one control step."""
+        return self._advance(action, observe=True)
+
+    def step_blind(self, action: NDArray[np.float32]) -> tuple[dict, float, bool, bool, dict]:
+        """``step`` without drawing: the observation has only state and instruction."""
+        return self._advance(action, observe=False)
+
+    def _advance(self, action: Any, *, observe: bool) -> tuple[dict, float, bool, bool, dict]:
+        self._check_ready()
+        goal_A, clipped = self._checked(action)
+        self._played = True
+        had_success = self.success
+        self.steps += 1
+        self.clipped_steps += clipped
+        self._contacts.restart()
+        if self.control == "interpolated":
+            self._interpolate(goal_A)
+        else:
+            self._task.take_action(goal_A)
+            self.success = self.success or bool(self._task.eval_success)
+        reward = float(self.success and not had_success)
+        observation = self.observe() if observe else self._numbers()
+        return observation, reward, self.success, self.steps >= self.step_limit, self._info()
+
+    def _interpolate(self, goal_A: NDArray[np.float64]) -> None:
+        robot, clock = self._task.robot, self._task.clock
+        start_A = self._targets()
+        # rounding of float32 actions must not move a joint that was told to stay
+        delta_A = np.where(np.abs(goal_A - start_A) < 1e-6, 0.0, goal_A - start_A)
+        velocity_A = delta_A / DT
+        left, right = slice(0, 6), slice(7, 13)
+        for k in range(1, PHYSICS_STEPS_PER_ACTION + 1):
+            target_A = start_A + delta_A * (k / PHYSICS_STEPS_PER_ACTION)
+            robot.set_arm_joints(target_A[left], velocity_A[left], "left")
+            robot.set_arm_joints(target_A[right], velocity_A[right], "right")
+            robot.set_gripper(target_A[6], "left")
+            robot.set_gripper(target_A[13], "right")
+            self._task.scene.step()
+        assert clock.steps % PHYSICS_STEPS_PER_ACTION == 0 or self.control == "topp"
+
+    def play_expert(self, on_frame: Callable[[int], None] | None = None) -> bool:
+        """Run the task's expert from the scene just reset; True when every motion was found and the task's check holds at the end.
+
+        ``on_frame(t)`` is called at physics steps 0, 15, 30, ... (frame t at t*dt), when ``observe()``, ``body_poses()`` and
+        ``contacts()`` show that moment. The drive targets of frame t+1 are action t: replaying them through ``step`` repeats the
+        episode. The last motion is held to the end of its block of 15 physics steps. ``expert_failure`` says why it failed.
+        """
+        self._check_ready()
+        if self._played:
+            raise UserError(
+                "play_expert", got="a scene that was already acted in", wanted="a scene just reset", fix="call reset(seed=...) first"
+            )
+        self._played = True
+        task = self._task
+        self.expert_failure = ""
+        # a topp episode checks while take_action runs; an expert episode has one time base in both control modes
+        frame = on_frame if on_frame is not None else (lambda _: None)
+
+        def boundary() -> None:
+            self.steps = task.clock.steps // PHYSICS_STEPS_PER_ACTION
+            frame(self.steps)
+            self._contacts.restart()
+
+        frame(0)
+        self._contacts.restart()
+        self._on_boundary = boundary
+        try:
+            with seeded_globals(self.seed_used % 2**32):
+                try:
+                    task.play_once()
+                except AssertionError as error:
+                    if "target_pose cannot be None" not in str(error):  # upstream's way to say that no grasp was found
+                        raise
+                    task.plan_success = False
+                    self.expert_failure = "no reachable grasp"
+                while task.clock.steps % PHYSICS_STEPS_PER_ACTION:
+                    task.robot._entity_qf(task.robot.left_entity)
+                    task.scene.step()
+        finally:
+            self._on_boundary = None
+        succeeded = bool(task.plan_success) and bool(task.check_success())
+        if not succeeded and not self.expert_failure:
+            self.expert_failure = "no motion found" if not task.plan_success else "the task's check fails at the end"
+        return succeeded
+
+    def _physics_stepped(self) -> None:
+        task = self._task
+        task.robot.physics_stepped()
+        self._contacts.add_last_step()
+        if not self.success and self._check_enabled:
+            self.success = bool(task.check_success())
+        if self._on_boundary is not None and task.clock.steps % PHYSICS_STEPS_PER_ACTION == 0:
+            self._on_boundary()
+
+    # ------------------------------------------------------------------ what can be seen
+
+    def observe(self) -> dict[str, Any]:
+        """The observation of this moment; draws the requested cameras."""
+        self._check_ready()
+        observation: dict[str, Any] = {}
+        if self.camera_names:
+            self._pictures.draw()
+        for name in self.camera_names:
+            observation[f"{name}_rgb"] = self._pictures.rgb(name)
+            if self.depth:
+                observation[f"{name}_depth"] = self._pictures.depth(name)
+            if self.body_ids:
+                observation[f"{name}_body_ids"] = self._pictures.body_ids(name)
+        return {**observation, **self._numbers()}
+
+    def _numbers(self) -> dict[str, Any]:
+        return {
+            "state": np.clip(self._targets().astype(np.float32), self._low, self._high),
+            "state_measured": self._measured().astype(np.float32),
+            "instruction": self._instruction,
+        }
+
+    def _targets(self) -> NDArray[np.float64]:
+        robot = self._task.robot
+        return np.array(robot.get_left_arm_jointState() + robot.get_right_arm_jointState(), dtype=np.float64)
+
+    def _measured(self) -> NDArray[np.float64]:
+        robot = self._task.robot
+        values = [robot.get_left_arm_real_jointState(), robot.get_right_arm_real_jointState()]
+        for side, arm in zip(("left", "right"), values, strict=True):
+            closed, opened = getattr(robot, f"{side}_gripper_scale")
+            joint = getattr(robot, f"{side}_gripper")[0][0]
+            entity = getattr(robot, f"{side}_entity")
+            position = entity.get_qpos()[entity.get_active_joints().index(joint)]
+            arm[-1] = (position - closed) / (opened - closed)  # upstream reports the target here
+        return np.array(values[0] + values[1], dtype=np.float64)
+
+    def depth_and_ids(self, camera: str = "head") -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+        """Depth in mm and body ids, both uint16 [240,320], of the last picture drawn by ``observe``, whatever the observation has."""
+        self._check_ready()
+        return self._pictures.depth(camera), self._pictures.body_ids(camera)
+
+    def body_poses(self) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+        """Ids [K] and world poses [K,7] (xyz metres, wxyz) of every rigid body; the ids are those of the body-id picture."""
+        self._check_ready()
+        return self._bodies.ids_K, self._bodies.poses()
+
+    def body_names(self) -> dict[int, str]:
+        """Body id -> name in the scene (names may repeat)."""
+        self._check_ready()
+        return self._bodies.names()
+
+    def cameras(self) -> list[CameraSpec]:
+        """Intrinsics and world-to-camera matrices of the requested cameras, as of the last picture."""
+        self._check_ready()
+        return self._pictures.specs()
+
+    def contacts(self) -> list[tuple[int, int, float]]:
+        """(lower id, higher id, impulse in N*s) of each pair that touched in the physics steps of this frame (up to 15; the last
+        settling step at frame 0): the sum of the norms of all contact-point impulses.
+        """
+        self._check_ready()
+        return self._contacts.pairs()
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """The first requested camera's picture, uint8 [240,320,3]."""
+        if self.render_mode is None:
+            return None
+        self._check_ready()
+        if not self.camera_names:
+            raise UserError("cameras", got=(), wanted="at least one camera to render", fix="make the environment with cameras=('head',)")
+        self._pictures.draw()
+        return self._pictures.rgb(self.camera_names[0])
+
+    # ------------------------------------------------------------------ bookkeeping
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "is_success": self.success,
+            "step": self.steps,
+            "seed": self.seed_used,
+            "scene_hash": self._hash,
+            "task": self.task_name,
+            "control": self.control,
+            "embodiment": self._embodiment.name,
+            "assets": self._assets.label,
+            "runtime": self._runtime.label,
+            "planner": PLANNER_NAME,
+            "renderer": f"sapien rasteriser, shadows={self.shadows}",
+            "cameras": self.camera_names,
+            "step_limit": self.step_limit,
+            "clipped_steps": self.clipped_steps,
+        }
+
+    def _drawn(self) -> dict[str, Any]:
+        """What the scene hash covers. The cameras are the robot's whole rig: which of them are drawn does not change the scene."""
+        rig = [
+            {key: camera.get(key) for key in ("name", "type", "position", "forward", "left")}
+            for camera in self._embodiment.config["static_camera_list"]
+        ]
+        return {
+            "task": self.task_name,
+            "seed": self.seed_used,
+            "runtime": self._runtime.label,
+            "assets": self._assets.label,
+            "embodiment": self._embodiment.name,
+            "cameras": rig,
+            "actors": self._task.spawned.actors,
+        }
+
+    def _setup_arguments(self, seed: int) -> dict[str, Any]:
+        config, folder = self._embodiment.config, str(self._embodiment.folder)
+        off = ("random_background", "cluttered_table", "random_light", "random_embodiment")
+        zero = ("random_head_camera_dis", "random_table_height", "crazy_random_light_rate")
+        return {
+            "task_name": self.task_name,
+            "seed": seed % 2**32,
+            "now_ep_num": 0,
+            "render_freq": 0,
+            "save_freq": None,
+            "save_data": False,
+            "need_plan": True,
+            "eval_mode": True,
+            "left_joint_path": [],
+            "right_joint_path": [],
+            "data_type": {},
+            "domain_randomization": {**dict.fromkeys(off, False), **dict.fromkeys(zero, 0), "clean_background_rate": 1},
+            "camera": {
+                "head_camera_type": "D435",
+                "wrist_camera_type": "D435",
+                "collect_head_camera": True,
+                "collect_wrist_camera": True,
+            },
+            "left_embodiment_config": deepcopy(config),
+            "right_embodiment_config": deepcopy(config),
+            "left_robot_file": folder,
+            "right_robot_file": folder,
+            "dual_arm_embodied": True,
+            "dual_arm": True,
+        }
+
+    def _runtime_assets(self) -> Any:
+        return environment_variable("ASSETS_PATH", str(self._assets.runtime_path))
+
+    def _checked(self, action: Any) -> tuple[NDArray[np.float64], bool]:
+        """The action as float64 [14] inside the limits, and whether it had to be clipped."""
+        dim = self.action_spec.dim
+        try:
+            values_A = np.asarray(action, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise UserError("action", got=type(action).__name__, wanted=f"{dim} numbers", fix="pass a float32 array") from error
+        if values_A.shape != (dim,):
+            raise UserError(
+                "action", got=f"shape {values_A.shape}", wanted=f"shape ({dim},)", fix=f"order: {', '.join(self.action_spec.names)}"
+            )
+        if not np.all(np.isfinite(values_A)):
+            bad = [self.action_spec.names[i] for i in np.flatnonzero(~np.isfinite(values_A))]
+            raise UserError("action", got=f"NaN or infinity for {', '.join(bad)}", wanted="finite targets", fix="check the policy")
+        clipped_A = np.clip(values_A, self._low, self._high)
+        return clipped_A, bool(np.any(np.abs(clipped_A - values_A) > 1e-6))
+
+    def _check_open(self) -> None:
+        if _live is None or _live() is not self:
+            raise UserError("env", got="a closed environment", wanted="an open one", fix="make a new one with gymnasium.make")
+
+    def _check_ready(self) -> None:
+        self._check_open()
+        if self._task is None:
+            raise UserError("env", got="no scene", wanted="reset before anything else", fix="call reset(seed=...)")
+
+    def _drop_task(self) -> None:
+        if self._task is not None:
+            task, self._task = self._task, None
+            self._pictures = self._bodies = self._contacts = None  # type: ignore[assignment]
+            self._discard(task)
+
+    @staticmethod
+    def _discard(task: Any) -> None:
+        clock = getattr(task, "clock", None)
+        if clock is not None:
+            clock.release()
+        task.close_env()
+
+    def close(self) -> None:
+        """Release the scene; another environment may then be made in this process."""
+        self._drop_task()
+        _release(self)
+
+
+def _claim(env: RoboTwinEnv) -> None:
+    global _live
+    if _live is not None and _live() is not None:
+        raise UserError(
+            "gymnasium.make",
+            got="a second live RoboTwin environment in this process",
+            wanted="one (RoboTwin keeps its state in globals)",
+            fix="close() the first, or put each in its own process: gymnasium.vector.AsyncVectorEnv, or the remote environment",
+        )
+    _live = weakref.ref(env)
+
+
+def _release(env: RoboTwinEnv) -> None:
+    global _live
+    if _live is not None and _live() is env:
+        _live = None
+

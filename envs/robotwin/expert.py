@@ -1,0 +1,221 @@
+"""The expert's motion planner: inverse kinematics on the CPU, with the interface RoboTwin expects of cuRobo.
+
+A plan is the straight line in joint space from the current joints to an inverse-kinematics solution, timed by a quintic
+(rest to rest, continuous acceleration) at 250 Hz. Obstacles are not considered: RoboTwin's tasks approach from above with
+explicit pre-grasp poses. A plan depends only on (joints now, target), never on what was planned before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from physisforcing.core.types import PHYSICS_HZ
+
+#: Name under which results mention this planner.
+PLANNER_NAME = "cpu-inverse-kinematics"
+
+
+@dataclass(slots=True, kw_only=True)
+class PlannerConfig:
+    """Limits of a planned motion and the effort spent on inverse kinematics."""
+
+    max_velocity: float = 2.0  # rad/s, every joint
+    max_acceleration: float = 8.0  # rad/s^2
+    min_steps: int = 40  # physics steps of the shortest motion
+    restarts: int = 12
+    iterations: int = 300
+    tolerance: float = 1e-3  # metres and radians, of the pose that the solution reaches
+    easy_move: float = 2.5  # rad: a solution found from the current joints within this distance needs no restart
+
+
+def quintic_path(
+    start_J: NDArray[np.float64], goal_J: NDArray[np.float64], config: PlannerConfig
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Positions and velocities [steps, joints] at 250 Hz from rest to rest.
+
+    s(x) = 10x^3 - 15x^4 + 6x^5: the peak velocity is 15/8 L/T and the peak acceleration 10/sqrt(3) L/T^2.
+    """
+    distance = float(np.max(np.abs(goal_J - start_J)))
+    seconds = max(
+        1.875 * distance / config.max_velocity,
+        np.sqrt(10 / np.sqrt(3) * distance / config.max_acceleration),
+        config.min_steps / PHYSICS_HZ,
+    )
+    steps = int(np.ceil(seconds * PHYSICS_HZ))
+    x = np.arange(1, steps + 1) / steps
+    along = x**3 * (10 - 15 * x + 6 * x**2)
+    rate = 30 * x**2 * (1 - x) ** 2 * PHYSICS_HZ / steps
+    delta = goal_J - start_J
+    return start_J + along[:, None] * delta, rate[:, None] * delta
+
+
+class ArmKinematics:
+    """Inverse kinematics of one arm through SAPIEN's pinocchio model.
+
+    Target poses are those of the end-effector joint's frame *after* RoboTwin's ``global_trans_matrix``, in the world, which is
+    what RoboTwin hands to cuRobo.
+    """
+
+    def __init__(self, entity: Any, joints: list[Any], ee_joint: Any, global_trans_33: NDArray, model: Any) -> None:
+        active = entity.get_active_joints()
+        self.columns = np.array([active.index(j) for j in joints])
+        self._mask = np.zeros(len(active), dtype=np.int32)
+        self._mask[self.columns] = 1
+        limits = np.array([np.asarray(j.get_limits(), dtype=float)[0] for j in joints])
+        self.low, self.high = limits[:, 0], limits[:, 1]
+        self._model = model
+        self._link = entity.get_links().index(ee_joint.child_link)
+        self._root = entity.get_root_pose()
+        self._ee_in_link = ee_joint.pose_in_child
+        self._untrans_33 = np.linalg.inv(global_trans_33)
+
+    def link_target(self, pose: Any) -> Any:
+        """The end link's pose in the articulation's base frame for a world target."""
+        import sapien
+
+        matrix_44 = pose.to_transformation_matrix()
+        matrix_44[:3, :3] = matrix_44[:3, :3] @ self._untrans_33
+        return self._root.inv() * sapien.Pose(matrix_44) * self._ee_in_link.inv()
+
+    def solve(self, qpos: NDArray, pose: Any, config: PlannerConfig) -> NDArray[np.float64] | None:
+        """Joints [arm joints] nearest to ``qpos`` that reach ``pose``, or None."""
+        target = self.link_target(pose)
+        now = np.asarray(qpos, dtype=float)
+        here = now[self.columns]
+        found = self._attempt(now, here, target, config)
+        if found is not None and np.max(np.abs(found - here)) < config.easy_move:
+            return found
+        solutions = [] if found is None else [found]
+        rng = np.random.default_rng(0)
+        low, high = np.maximum(self.low, -np.pi), np.minimum(self.high, np.pi)
+        for _ in range(config.restarts):
+            found = self._attempt(now, rng.uniform(low, high), target, config)
+            if found is not None:
+                solutions.append(self._nearest_wrap(found, here))
+                if len(solutions) == 3:
+                    break
+        return min(solutions, key=lambda q: float(np.max(np.abs(q - here)))) if solutions else None
+
+    def _attempt(self, now: NDArray, start_J: NDArray, target: Any, config: PlannerConfig) -> NDArray | None:
+        guess = now.copy()
+        guess[self.columns] = start_J
+        result, _, error = self._model.compute_inverse_kinematics(
+            self._link, target, guess, self._mask, config.tolerance / 10, config.iterations, 0.5, 1e-4
+        )
+        if np.linalg.norm(error) > config.tolerance:
+            return None
+        joints = self._nearest_wrap(np.asarray(result)[self.columns], start_J)
+        return joints if np.all((joints >= self.low - 1e-6) & (joints <= self.high + 1e-6)) else None
+
+    def _nearest_wrap(self, joints: NDArray, near: NDArray) -> NDArray:
+        """Add whole turns that bring each joint nearest to ``near`` inside its limits."""
+        turns = joints[:, None] + 2 * np.pi * np.arange(-2, 3)
+        cost = np.abs(turns - near[:, None])
+        cost[(turns < self.low[:, None] - 1e-6) | (turns > self.high[:, None] + 1e-6)] = np.inf
+        best = np.argmin(cost, axis=1)
+        chosen = turns[np.arange(len(joints)), best]
+        return np.where(np.isfinite(cost[np.arange(len(joints)), best]), chosen, joints)
+
+
+class InverseKinematicsPlanner:
+    """cuRobo's interface as RoboTwin's ``Robot`` calls it. Counts its plans and failures."""
+
+    def __init__(self, arm: ArmKinematics, config: PlannerConfig) -> None:
+        self.arm, self.config = arm, config
+        self.plans = self.failures = 0
+
+    def plan_path(self, qpos: NDArray, target: Any, constraint_pose: Any = None, arms_tag: Any = None) -> dict[str, Any]:
+        """One motion. The path constraint is not enforced; the end pose satisfies it by construction."""
+        self.plans += 1
+        goal_J = self.arm.solve(qpos, target, self.config)
+        if goal_J is None:
+            self.failures += 1
+            return {"status": "Fail"}
+        position, velocity = quintic_path(np.asarray(qpos, dtype=float)[self.arm.columns], goal_J, self.config)
+        return {"status": "Success", "position": position, "velocity": velocity}
+
+    def plan_batch(
+        self, qpos: NDArray, targets: list[Any], constraint_pose: Any = None, arms_tag: Any = None
+    ) -> dict[str, Any]:
+        """One motion for each target; failures are marked, not raised."""
+        plans = [self.plan_path(qpos, target) for target in targets]
+        nothing = np.zeros((0, len(self.arm.columns)))
+        return {
+            "status": np.array(["Success" if p["status"] == "Success" else "Failure" for p in plans], dtype=object),
+            "position": [p.get("position", nothing) for p in plans],
+            "velocity": [p.get("velocity", nothing) for p in plans],
+        }
+
+    def plan_grippers(self, now: float, target: float) -> dict[str, Any]:
+        """RoboTwin's gripper motion: linear over 200 physics steps."""
+        steps = 200
+        return {"num_step": steps, "per_step": (target - now) / steps, "result": np.linspace(now, target, steps)}
+
+    def update_point_cloud(self, *_: object, **__: object) -> None:
+        raise NotImplementedError("the CPU inverse-kinematics planner does not avoid obstacles, so it takes no point cloud")
+
+
+class ToppraPlanner:
+    """Time-optimal parametrisation for upstream's ``take_action``: mplib's ``TOPP`` with its limits of 1 rad/s and 1 rad/s^2."""
+
+    def TOPP(self, path: NDArray, step: float = 0.1, verbose: bool = False) -> tuple:  # noqa: N802  (upstream's name)
+        """Waypoints [n, joints] -> (times, positions, velocities, accelerations, duration), sampled every ``step`` s."""
+        import toppra
+        from toppra import algorithm, constraint
+
+        limits = np.tile([-1.0, 1.0], (path.shape[1], 1))
+        spline = toppra.SplineInterpolator(np.linspace(0, 1, len(path)), path)
+        solver = algorithm.TOPPRA(
+            [constraint.JointVelocityConstraint(limits), constraint.JointAccelerationConstraint(limits)],
+            spline,
+            parametrizer="ParametrizeConstAccel",
+        )
+        trajectory = solver.compute_trajectory()
+        if trajectory is None:
+            raise ValueError("no time parametrisation (the waypoints coincide)")
+        times = np.linspace(0, trajectory.duration, int(trajectory.duration / step))
+        return times, trajectory(times), trajectory(times, 1), trajectory(times, 2), trajectory.duration
+
+
+_models: dict[str, Any] = {}
+
+
+def robot_class(base: type, config: PlannerConfig) -> type:
+    """RoboTwin's ``Robot`` with the CPU planner in place of cuRobo and gravity compensation computed once a physics step."""
+
+    class CpuPlannedRobot(base):  # type: ignore[misc, valid-type]
+        planner_name = PLANNER_NAME
+
+        def set_planner(self, scene: Any = None) -> None:
+            self.communication_flag = False
+            for side in ("left", "right"):
+                entity = getattr(self, f"{side}_entity")
+                urdf = getattr(self, f"{side}_urdf_path")
+                if urdf not in _models:
+                    _models[urdf] = entity.create_pinocchio_model()
+                arm = ArmKinematics(
+                    entity,
+                    [entity.find_joint_by_name(n) for n in getattr(self, f"{side}_arm_joints_name")],
+                    entity.find_joint_by_name(getattr(self, f"{side}_ee_name")),
+                    getattr(self, f"{side}_global_trans_matrix"),
+                    _models[urdf],
+                )
+                setattr(self, f"{side}_planner", InverseKinematicsPlanner(arm, config))
+                setattr(self, f"{side}_mplib_planner", ToppraPlanner())
+
+        def physics_stepped(self) -> None:
+            """The joints moved: gravity compensation has to be computed again."""
+            self._compensated = False
+
+        def _entity_qf(self, entity: Any) -> None:
+            # Upstream computes this for both arms at every joint command; between two physics steps the result cannot change.
+            if not getattr(self, "_compensated", False):
+                for one in {id(e): e for e in (self.left_entity, self.right_entity)}.values():
+                    super()._entity_qf(one)
+                self._compensated = True
+
+    return CpuPlannedRobot

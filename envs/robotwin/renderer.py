@@ -1,0 +1,126 @@
+"""What is drawn and how: SAPIEN's rasteriser instead of ray tracing, chosen shadows, only the cameras asked for.
+
+The runtime is not edited: while it builds its scene, SAPIEN's renderer settings are redirected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from physisforcing.core.errors import unknown_name
+from physisforcing.core.types import CameraSpec
+
+#: Our camera names -> names of the runtime's cameras.
+CAMERAS = {"head": "head_camera", "left_wrist": "left_camera", "right_wrist": "right_camera"}
+#: ``all`` is upstream's choice (one directional and two point lights with 2048-pixel maps). Point-light shadows are cube
+#: maps: six drawings of the scene each, and four fifths of the drawing time on a CPU.
+SHADOWS = ("directional", "all", "none")
+
+
+def check_shadows(shadows: str) -> str:
+    if shadows not in SHADOWS:
+        raise unknown_name("shadows", shadows, SHADOWS, see="envs/robotwin/renderer.py")
+    return shadows
+
+
+@contextlib.contextmanager
+def rasterised(shadows: str) -> Iterator[None]:
+    """While active, ray-tracing requests select the rasteriser and lights get the shadows that ``shadows`` says."""
+    import sapien
+
+    render, scene_class = sapien.render, sapien.Scene
+    names = (
+        "set_camera_shader_dir",
+        "set_ray_tracing_samples_per_pixel",
+        "set_ray_tracing_path_depth",
+        "set_ray_tracing_denoiser",
+    )
+    kept = {name: getattr(render, name) for name in names}
+    lights = {name: getattr(scene_class, name) for name in ("add_point_light", "add_directional_light")}
+    casts = {"add_point_light": shadows == "all", "add_directional_light": shadows != "none"}
+
+    def light(name: str) -> Any:
+        def add(self: Any, *args: Any, **kwargs: Any) -> Any:
+            kwargs["shadow"] = casts[name]
+            return lights[name](self, *args, **kwargs)
+
+        return add
+
+    kept["set_camera_shader_dir"]("default")
+    for name in names:
+        setattr(render, name, lambda *_: None)
+    for name in lights:
+        setattr(scene_class, name, light(name))
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(render, name, function)
+        for name, function in lights.items():
+            setattr(scene_class, name, function)
+
+
+class Pictures:
+    """Draws the requested cameras of one built task."""
+
+    def __init__(self, task: Any, cameras: tuple[str, ...]) -> None:
+        self._task = task
+        rig = task.cameras
+        static = dict(zip(rig.static_camera_name, rig.static_camera_list, strict=True))
+        wrist = {"left_camera": rig.left_camera, "right_camera": rig.right_camera}
+        found = {**static, **wrist}
+        self.cameras = {name: found[CAMERAS[name]] for name in cameras}
+
+    def draw(self) -> None:
+        """Bring the render scene up to date and take one picture with every requested camera."""
+        task = self._task
+        if any(name != "head" for name in self.cameras):
+            task.cameras.update_wrist_camera(task.robot.left_camera.get_pose(), task.robot.right_camera.get_pose())
+        task.scene.update_render()
+        for camera in self.cameras.values():
+            camera.take_picture()
+
+    def rgb(self, name: str) -> NDArray[np.uint8]:
+        """uint8 [H,W,3] of the last ``draw``."""
+        colour_HW4 = self.cameras[name].get_picture("Color")
+        return (colour_HW4[..., :3] * 255).clip(0, 255).astype(np.uint8)
+
+    def depth(self, name: str) -> NDArray[np.uint16]:
+        """Distance along the optical axis in mm, uint16 [H,W]; 0 where nothing was hit, 65535 at 65.535 m and beyond."""
+        metres_HW = -self.cameras[name].get_picture("Position")[..., 2]
+        return np.rint(metres_HW * 1000).clip(0, 65535).astype(np.uint16)
+
+    def body_ids(self, name: str) -> NDArray[np.uint16]:
+        """Id of the rigid body in each pixel (``body_poses`` has the same ids), uint16 [H,W]; 0 where nothing was hit."""
+        return np.asarray(self.cameras[name].get_picture("Segmentation")[..., 1]).astype(np.uint16)
+
+    def specs(self) -> list[CameraSpec]:
+        """Cameras as of the last ``draw`` (wrist cameras move)."""
+        specs = []
+        for name, camera in self.cameras.items():
+            intrinsics_33 = np.asarray(camera.get_intrinsic_matrix(), dtype=np.float64).copy()
+            intrinsics_33[:2, 2] -= 0.5  # SAPIEN puts integers at pixel corners, we at pixel centres
+            world_to_camera_44 = np.eye(4)
+            world_to_camera_44[:3] = np.asarray(camera.get_extrinsic_matrix(), dtype=np.float64)[:3]
+            specs.append(
+                CameraSpec(
+                    name=name,
+                    height=camera.height,
+                    width=camera.width,
+                    intrinsics_33=intrinsics_33,
+                    world_to_camera_44=world_to_camera_44,
+                )
+            )
+        return specs
+
+
+def device_summary(sizes: Mapping[str, Any] | None = None) -> str:
+    """Name of the rendering device that SAPIEN picked."""
+    import sapien
+
+    return str(sapien.render.get_device_summary())

@@ -1,0 +1,193 @@
+"""RoboTwin's own code, imported unchanged.
+
+The runtime imports at its top what our way through it never calls (mplib, open3d, cuRobo, ...). Each such module that is not
+installed gets a stand-in while RoboTwin is imported; using a stand-in raises a sentence. The stand-ins leave ``sys.modules``
+again, so nobody else meets them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import random
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from physisforcing.core.errors import UserError
+
+#: Modules that RoboTwin imports and we never use. mplib's wheels need numpy < 2, so a stand-in is used even where it is installed.
+ALWAYS_STAND_IN = (
+    "mplib",
+    "mplib.planner",
+    "mplib.sapien_utils",
+    "curobo",
+    "curobo.types",
+    "curobo.types.math",
+    "curobo.types.robot",
+    "curobo.wrap",
+    "curobo.wrap.reacher",
+    "curobo.wrap.reacher.motion_gen",
+    "curobo.util",
+    "pytorch3d",
+    "pytorch3d.ops",
+)
+STAND_IN_IF_MISSING = ("open3d", "cv2", "imageio", "huggingface_hub", "trimesh")
+
+
+class _Unusable:
+    """What an attribute of a stand-in module is: it can be named, not called."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        raise RuntimeError(
+            "this part of RoboTwin needs a package that physisforcing replaces by a stand-in "
+            f"({', '.join(m for m in ALWAYS_STAND_IN + STAND_IN_IF_MISSING if '.' not in m)}); "
+            "physisforcing's own tasks never use it"
+        )
+
+
+class _StandIn(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Unusable
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Runtime:
+    """The imported RoboTwin modules that the environment touches."""
+
+    name: str
+    version: str
+    base_task: types.ModuleType
+    robot: types.ModuleType
+    create_actor: types.ModuleType
+    instructions: types.ModuleType
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.version}"
+
+    def task_class(self, task: str) -> type:
+        """RoboTwin's class of a task (its module and class carry the task's name)."""
+        return getattr(importlib.import_module(f"robotwin.envs.{task}"), task)
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
+    wanted = list(ALWAYS_STAND_IN) + [m for m in STAND_IN_IF_MISSING if importlib.util.find_spec(m) is None]
+    before = {name: sys.modules.get(name) for name in wanted}
+    for name in wanted:
+        module = _StandIn(name)
+        module.__path__ = []  # lets "import a.b" pass the check that a is a package
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module
+
+
+def runtime_installed() -> bool:
+    """Whether the RoboTwin runtime can be imported, without importing it."""
+    return importlib.util.find_spec("robotwin") is not None
+
+
+_loaded: Runtime | None = None
+
+
+def load_runtime() -> Runtime:
+    """Import RoboTwin (once a process) and quieten its prints.
+
+    ``UserError`` when it is missing, or when ``ROBOTWIN_ROOT`` names a checkout (not supported by this release).
+    """
+    global _loaded
+    if _loaded is not None:
+        return _loaded
+    root = os.environ.get("ROBOTWIN_ROOT")
+    if root:
+        raise UserError(
+            "ROBOTWIN_ROOT",
+            got=root,
+            wanted="to be unset: running a user's RoboTwin checkout is not supported by this release",
+            fix="unset ROBOTWIN_ROOT; the runtime that set-up installs is used",
+        )
+    if not runtime_installed():
+        raise UserError(
+            "robotwin",
+            got="no module named 'robotwin'",
+            wanted="the RoboTwin runtime (rlinf-robotwin-runtime 0.1.3)",
+            fix="run `make setup`, or see `physis doctor`",
+        )
+    with _stand_ins(), open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        base_task = importlib.import_module("robotwin.envs._base_task")
+        robot = importlib.import_module("robotwin.envs.robot.robot")
+        create_actor = importlib.import_module("robotwin.envs.utils.create_actor")
+        instructions = importlib.import_module("robotwin.description.instructions")
+        version = importlib.import_module("robotwin").__version__
+    for module in (base_task, robot):
+        module.print = _discard  # type: ignore[attr-defined]  # a module-level name shadows the builtin there only
+    _loaded = Runtime(
+        name="rlinf-robotwin-runtime",
+        version=version,
+        base_task=base_task,
+        robot=robot,
+        create_actor=create_actor,
+        instructions=instructions,
+    )
+    return _loaded
+
+
+def _discard(*_: object, **__: object) -> None:
+    """RoboTwin prints its step counter and missing cameras; results carry both."""
+
+
+@contextlib.contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """Seed numpy's, random's and torch's global generators; give their states back afterwards.
+
+    RoboTwin draws its scenes from these globals. torch is only touched where RoboTwin has loaded it.
+    """
+    torch = sys.modules.get("torch")
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    torch_state = torch.get_rng_state() if torch is not None else None
+    cuda_states = torch.cuda.get_rng_state_all() if torch is not None and torch.cuda.is_initialized() else None
+    np.random.seed(seed)
+    random.seed(seed)
+    if torch is not None:
+        torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        if torch is not None:
+            torch.set_rng_state(torch_state)
+            if cuda_states is not None:
+                torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextlib.contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while; RoboTwin reads its asset folder from one."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before

@@ -1,0 +1,104 @@
+"""The tasks: names, limits, registration with gymnasium, and the ``physis tasks`` command. Imports no simulator."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.resources import files
+from typing import Any
+
+from physisforcing.core.errors import UserError, unknown_name
+
+#: Every task of the runtime. ``tests/unit/test_tasks.py`` compares this with the runtime's files.
+TASKS = (
+    "adjust_bottle", "beat_block_hammer", "blocks_ranking_rgb", "blocks_ranking_size", "click_alarmclock", "click_bell",
+    "dump_bin_bigbin", "grab_roller", "handover_block", "handover_mic", "hanging_mug", "lift_pot", "move_can_pot",
+    "move_pillbottle_pad", "move_playingcard_away", "move_stapler_pad", "open_laptop", "open_microwave",
+    "pick_diverse_bottles", "pick_dual_bottles", "place_a2b_left", "place_a2b_right", "place_bread_basket",
+    "place_bread_skillet", "place_burger_fries", "place_can_basket", "place_cans_plasticbox", "place_container_plate",
+    "place_dual_shoes", "place_empty_cup", "place_fan", "place_mouse_pad", "place_object_basket", "place_object_scale",
+    "place_object_stand", "place_phone_stand", "place_shoe", "press_stapler", "put_bottles_dustbin", "put_object_cabinet",
+    "rotate_qrcode", "scan_object", "shake_bottle", "shake_bottle_horizontally", "stack_blocks_three", "stack_blocks_two",
+    "stack_bowls_three", "stack_bowls_two", "stamp_seal", "turn_switch",
+)  # fmt: skip
+#: Tasks whose objects the self-made pack carries; the others need RoboTwin's own assets.
+PACK_TASKS = ("stack_blocks_two", "blocks_ranking_rgb", "adjust_bottle", "place_empty_cup", "click_bell", "press_stapler")
+#: Tasks that the shipped world model is trained on.
+MODEL_TASKS = ("click_bell", "adjust_bottle", "stack_blocks_two")
+
+
+def list_tasks() -> list[str]:
+    """Names of all tasks, sorted."""
+    return sorted(TASKS)
+
+
+def step_limit(name: str) -> int:
+    """The runtime's limit in calls of ``step``."""
+    import yaml
+
+    text = _runtime_file("configs", "task", "_eval_step_limit.yml")
+    return int(yaml.safe_load(text)[name])
+
+
+def task_info(name: str) -> dict[str, Any]:
+    """Name, gymnasium id, and whether the self-made pack and the shipped model cover a task. ``UserError`` for a typo."""
+    if name not in TASKS:
+        raise unknown_name("task", name, TASKS, see="physis tasks")
+    return {
+        "name": name,
+        "id": f"RoboTwin/{name}-v0",
+        "in_pack": name in PACK_TASKS,
+        "in_shipped_model": name in MODEL_TASKS,
+    }
+
+
+def task_details(name: str) -> dict[str, Any]:
+    """``task_info`` with what the installed runtime says: step limit and description."""
+    info = task_info(name)
+    texts = json.loads(_runtime_file("description", "task_instruction", f"{name}.json"))
+    return {**info, "step_limit": step_limit(name), "description": texts["full_description"]}
+
+
+def _runtime_file(*parts: str) -> str:
+    try:
+        return files("robotwin").joinpath(*parts).read_text(encoding="utf-8")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "robotwin",
+            got="no module named 'robotwin'",
+            wanted="the RoboTwin runtime (rlinf-robotwin-runtime 0.1.3)",
+            fix="run `make setup`, or see `physis doctor`",
+        ) from error
+
+
+def register_tasks() -> None:
+    """Register ``RoboTwin/<task>-v0`` for every task (again is harmless)."""
+    import gymnasium
+
+    for name in TASKS:
+        if f"RoboTwin/{name}-v0" not in gymnasium.registry:
+            gymnasium.register(
+                id=f"RoboTwin/{name}-v0", entry_point="physisforcing.envs.robotwin.env:RoboTwinEnv", kwargs={"task": name}
+            )
+
+
+def main(argv: list[str]) -> int:
+    """``physis tasks [name ...] [--json]``."""
+    parser = argparse.ArgumentParser(
+        prog="physis tasks",
+        description="List RoboTwin's tasks.",
+        epilog="examples: physis tasks | physis tasks click_bell | physis tasks --json",
+    )
+    parser.add_argument("names", nargs="*", metavar="name", help="tasks to show (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    rows = [task_details(name) for name in options.names or list_tasks()]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    print(f"{'task':28} {'limit':>5}  {'pack':4} {'model':5}  description")
+    for row in rows:
+        marks = ["yes" if row[key] else "-" for key in ("in_pack", "in_shipped_model")]
+        print(f"{row['name']:28} {row['step_limit']:5}  {marks[0]:4} {marks[1]:5}  {row['description']}")
+    print("\npack: the self-made assets cover it; others need RoboTwin's own assets (ROBOTWIN_ASSETS).")
+    return 0
