@@ -31,6 +31,7 @@ from physisforcing.core.report.charts import line_chart
 from physisforcing.core.report.data import interval
 from physisforcing.core.report.draw import draw_mask, draw_tracks, side_by_side, upscale, write_png
 from physisforcing.core.report.markup import fill, join
+from physisforcing.core.results import ResultKey, ResultsFile
 from physisforcing.core.video import probe_mp4, write_mp4
 
 NASTY = "<script>alert('x')</script> & \"quoted\" {braces}"
@@ -169,13 +170,12 @@ def test_from_run_reads_log_and_results(tmp_path: Path) -> None:
         from_run(tmp_path)
     log = [{"step": s, "loss": 2.0 - s, "loss_fm": 1.0} for s in range(2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
-    episodes = [
-        {"task": "click_bell", "policy": "planner", "success": True, "status": "ok"},
-        {"task": "click_bell", "policy": "planner", "success": None, "status": "error"},
-        {"task": "click_bell", "policy": "random", "success": False, "status": "ok"},
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in episodes) + '{"task": "cut of'
-    (tmp_path / "results.jsonl").write_text(text, encoding="utf-8")
+    results = ResultsFile(tmp_path / "results.jsonl")
+    for number, (policy, status) in enumerate([("planner", "success"), ("planner", "error"), ("random", "failure")]):
+        key = ResultKey(manifest="m", episode=str(number), fingerprint=policy, config="c")
+        results.append(key, status, task="click_bell", policy=policy)
+    with (tmp_path / "results.jsonl").open("a", encoding="utf-8") as torn:
+        torn.write('{"task": "cut of')
     data = from_run(tmp_path)
     assert [curve.name for curve in data.curves] == ["loss", "loss_fm"] and data.curves[0].values == [2.0, 1.0]
     assert [(r.policy, r.successes, r.episodes, r.errors, r.baseline) for r in data.success] == [

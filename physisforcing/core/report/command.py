@@ -102,20 +102,18 @@ def read_curves(path: Path, names: dict[str, str] | None = None) -> list[Curve]:
 
 
 def read_success(path: Path) -> list[SuccessRow]:
-    """Counts per (task, policy) of a results file; ``error`` lines are counted apart."""
+    """Counts per (task, policy) of a results file (``core.results``); crashed episodes are counted apart."""
+    from ..results import ResultsFile
+
     rows: dict[tuple[str, str], SuccessRow] = {}
-    for line in read_jsonl(path):
-        task, policy = str(line.get("task", "")), str(line.get("policy", line.get("arm", "")))
-        baseline = policy.split(":")[0] in BASELINES
-        row = rows.setdefault(
-            (task, policy), SuccessRow(task=task, policy=policy, successes=0, episodes=0, baseline=baseline)
-        )
-        success = line.get("success")
-        if line.get("status") == "error" or success is None:
-            row.errors += 1
-        else:
-            row.episodes += 1
-            row.successes += int(bool(success))
+    for line in ResultsFile(path).rows:
+        task, policy = str(line.get("task", "")), str(line.get("policy", ""))
+        baseline = policy in BASELINES
+        empty = SuccessRow(task=task, policy=policy, successes=0, episodes=0, baseline=baseline)
+        row = rows.setdefault((task, policy), empty)
+        row.errors += line["status"] == "error"
+        row.episodes += line["status"] != "error"
+        row.successes += line["status"] == "success"
     return sorted(rows.values(), key=lambda row: (row.task, row.baseline, row.policy))
 
 
