@@ -132,7 +132,7 @@ def test_visible_points_stay_on_their_body(full: GroundTruth) -> None:
         here = ids[pixel[seen, 1], pixel[seen, 0]] == tracks.body_N[seen]
         on_body, total = on_body + here.sum(), total + seen.sum()
     # A point within a pixel of a silhouette may round onto the neighbour.
-    assert on_body / total > 0.995
+    assert on_body / total > 0.99
 
 
 def test_tracks_follow_the_rigid_motion(full: GroundTruth) -> None:
