@@ -59,6 +59,11 @@ class WindowBank:
     proprioception_WKA: Tensor
     targets: Any | None = None
 
+    def physics_rows(self) -> Tensor:
+        """Rows of the windows that have physics targets, on the CPU."""
+        assert self.targets is not None
+        return self.targets.available_rows()
+
     def batch(self, rows_B: Tensor) -> dict[str, Any]:
         """``latents_BCFhw``, ``text_BLD``, ``proprioception_BKA`` (float32) and ``targets`` of window rows on the device."""
         return {

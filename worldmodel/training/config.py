@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ..backbones.wan import ConditionerConfig, WanConfig
 from ..flow_matching import FlowMatchingConfig
-from ..physics.forcing import PhysicsConfig
+from ..physics.config import PhysicsConfig
 from .optim import OptimConfig
 
 

@@ -1,0 +1,211 @@
+"""The shipped world model: codec, denoiser and sampler behind core's ``WorldModel``.
+
+A world-model folder holds ``world_model.json``, ``denoiser.json``, ``transformer/`` (a plain diffusers folder),
+``conditioner.safetensors`` and, where it was trained with physics losses, ``physics_heads.safetensors`` (not needed to imagine).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from physisforcing.core.errors import MissingCapabilityError, UserError
+from physisforcing.core.types import DT, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
+
+from .backbones.wan import WanDenoiser, load_denoiser, save_denoiser
+from .codec import VideoCodec, load_codec, to_uint8
+from .data.windows import FRAME_STRIDE, WINDOW_FRAMES
+from .flow_matching import euler_sample
+from .physics.forcing import PhysisForcing
+from .storage import as_dtype, fingerprint, read_json
+from .text import TextEmbedder
+
+#: Denoising steps where nothing else is asked for.
+DEFAULT_STEPS = 8
+
+
+def save_world_model(
+    folder: Path,
+    denoiser: WanDenoiser,
+    forcing: PhysisForcing | None,
+    *,
+    sample_shift: float,
+    codec_fingerprint: str,
+    home_state: Sequence[float],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a world-model folder; ``dtype`` is the stored precision (None: as it is)."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_denoiser(denoiser, folder, dtype)
+    if forcing is not None:
+        save_file(as_dtype(forcing.state_dict(), dtype), folder / "physics_heads.safetensors")
+    settings = {
+        "name": "physis-pico",
+        "frames": WINDOW_FRAMES,
+        "frame_stride": FRAME_STRIDE,
+        "sample_shift": sample_shift,
+        "denoising_steps": DEFAULT_STEPS,
+        "codec_fingerprint": codec_fingerprint,
+        "home_state": list(home_state),
+    }
+    (folder / "world_model.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load_heads(forcing: PhysisForcing, folder: Path) -> None:
+    """Load ``physics_heads.safetensors`` of a world-model folder. Raises ``UserError`` where it is missing."""
+    from safetensors.torch import load_file
+
+    path = folder / "physics_heads.safetensors"
+    if not path.is_file():
+        raise UserError("run.init", got=str(folder), wanted="a model with physics heads", fix="start from a model trained with physics losses")
+    forcing.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+
+
+class FlowWorldModel:
+    """Imagines 17 frames (1.92 s) from one picture, an instruction and the joint targets at three lags.
+
+    ``steps``: denoising steps. The noise of a sample depends on its seed alone, and on a CPU samples are computed one by one, so
+    that a sample is bit-equal wherever it stands in a batch.
+    """
+
+    def __init__(
+        self,
+        denoiser: WanDenoiser,
+        codec: VideoCodec,
+        settings: dict,
+        *,
+        model_fingerprint: str,
+        steps: int | None = None,
+        text: TextEmbedder | None = None,
+    ) -> None:
+        self.denoiser = denoiser.eval().requires_grad_(False)
+        self.codec, self.settings = codec, settings
+        self.steps = int(settings["denoising_steps"]) if steps is None else steps
+        if self.steps < 1:
+            raise UserError("denoising_steps", got=self.steps, wanted="1 or more", fix=f"denoising_steps={DEFAULT_STEPS}")
+        self.device = next(denoiser.parameters()).device
+        self.text = text if text is not None else TextEmbedder()
+        self._spec = WorldModelSpec(
+            name=settings["name"],
+            views=ViewLayout(),
+            context_frames=1,
+            horizons=(settings["frames"],),
+            frame_dt=settings["frame_stride"] * DT,
+            conditions=frozenset({"text", "proprioception"}),
+            returns=frozenset({"frames", "latents"}),
+            proprioception_lags=tuple(denoiser.conditioner.config.lags),
+            fingerprint=model_fingerprint,
+        )
+
+    @property
+    def spec(self) -> WorldModelSpec:
+        return self._spec
+
+    @property
+    def home_state_A(self) -> np.ndarray:
+        """The usual joint targets at the start of an episode, float32 [14]."""
+        return np.asarray(self.settings["home_state"], dtype=np.float32)
+
+    @torch.inference_mode()
+    def rollout(self, request: RolloutRequest) -> Rollout:
+        """See core's ``WorldModel``. Raises ``MissingCapabilityError`` for what the spec does not offer."""
+        self._check(request)
+        begun = time.perf_counter()
+        batch, samples = request.seeds_BS.shape
+        context = torch.from_numpy(np.ascontiguousarray(request.context_BVTHWC[:, 0])).to(self.device)
+        first = self.codec.encode(context)
+        tokens, _ = self.text.batch(request.instructions)
+        conditions = self.denoiser.context(
+            tokens.to(self.device), torch.as_tensor(request.proprioception_BKA, dtype=torch.float32, device=self.device)
+        )
+        order = [(b, s) for b in range(batch) for s in range(samples)]
+        noise = torch.stack([_noise(int(request.seeds_BS[b, s]), first, self._latents) for b, s in order])
+        owner = torch.tensor([b for b, _ in order])
+        latents, frames = [], []
+        for part in torch.arange(len(order)).split(1 if self.device.type == "cpu" else self._spec.max_batch):
+            rows = owner[part].to(self.device)
+            sampled = self._sample(first[rows], conditions[rows], noise[part].to(self.device))
+            latents.append(sampled.cpu())
+            if "frames" in request.returns:
+                frames.append(to_uint8(self.codec.decode(sampled)).cpu())
+        return Rollout(
+            times_T=np.arange(request.horizon) * self._spec.frame_dt,
+            frames_BSVTHWC=torch.cat(frames).unflatten(0, (batch, samples)).unsqueeze(2).numpy() if frames else None,
+            latents_BSCFhw=torch.cat(latents).unflatten(0, (batch, samples)).numpy() if "latents" in request.returns else None,
+            cost={"seconds": time.perf_counter() - begun, "denoiser_calls": float(self.steps * len(order))},
+        )
+
+    @property
+    def _latents(self) -> int:
+        return 1 + (int(self.settings["frames"]) - 1) // 4
+
+    def _sample(self, first_BC1hw: Tensor, conditions_BLD: Tensor, noise_BCFhw: Tensor) -> Tensor:
+        def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
+            return self.denoiser(x, timesteps, conditions_BLD)[0]
+
+        shift = float(self.settings["sample_shift"])
+        return euler_sample(velocity, first_BC1hw, noise_BCFhw, steps=self.steps, shift=shift)
+
+    def _check(self, request: RolloutRequest) -> None:
+        spec, context = self._spec, request.context_BVTHWC
+        expected = (1, spec.context_frames, spec.views.height, spec.views.width, 3)
+        if context.dtype != np.uint8 or context.ndim != 6 or context.shape[1:] != expected:
+            raise UserError("context_BVTHWC", got=f"{context.dtype} {context.shape}", wanted=f"uint8 [B,{expected}]", fix="one head picture, 120x160")
+        if request.horizon not in spec.horizons:
+            raise MissingCapabilityError("horizon", got=request.horizon, wanted=f"one of {spec.horizons}", fix=f"horizon={spec.horizons[0]}")
+        if request.actions_BSPA is not None:
+            raise MissingCapabilityError("actions", got="actions", wanted=f"conditions {sorted(spec.conditions)}", fix="leave actions out")
+        if request.feature_tap is not None or not request.returns <= spec.returns:
+            wanted = f"a subset of {sorted(spec.returns)}"
+            raise MissingCapabilityError("returns", got=sorted(request.returns), wanted=wanted, fix="ask for frames or latents")
+        shape = (len(context), len(spec.proprioception_lags), self.denoiser.conditioner.config.state_dim)
+        state = request.proprioception_BKA
+        if state is None or state.shape != shape or not np.isfinite(state).all():
+            got = None if state is None else state.shape
+            raise UserError("proprioception_BKA", got=got, wanted=f"finite numbers {shape}", fix=f"joint targets at lags {spec.proprioception_lags}")
+        if len(request.instructions) != len(context) or request.seeds_BS.shape[0] != len(context):
+            raise UserError("instructions, seeds_BS", got=(len(request.instructions), request.seeds_BS.shape), wanted=f"{len(context)} rows", fix="one instruction and one row of seeds a context")
+
+
+def _noise(seed: int, first_BC1hw: Tensor, latents: int) -> Tensor:
+    """Noise of one sample, [C,F,h,w] float32 on the CPU: a function of the seed alone."""
+    shape = (first_BC1hw.shape[1], latents, *first_BC1hw.shape[3:])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def load_world_model(
+    path: Path | str,
+    device: str | torch.device = "cpu",
+    *,
+    codec: Path | str | None = None,
+    steps: int | None = None,
+    text: TextEmbedder | None = None,
+) -> FlowWorldModel:
+    """Load a world-model folder. ``codec``: its codec's folder; by default ``vae`` beside the folder.
+
+    Raises ``UserError`` when a part is missing or the codec is not the one the model was trained with.
+    """
+    folder = Path(path)
+    if not (folder / "world_model.json").is_file():
+        raise UserError("world_model", got=str(folder), wanted="a folder with world_model.json", fix="physis train worldmodel, or its path")
+    settings = read_json(folder / "world_model.json")
+    codec_folder = Path(codec) if codec is not None else folder.parent / "vae"
+    found = fingerprint(codec_folder)
+    if found != settings["codec_fingerprint"]:
+        raise UserError("codec", got=f"{codec_folder} ({found})", wanted=f"the codec {settings['codec_fingerprint']} it was trained with", fix="pass codec=<folder of that codec>")
+    return FlowWorldModel(
+        load_denoiser(folder, device),
+        load_codec(codec_folder, device),
+        settings,
+        model_fingerprint=fingerprint(folder),
+        steps=steps,
+        text=text,
+    )

@@ -1,0 +1,225 @@
+"""``physis train worldmodel``: PhysisForcing training of the video transformer on latents that are resident on the device."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from physisforcing.core.errors import UserError
+
+from ..backbones.wan import WanDenoiser, build_denoiser, load_denoiser
+from ..codec import load_codec
+from ..data.batches import WindowBank, WindowSampler, build_bank, step_generator
+from ..data.windows import Episode, FrameStore, WindowTable, read_episodes
+from ..model import load_heads, save_world_model
+from ..physics.forcing import PhysisForcing
+from ..storage import fingerprint
+from .checkpoint import (
+    latest_checkpoint,
+    load_training,
+    optimizer_tensors,
+    restore_optimizer,
+    restore_rng,
+    rng_tensors,
+    save_checkpoint,
+)
+from .config import TrainWorldModelConfig
+from .evaluate import heldout_losses
+from .objective import draw_noise, objective
+from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
+from .runtime import autocast, fast_matmuls, pick_device, split_heldout, write_provenance
+from .steplog import StepLog
+
+
+def prepare_banks(
+    config: TrainWorldModelConfig, device: torch.device, episodes: list[Episode] | None = None
+) -> tuple[WindowBank, WindowBank]:
+    """-> (training windows, held-out windows): latents, conditions and physics targets on ``device``."""
+    data = config.data
+    if episodes is None:
+        episodes = read_episodes(
+            data.roots, success_only=data.success_only, tasks=data.tasks, limit=data.limit, workers=data.workers
+        )
+    if not config.codec:
+        raise UserError("codec", got=config.codec, wanted="the folder of a video codec", fix="physis train vae, then codec=<its folder>")
+    codec = load_codec(config.codec, device)
+    banks = []
+    for part in split_heldout(episodes, data.heldout):
+        store = FrameStore.build(part, device)
+        table = WindowTable.build([episode.length for episode in part], data.start_stride)
+        cache = Path(data.text_cache) if data.text_cache else None
+        bank = build_bank(store, table, codec, tuple(config.conditioner.lags), text_cache=cache)
+        if config.physics.lambda_pix > 0 or config.physics.lambda_sem > 0:
+            from ..data.targets import resident_targets
+
+            bank.targets = resident_targets(part, table, config.physics, device, cache=config.targets)
+        banks.append(bank)
+    return banks[0], banks[1]
+
+
+class Trainer:
+    """Model, heads, optimiser and average of one run; ``step`` makes one update. Random numbers depend on (seed, step) only."""
+
+    def __init__(self, config: TrainWorldModelConfig, bank: WindowBank, device: torch.device) -> None:
+        self.config, self.bank, self.device = config, bank, device
+        torch.manual_seed(config.run.seed)
+        teacher_dim = None if bank.targets is None else bank.targets.teacher_dim
+        self.model = nn.ModuleDict(_build_modules(config, bank, teacher_dim)).to(device).train()
+        if config.run.compile not in ("none", "blocks"):
+            raise UserError("run.compile", got=config.run.compile, wanted="none or blocks", fix="run.compile=blocks")
+        if config.run.compile == "blocks":
+            self.denoiser.compile_blocks()
+        self.optimizer = build_optimizer(self.model.parameters(), config.optim)
+        self.average = WeightAverage(self.model, config.optim.ema)
+        self.names = dict(self.model.named_parameters())
+        self.sampler = WindowSampler.build(bank.table, config.data.start_fraction)
+        self.wait_s = 0.0
+
+    @property
+    def denoiser(self) -> WanDenoiser:
+        return self.model["denoiser"]  # type: ignore[return-value]
+
+    @property
+    def forcing(self) -> PhysisForcing | None:
+        return self.model["forcing"] if "forcing" in self.model else None  # type: ignore[return-value]
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """The batch of a step, a function of (seed, step)."""
+        rows = self.sampler.draw(self.config.run.batch, step_generator(self.config.run.seed, step))
+        if self.device.type == "cuda":
+            rows = rows.pin_memory()
+        return self.bank.batch(rows.to(self.device, non_blocking=True))
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Update number ``step`` (from 0). Returns loss terms and gradient norm as device scalars."""
+        begun = time.perf_counter()
+        batch = self.batch(step)
+        generator = step_generator(self.config.run.seed + 1, step, self.device)
+        drawn = draw_noise(batch["latents_BCFhw"], self.config.flow, generator)
+        self.wait_s = time.perf_counter() - begun
+        set_learning_rate(self.optimizer, learning_rate(self.config.optim, step, self.config.run.steps))
+        terms = objective(
+            self.denoiser, self.forcing, batch, drawn, self.config.flow, autocast(self.config.run, self.device)
+        )
+        terms["loss"].backward()
+        terms["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(step)
+        return {name: value.detach() for name, value in terms.items()}
+
+    def heldout(self, bank: WindowBank) -> dict[str, float]:
+        """Held-out values of the averaged weights."""
+        self.average.swap()
+        values = heldout_losses(
+            self.denoiser, self.forcing, bank, self.config.flow, windows=self.config.heldout_windows
+        )
+        self.average.swap()
+        return {f"heldout_{name}": value for name, value in values.items()}
+
+    def save(self, run: Path, done: int) -> Path:
+        def write_model(folder: Path) -> None:
+            self.average.swap()
+            self.export(folder, dtype=None)
+            self.average.swap()
+
+        tensors = {
+            "weights": self.model.state_dict(),
+            "average": self.average.tensors(),
+            "optimizer": optimizer_tensors(self.optimizer, self.names),
+            "rng": rng_tensors(self.device),
+        }
+        return save_checkpoint(run, done, write_model, tensors, {"seed": self.config.run.seed})
+
+    def restore(self, checkpoint: Path) -> int:
+        """Continue from a checkpoint, bit-exactly; returns the number of updates it holds. RNG states come last."""
+        tensors, state = load_training(checkpoint)
+        if state["seed"] != self.config.run.seed:
+            raise UserError("run.seed", got=self.config.run.seed, wanted=f"{state['seed']}, the checkpoint's", fix="keep the seed")
+        self.model.load_state_dict(tensors["weights"])
+        self.average.restore(tensors["average"])
+        restore_optimizer(self.optimizer, self.names, tensors["optimizer"])
+        restore_rng(tensors["rng"], self.device)
+        return int(state["step"])
+
+    def export(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Write the live weights as a world-model folder."""
+        firsts = self.bank.proprioception_WKA[self.bank.table.start_W.to(self.device) == 0, 0]
+        save_world_model(
+            folder,
+            self.denoiser,
+            self.forcing,
+            sample_shift=self.config.flow.sample_shift,
+            codec_fingerprint=fingerprint(Path(self.config.codec)),
+            home_state=firsts.median(0).values.tolist(),
+            dtype=dtype,
+        )
+
+    def flops(self) -> float:
+        """Floating-point operations of one update: 6 a parameter and token, and attention (forward once, backward twice)."""
+        config, shape = self.config.backbone, self.bank.latents_WCFhw.shape
+        tokens = shape[2] * shape[3] * shape[4]
+        dense = sum(p.numel() for p in self.denoiser.transformer.blocks.parameters())
+        attention = config.num_layers * 4 * tokens * tokens * config.dim
+        return self.config.run.batch * 3.0 * (2.0 * dense * tokens + attention)
+
+
+def _build_modules(config: TrainWorldModelConfig, bank: WindowBank, teacher_dim: int | None) -> dict[str, nn.Module]:
+    config.conditioner.lags = tuple(config.conditioner.lags)
+    init = Path(config.run.init) if config.run.init else None
+    if init is None:
+        denoiser = build_denoiser(config.backbone, config.conditioner)
+        denoiser.conditioner.set_statistics(bank.proprioception_WKA.cpu())
+    else:
+        denoiser = load_denoiser(init)
+    modules: dict[str, nn.Module] = {"denoiser": denoiser}
+    if teacher_dim is not None:
+        forcing = PhysisForcing(config.physics, width=config.backbone.dim, teacher_dim=teacher_dim)
+        if init is not None:
+            load_heads(forcing, init)
+        modules["forcing"] = forcing
+    return modules
+
+
+def train_world_model(config: TrainWorldModelConfig, banks: tuple[WindowBank, WindowBank] | None = None) -> Path:
+    """Train and write checkpoints, metrics and the exported model (``<out>/export``, float16, averaged weights).
+
+    ``heldout.json`` in the run folder holds the held-out values before and after. Returns the export folder.
+    """
+    run, device = Path(config.run.out), pick_device(config.run.device)
+    fast_matmuls(device)
+    write_provenance(run, config)
+    bank, heldout = banks if banks is not None else prepare_banks(config, device)
+    trainer = Trainer(config, bank, device)
+    found = latest_checkpoint(run) if config.run.resume else None
+    first = trainer.restore(found) if found is not None else 0
+    log = StepLog(run, config.run.steps, config.run.batch, trainer.flops(), device, done=first)
+    report = run / "heldout.json"
+    if first == 0:
+        before = trainer.heldout(heldout)
+        report.write_text(json.dumps({"before": before}, indent=2) + "\n")
+        log.event({"step": 0, **before})
+    for step in range(first, config.run.steps):
+        terms = trainer.step(step)
+        log.add(terms, trainer.wait_s)
+        done = step + 1
+        last = done == config.run.steps
+        if done % config.run.log_every == 0 or last:
+            log.line(done, trainer.optimizer.param_groups[0]["lr"])
+        if done % config.run.eval_every == 0 or last:
+            values = trainer.heldout(heldout)
+            log.event({"step": done, **values})
+            if last:
+                record = json.loads(report.read_text()) if report.is_file() else {}
+                report.write_text(json.dumps({**record, "after": values}, indent=2) + "\n")
+        if done % config.run.save_every == 0 or last:
+            trainer.save(run, done)
+    log.close()
+    trainer.average.swap()
+    trainer.export(run / "export", dtype=torch.float16)
+    return run / "export"
