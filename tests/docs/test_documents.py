@@ -1,0 +1,97 @@
+"""Documents: commands that exist, links that lead somewhere, figures that have their measurement."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from physisforcing import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The ``physis ...`` lines of shell blocks, and inline code that starts with physis, as words."""
+    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, re.DOTALL)
+    lines = [line.split(" #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    found = [line.strip().removeprefix(".venv/bin/") for line in lines + inline]
+    return [shlex.split(line)[1:] for line in found if line.startswith("physis ")]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
+def test_every_command_is_a_verb(path: Path) -> None:
+    for words in commands(path.read_text(encoding="utf-8")):
+        if words[0].startswith(("-", "<")):
+            continue
+        verb, rest = cli.find_verb(words)
+        assert verb in cli.VERBS
+        for word in rest:
+            assert word.startswith(("-", "<")) or "=" in word or verb in ("report", "data inspect"), (verb, word)
+
+
+def test_every_verb_named_in_the_readme_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = {cli.find_verb(words)[0] for words in commands((ROOT / "README.md").read_text(encoding="utf-8"))}
+    assert len(verbs) >= 8
+    for verb in sorted(verbs):
+        try:
+            code = cli.main([*verb.split(), "--help"])
+        except SystemExit as stop:  # argparse ends a help text so
+            code = stop.code
+        text = capsys.readouterr().out
+        assert code in (0, None), verb
+        assert f"physis {verb}" in text, (verb, text[:200])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
+def test_relative_links_exist(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    anchors = {
+        re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.M)
+    }
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https://", "http://", "mailto:")):
+            continue
+        file, _, anchor = target.partition("#")
+        assert not file or (path.parent / file).exists(), target
+        assert file or anchor in anchors, target
+
+
+def test_readme_figures_come_from_the_measurements() -> None:
+    """The results table of the README is what the measurements say, row by row."""
+    block = re.search(r"<!-- results:begin -->\n(.*?)<!-- results:end -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block
+    rows = [line for line in block[1].splitlines() if line.startswith("| `")]
+    measured = {}
+    for path in sorted((ROOT / "docs" / "results").glob("*.json")):
+        measured |= {line["claim"]: line for line in json.loads(path.read_text(encoding="utf-8"))}
+    for row in rows:
+        claim = row.split("`")[1]
+        assert claim in measured, claim
+        assert result_row(measured[claim]) == row
+    if not rows:
+        assert not any("/success" in claim for claim in measured), "the README leaves recorded measurements out"
+
+
+def result_row(line: dict) -> str:
+    """A measurement as a row of the README's table."""
+    if line["unit"] in ("success", "fraction", "rate"):
+        value, low, high = (f"{100 * line[name]:.0f} %" for name in ("value", "low", "high"))
+    else:
+        value, low, high = (
+            "" if line[name] is None else f"{line[name]:.3g} {line['unit']}" for name in ("value", "low", "high")
+        )
+    interval = f"{low} to {high}" if low else ""
+    return f"| `{line['claim']}` | {value} | {interval} | {line['n']} | {line['against'] or ''} |"
+
+
+def test_no_document_names_a_machine() -> None:
+    for path in DOCUMENTS:
+        found = re.findall(r"(?:/home/|/root/|/tmp/|/mnt/|/Users/)\S*", path.read_text(encoding="utf-8"))
+        assert not found, (path.name, found)
