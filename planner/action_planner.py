@@ -86,7 +86,14 @@ class ActionPlanner:
     def reset(self, *, task: str, seed: int, instruction: str) -> None:
         self._seed, self._instruction = seed, instruction
         self._history, self._executed = StateHistory(), None
-        self._counts = {"plans": 0.0, "resampled": 0.0, "still": 0.0, "imagination_s": 0.0, "decoding_s": 0.0, "spread": 0.0}
+        self._counts = {
+            "plans": 0.0,
+            "resampled": 0.0,
+            "still": 0.0,
+            "imagination_s": 0.0,
+            "decoding_s": 0.0,
+            "spread": 0.0,
+        }
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
         """Joint targets [execute_horizon, A] from now."""
@@ -121,7 +128,9 @@ class ActionPlanner:
             instructions=[self._instruction or observation.instruction],
             seeds_BS=np.array([[noise_seed(self._seed, int(self._counts["plans"]), candidate)]], np.int64),
             horizon=self.config.horizon,
-            proprioception_BKA=self._history.lagged(spec.proprioception_lags)[None] if spec.proprioception_lags else None,
+            proprioception_BKA=self._history.lagged(spec.proprioception_lags)[None]
+            if spec.proprioception_lags
+            else None,
         )
         began = time.perf_counter()
         rollout = self.world_model.rollout(request)
@@ -144,10 +153,16 @@ class ActionPlanner:
             )
         if config.horizon not in spec.horizons:
             raise MissingCapabilityError(
-                "planner.horizon", got=config.horizon, wanted=f"one of {spec.horizons}", fix="choose a horizon of the model"
+                "planner.horizon",
+                got=config.horizon,
+                wanted=f"one of {spec.horizons}",
+                fix="choose a horizon of the model",
             )
         rows = round((config.horizon - 1) * spec.frame_dt / DT)
         if not 1 <= config.execute_horizon <= rows:
             raise UserError(
-                "planner.execute_horizon", got=config.execute_horizon, wanted=f"1..{rows}", fix="16, 24 and 32 are usual"
+                "planner.execute_horizon",
+                got=config.execute_horizon,
+                wanted=f"1..{rows}",
+                fix="16, 24 and 32 are usual",
             )

@@ -52,7 +52,9 @@ class OpenLoopPolicy:
     Hands out one row a call, so that ``on_step(step)`` can read the simulator before every control step.
     """
 
-    def __init__(self, name: str, targets_PA: NDArray[np.float32], on_step: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, name: str, targets_PA: NDArray[np.float32], on_step: Callable[[int], None] | None = None
+    ) -> None:
         assert targets_PA.ndim == 2 and len(targets_PA)
         self._name, self._targets, self._on_step = name, np.asarray(targets_PA, np.float32), on_step
 

@@ -1,0 +1,124 @@
+"""Lines for ``docs/results/*.json``: every published figure with the command, commit and machine that made it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+#: Fields of a measurement, in the order they are written.
+FIELDS = (
+    "claim", "value", "unit", "low", "high", "n", "seeds", "against", "command", "commit", "hardware", "versions", "date",
+)  # fmt: skip
+PACKAGES = ("torch", "diffusers", "sapien", "numpy", "gymnasium")
+
+
+def measurement(
+    claim: str,
+    value: float,
+    *,
+    unit: str,
+    n: int,
+    low: float | None = None,
+    high: float | None = None,
+    seeds: Sequence[int] | str = (),
+    against: Mapping[str, Any] | None = None,
+    command: str,
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One line. ``claim``: a path such as ``planner/oracle/click_bell/success``; ``provenance``: ``provenance()`` of the run."""
+    known = dict(provenance or machine_provenance())
+    line = {
+        "claim": claim,
+        "value": value,
+        "unit": unit,
+        "low": low,
+        "high": high,
+        "n": n,
+        "seeds": seed_range(seeds),
+        "against": dict(against or {}),
+        "command": command,
+        "commit": known["commit"],
+        "hardware": known["hardware"],
+        "versions": known["versions"],
+        "date": known["date"],
+    }
+    assert tuple(line) == FIELDS
+    return line
+
+
+def machine_provenance(root: Path | None = None) -> dict[str, Any]:
+    """Commit (with ``+`` when the tree has changes), hardware, package versions and UTC time of now."""
+    import physisforcing
+
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "commit": _commit(root or Path(physisforcing.__file__).resolve().parent),
+        "hardware": hardware(),
+        "versions": versions,
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def hardware() -> str:
+    """GPU name where torch sees one, and the processor with its cores."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = names[0] if names else processor
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{processor}, {cores} cores"
+
+
+def seed_range(seeds: Sequence[int] | str) -> str:
+    """``100000-100019`` for consecutive seeds, else a list."""
+    if isinstance(seeds, str) or not len(seeds):
+        return str(seeds) if isinstance(seeds, str) else ""
+    ordered = sorted(set(int(s) for s in seeds))
+    if ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"{ordered[0]}-{ordered[-1]}"
+    return ",".join(map(str, ordered))
+
+
+def write_measurements(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the list as JSON. Lines of other claims already in the file stay; the same claim is replaced."""
+    path = Path(path)
+    kept = []
+    if path.is_file():
+        new = {line["claim"] for line in lines}
+        kept = [line for line in json.loads(path.read_text()) if line["claim"] not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = sorted([*kept, *map(dict, lines)], key=lambda line: line["claim"])
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+    return path
+
+
+def _commit(folder: Path) -> str:
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return "not a git checkout"
+    return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,0 +1,102 @@
+"""From episode results to the table that a report prints: rates, intervals, tests against the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from physisforcing.core.results import count
+from physisforcing.core.stats import fisher_exact, wilson
+
+#: Baselines that a closed-loop figure has to beat at this level.
+GATE_BASELINES, GATE_LEVEL = ("noop", "random"), 0.01
+#: Numbers of a row that are averaged, with their units.
+MEANS = {
+    "joint_deg": "deg",
+    "gripper_percent": "%",
+    "tool_mm": "mm",
+    "tool_mm_max": "mm",
+    "tool_mm_end": "mm",
+    "joint_deg_to_other": "deg",
+    "joint_deg_other_to_scene": "deg",
+}
+
+
+def summarise(rows: Iterable[Mapping[str, Any]], *, errors_allowed: bool = True) -> dict[str, Any]:
+    """``{"tasks": {task: {policy: {...}}}}`` with counts, rate, 95 % Wilson interval, p-values against the gate baselines.
+
+    Rows have ``task``, ``policy``, ``status`` and whatever was measured. Errors stand in no denominator.
+    """
+    grouped: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        grouped.setdefault(str(row["task"]), {}).setdefault(str(row["policy"]), []).append(row)
+    tasks: dict[str, Any] = {}
+    for task, policies in sorted(grouped.items()):
+        tasks[task] = {name: _policy(part) for name, part in policies.items()}
+        for name, entry in tasks[task].items():
+            entry["against"] = {
+                baseline: _p_value(entry, tasks[task][baseline])
+                for baseline in GATE_BASELINES
+                if baseline in tasks[task] and baseline != name
+            }
+    return {"tasks": tasks}
+
+
+def _policy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    counts = count(rows)
+    low, high = wilson(counts["success"], counts["n"])
+    entry: dict[str, Any] = {
+        "successes": counts["success"],
+        "n": counts["n"],
+        "errors": counts["error"],
+        "rate": counts["success"] / counts["n"] if counts["n"] else None,
+        "low": low,
+        "high": high,
+        "seeds": sorted(int(r["seed"]) for r in rows),
+    }
+    for name in MEANS:
+        values = [float(r[name]) for r in rows if r.get(name) is not None]
+        if values:
+            entry[name] = float(np.mean(values))
+            entry[f"{name}_median"] = float(np.median(values))
+    telemetry = [r["telemetry"] for r in rows if r.get("telemetry")]
+    if telemetry:
+        entry["telemetry"] = {k: float(np.mean([t[k] for t in telemetry if k in t])) for k in sorted(telemetry[0])}
+    return entry
+
+
+def _p_value(entry: Mapping[str, Any], baseline: Mapping[str, Any]) -> float | None:
+    if not entry["n"] or not baseline["n"]:
+        return None
+    return fisher_exact(
+        entry["successes"],
+        entry["n"] - entry["successes"],
+        baseline["successes"],
+        baseline["n"] - baseline["successes"],
+    )
+
+
+def markdown(summary: Mapping[str, Any], *, title: str, notes: Sequence[str] = ()) -> str:
+    """The table as Markdown."""
+    lines = [f"# {title}", ""]
+    for task, policies in summary["tasks"].items():
+        measured = [name for name in MEANS if any(name in entry for entry in policies.values())]
+        head = ["policy", "success", "rate", "95 % interval", "errors"]
+        head += [f"p against {b}" for b in GATE_BASELINES if b in policies]
+        head += [f"{name} ({MEANS[name]})" for name in measured]
+        lines += [f"## {task}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        for name, entry in policies.items():
+            rate = "skipped: no finished episode" if entry["rate"] is None else f"{100 * entry['rate']:.0f} %"
+            cells = [name, f"{entry['successes']}/{entry['n']}", rate]
+            cells += [f"{100 * entry['low']:.0f}-{100 * entry['high']:.0f} %", str(entry["errors"])]
+            for baseline in GATE_BASELINES:
+                if baseline in policies:
+                    p = entry["against"].get(baseline)
+                    cells.append("-" if p is None else f"{p:.2g}")
+            cells += [f"{entry[m]:.2f}" if m in entry else "-" for m in measured]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [f"- {note}" for note in notes]
+    return "\n".join(lines).rstrip() + "\n"
