@@ -34,7 +34,7 @@ VERBS: dict[str, Verb] = {
     "train idm": Verb("physisforcing.planner.train", "train the inverse dynamics model"),
     "generate": Verb("physisforcing.worldmodel.generate", "imagine a video from a first frame and an instruction"),
     "eval plan": Verb("physisforcing.eval_plan", "plan in closed loop and count successes, with baselines"),
-    "report": Verb("physisforcing.core.report", "write the HTML report of a run"),
+    "report": Verb("physisforcing.core.report.command", "write the HTML report of a run"),
 }
 
 #: Verbs whose module serves several verbs: the last word of the verb is passed on as the first argument.

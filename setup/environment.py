@@ -15,7 +15,7 @@ from tools import SetupError, output, run, say, succeeds
 CPU_BUILDS = ("2.13.0+cpu", "2.15.0+cpu", "2.14.1+cpu", "2.12.1+cpu", "2.11.0+cpu")
 TORCH = "torch>=2.11,<3"
 PIP = ("-m", "pip", "--disable-pip-version-check")
-PIP_INSTALL = (*PIP, "install", "--quiet", "--no-warn-script-location")
+PIP_INSTALL = (*PIP, "install", "-qq", "--no-warn-script-location")
 
 
 def remove(venv: Path) -> None:
@@ -97,7 +97,7 @@ def _headless_opencv(python: Path) -> None:
     if succeeds([python, "-c", "import cv2"]):
         return
     say("this machine lacks the graphics libraries of opencv-python; using opencv-python-headless")
-    run([python, *PIP, "uninstall", "--quiet", "--yes", "opencv-python", "opencv-python-headless"])
+    run([python, *PIP, "uninstall", "-qq", "--yes", "opencv-python", "opencv-python-headless"])
     run([python, *PIP_INSTALL, "--no-deps", "opencv-python-headless"])
     if not succeeds([python, "-c", "import cv2"]):
         raise SetupError(f"OpenCV cannot be imported. Fix: run `{python} -c 'import cv2'` and install what it names")

@@ -55,13 +55,13 @@ def install(venv: Path) -> None:
         if not (target / wheel.folder).is_dir():
             with tempfile.TemporaryDirectory() as folder:
                 file = fetch(venv, wheel, Path(folder))
-                run([venv / "bin" / "python", *PIP, "install", "--quiet", "--no-deps", "--no-index", file])
+                run([venv / "bin" / "python", *PIP, "install", "-qq", "--no-deps", "--no-index", file])
 
 
 def fetch(venv: Path, wheel: Wheel, folder: Path) -> Path:
     """Download a wheel with pip and check it; raises ``SetupError`` when it is not the one that was examined."""
     say(f"fetching {wheel.name} {wheel.version}")
-    flags = ["--quiet", "--no-deps", "--ignore-requires-python", "--only-binary=:all:", "--dest", folder]
+    flags = ["-qq", "--no-deps", "--ignore-requires-python", "--only-binary=:all:", "--dest", folder]
     run([venv / "bin" / "python", *PIP, "download", *flags, f"{wheel.name}=={wheel.version}"])
     found = list(folder.glob("*.whl"))
     assert len(found) == 1, f"pip downloaded {found}"

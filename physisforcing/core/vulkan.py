@@ -64,7 +64,7 @@ def ensure_vulkan_env() -> VulkanDevice:
     if not chosen and driver.driver_files:
         os.environ["VK_DRIVER_FILES"] = os.pathsep.join(driver.driver_files)
     origin = "VK_DRIVER_FILES" if chosen else driver.origin
-    name = _renderable_device()
+    name = _renderable_device(FIX if not chosen else f"{chosen} was chosen by environment variable: unset it, or {FIX}")
     _device = VulkanDevice(name=name, origin=origin, driver_files=os.environ.get("VK_DRIVER_FILES", chosen or ""))
     return _device
 
@@ -93,8 +93,8 @@ def load_libraries(paths: Iterable[str]) -> None:
             raise VulkanUnavailableError(f"cannot load {path}: {error}. Fix: {FIX}") from error
 
 
-def _renderable_device() -> str:
-    """Name of the first device that SAPIEN supports."""
+def _renderable_device(fix: str) -> str:
+    """Name of the first device that SAPIEN supports; ``fix`` goes into the error."""
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
@@ -102,14 +102,14 @@ def _renderable_device() -> str:
         try:
             import sapien
         except (ImportError, OSError) as error:
-            raise VulkanUnavailableError(f"SAPIEN cannot be imported: {error}. Fix: {FIX}") from error
+            raise VulkanUnavailableError(f"SAPIEN cannot be imported: {error}. Fix: {fix}") from error
     try:
         summary = sapien.render.get_device_summary()
     except RuntimeError as error:
-        raise VulkanUnavailableError(f"no Vulkan device: {error}. Fix: {FIX}") from error
+        raise VulkanUnavailableError(f"no Vulkan device: {error}. Fix: {fix}") from error
     name = supported_device(summary)
     if name is None:
-        raise VulkanUnavailableError(f"no Vulkan device that SAPIEN supports ({' '.join(summary.split())}). Fix: {FIX}")
+        raise VulkanUnavailableError(f"no Vulkan device that SAPIEN supports ({' '.join(summary.split())}). Fix: {fix}")
     return name
 
 
@@ -126,7 +126,7 @@ def supported_device(summary: str) -> str | None:
 
 
 def main(argv: list[str]) -> int:
-    """``python -m physisforcing.core.vulkan`` (or ``physisforcing.vulkan``): print the device as JSON after drawing one picture with it; used by set-up."""
+    """``python -m physisforcing.vulkan``, for set-up: print the device as JSON after drawing one picture with it."""
     assert not argv, "takes no arguments"
     try:
         device = ensure_vulkan_env()

@@ -1,0 +1,79 @@
+"""The doctor names what is wrong and the fix, on machines that really lack something."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from physisforcing import doctor
+from physisforcing.core import vulkan
+from physisforcing.core.errors import VulkanUnavailableError
+
+
+def _doctor(**environment: str) -> tuple[int, dict[str, dict]]:
+    command = [sys.executable, "-m", "physisforcing", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+
+
+def test_no_vulkan_device_wrong_assets_and_no_disk_are_named(tmp_path: Path) -> None:
+    code, findings = _doctor(
+        VK_DRIVER_FILES="/nonexistent.json",
+        VK_ICD_FILENAMES="",
+        ROBOTWIN_ASSETS=str(tmp_path),
+        PHYSIS_HOME="/proc/nothing",
+    )
+    assert code == 1
+    assert findings["Vulkan"]["ok"] is False
+    assert "Vulkan" in findings["Vulkan"]["found"]
+    assert findings["Vulkan"]["fix"].startswith("unset VK_DRIVER_FILES")
+    assert "embodiments" in findings["assets"]["found"] and "ROBOTWIN_ASSETS" in findings["assets"]["fix"]
+    assert findings["disk"]["ok"] is False and "PHYSIS_HOME" in findings["disk"]["fix"]
+    assert findings["Python"]["ok"] is True and findings["PyTorch"]["ok"] is True
+    for finding in findings.values():
+        assert (finding["ok"] is False) == bool(finding["fix"]), finding
+
+
+def test_a_command_without_vulkan_is_refused_with_the_fix() -> None:
+    code = "from physisforcing.core.vulkan import ensure_vulkan_env; ensure_vulkan_env()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "VK_DRIVER_FILES": "/nonexistent.json"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "VulkanUnavailableError: no Vulkan device" in done.stderr
+    assert "Fix: /nonexistent.json was chosen by environment variable: unset it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("distribution", "version", "needed"),
+    [("ubuntu", "22.04", "python3.11"), ("ubuntu", "24.04", "mesa-vulkan-drivers"), ("debian", "12", "backports")],
+)
+def test_packages_are_named_by_distribution(distribution: str, version: str, needed: str) -> None:
+    assert needed in doctor.packages_for({"ID": distribution, "VERSION_ID": version})
+    assert "libvulkan1" in doctor.packages_for({"ID": distribution, "VERSION_ID": version})
+
+
+def test_summary_of_sapien_is_read() -> None:
+    text = "GPU: broken\n  Supported: 0\n  Present:   0\nGPU: llvmpipe (LLVM 15, 256 bits)\n  Supported: 1\n"
+    assert vulkan.supported_device(text) == "llvmpipe (LLVM 15, 256 bits)"
+    assert vulkan.supported_device("GPU: old\n  Supported: 0\n") is None
+
+
+def test_a_stale_path_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "physis-vulkan.json"
+    assert vulkan.noted_driver(path) == vulkan.VulkanDriver()
+    path.write_text(json.dumps({"driver_files": [str(tmp_path / "gone.json")], "preload": [], "origin": "test"}))
+    with pytest.raises(VulkanUnavailableError, match=r"gone\.json, which is gone.*make setup"):
+        vulkan.noted_driver(path)
+    path.write_text("{")
+    with pytest.raises(VulkanUnavailableError, match="cannot be read"):
+        vulkan.noted_driver(path)
