@@ -1,0 +1,49 @@
+"""``physis train vae`` and ``physis train worldmodel``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from physisforcing.core.errors import unknown_name
+
+KINDS = ("vae", "worldmodel")
+
+HELP = """usage: physis train {vae|worldmodel} [experiment=pico] [key=value ...]
+
+  physis train vae data.roots=[runs/bell] run.out=runs/vae run.steps=3000
+  physis train worldmodel experiment=pico codec=runs/vae/codec data.roots=[runs/bell,runs/stack] run.out=runs/worldmodel
+  physis train worldmodel experiment=pico run.resume=true ...        continue from the newest complete checkpoint
+  physis train worldmodel physics=none ...                           flow matching without the physics losses
+
+Fields and defaults: worldmodel/training/config.py. A run folder holds config.yaml, provenance.json, metrics.jsonl, checkpoints
+step-XXXXXX and the trained model (codec/ or export/)."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """``argv``: the kind of training, then Hydra overrides. Prints the folder of the trained model."""
+    if not argv or argv[0] in ("-h", "--help") or "--help" in argv or "-h" in argv:
+        print(HELP)
+        return 0
+    kind, overrides = argv[0], list(argv[1:])
+    if kind not in KINDS:
+        raise unknown_name("train", kind, KINDS, see="physis train --help")
+    from physisforcing.core.config import compose
+
+    from .config import TrainVaeConfig, TrainWorldModelConfig
+
+    if kind == "vae":
+        from .vae import train_vae
+
+        # Experiments of the two trainings have different fields, so the autoencoder's live in a group of their own.
+        named = [entry.replace("experiment=", "vae=", 1) if entry.startswith("experiment=") else entry for entry in overrides]
+        print(train_vae(compose("train_vae", named, TrainVaeConfig)))
+    else:
+        from .worldmodel import train_world_model
+
+        print(train_world_model(compose("train_worldmodel", overrides, TrainWorldModelConfig)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
