@@ -45,28 +45,46 @@ class LeRobotWriter:
         self.staging = self.root / "staging"
         self._check_existing()
 
+    @classmethod
+    def resume(cls, root: str | Path) -> LeRobotWriter | None:
+        """A writer for what was begun at ``root``, staged or final, with its features; None where nothing was."""
+        declared = _declared(Path(root))
+        return (
+            None
+            if declared is None
+            else cls(root, declared["features"], declared["fps"], robot_type=declared["robot_type"])
+        )
+
     def _check_existing(self) -> None:
-        path = self.root / fmt.INFO_PATH
-        if not path.exists():
-            # Report files (*.json) may precede the dataset; anything else without a staging folder is not ours.
+        declared = _declared(self.root)
+        mine = json.loads(json.dumps({"features": self.features, "fps": self.fps, "robot_type": self.robot_type}))
+        if declared is None:
+            # Report files (*.json) may precede the dataset; anything else is not ours.
             there = [p.name for p in self.root.iterdir() if p.suffix != ".json"] if self.root.exists() else []
-            if there and "staging" not in there:
+            if there and there != ["staging"]:
                 wanted = "an empty folder or a dataset to continue"
                 raise DatasetError("root", got=str(self.root), wanted=wanted, fix="choose another folder")
             return
-        old = json.loads(path.read_text(encoding="utf-8"))
-        if json.loads(json.dumps(self.features)) != old["features"]:
-            changed = sorted(
-                k
-                for k in self.features.keys() | old["features"].keys()
-                if json.loads(json.dumps(self.features.get(k))) != old["features"].get(k)
-            )
+        if declared["features"] != mine["features"]:
+            names = self.features.keys() | declared["features"].keys()
             raise DatasetError(
                 "features",
-                got=changed,
+                got=sorted(n for n in names if mine["features"].get(n) != declared["features"].get(n)),
                 wanted=f"the features that {self.root} was started with",
                 fix="use the same cameras and sizes, or choose another root",
             )
+        if (declared["fps"], declared["robot_type"]) != (self.fps, self.robot_type):
+            raise DatasetError(
+                "fps and robot type",
+                got=(self.fps, self.robot_type),
+                wanted=f"{(declared['fps'], declared['robot_type'])} as {self.root} was started with",
+                fix="choose another root",
+            )
+
+    def _declare(self) -> None:
+        if _declared(self.root) is None:
+            declaration = {"features": self.features, "fps": self.fps, "robot_type": self.robot_type}
+            fmt.write_json(self.staging / "dataset.json", declaration)
 
     def keys(self) -> set[str]:
         """Keys of all episodes recorded so far, staged or final."""
@@ -106,6 +124,7 @@ class LeRobotWriter:
         """
         key = key or f"{task_name}-{seed:08d}"
         length = self._check(columns, frames)
+        self._declare()
         target = self.staging / key
         if target.exists():
             raise self._duplicate(key)
@@ -302,6 +321,15 @@ class LeRobotWriter:
             "features": self.features,
         }
         fmt.write_json(self.root / fmt.INFO_PATH, info | self.extra)
+
+
+def _declared(root: Path) -> dict[str, Any] | None:
+    """Features, fps and robot type of what is at ``root``."""
+    for path in (root / fmt.INFO_PATH, root / "staging" / "dataset.json"):
+        if path.is_file():
+            info = json.loads(path.read_text(encoding="utf-8"))
+            return {name: info[name] for name in ("features", "fps", "robot_type")}
+    return None
 
 
 def _stats_of(row: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -1,0 +1,328 @@
+"""``physis data collect``: demonstrations from RoboTwin as a LeRobot v3 dataset with exact ground truth beside it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import importlib
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from physisforcing.core.errors import IncompleteCoverageError, UserError
+from physisforcing.core.lerobot import LeRobotDataset, LeRobotWriter, robot_features
+from physisforcing.core.lerobot_format import write_json
+from physisforcing.core.stats import wilson
+
+from .recording import GROUND_TRUTH, EpisodeRecorder, record_expert, record_noisy_expert
+from .seeds import Job, Outcome, SeedPlan, run_seeds, split_of
+
+HELP = """Record demonstrations in RoboTwin.
+
+settings (field=value):
+  tasks=[click_bell,adjust_bottle]   which tasks (task=click_bell is short for one)
+  output=PATH                        dataset folder; run the same command again to continue an interrupted collection
+  episodes=20 start_seed=0           per task; seeds whose scene does not come to rest are skipped, counted and listed
+  policy=expert                      expert | expert+noise | random | module:factory (called without arguments)
+  ground_truth=sparse                poses, cameras, contacts of every frame; depth and body ids of every 8th frame;
+                                     full: of all frames; none: no ground truth
+  cameras=[head] workers=2 hold_frames=4 max_steps=null time_limit_s=0
+flags: --json prints the summary as JSON
+
+examples:
+  physis data collect tasks=[click_bell] episodes=20 output=runs/bell
+  physis data collect task=click_bell,adjust_bottle episodes=50 start_seed=100000 output=runs/test workers=4"""
+
+
+@dataclass(slots=True, kw_only=True)
+class CollectConfig:
+    """Settings of a collection (see ``HELP``)."""
+
+    output: str
+    tasks: list[str] = field(default_factory=lambda: ["click_bell"])
+    episodes: int = 20
+    start_seed: int = 0
+    policy: str = "expert"
+    ground_truth: str = "sparse"
+    cameras: list[str] = field(default_factory=lambda: ["head"])
+    workers: int = 2
+    hold_frames: int = 4
+    noise_rad: float = 0.06
+    max_steps: int | None = None
+    time_limit_s: float = 0.0
+
+    def check(self) -> None:
+        """``UserError`` for what would fail only after the simulator has started."""
+        from .robotwin.tasks import task_info
+
+        for task in self.tasks:
+            task_info(task)
+        split_of(self.start_seed)
+        for name, low in (("episodes", 1), ("workers", 0), ("hold_frames", 0), ("time_limit_s", 0)):
+            if getattr(self, name) < low:
+                raise UserError(
+                    name, got=getattr(self, name), wanted=f"at least {low}", fix=f"write {name}={low} or more"
+                )
+        if self.ground_truth not in GROUND_TRUTH:
+            fix = f"choose from {', '.join(GROUND_TRUTH)}"
+            raise UserError("ground_truth", got=self.ground_truth, wanted="a known level", fix=fix)
+        if self.policy not in ("expert", "expert+noise", "random") and ":" not in self.policy:
+            wanted = "expert, expert+noise, random or module:factory"
+            raise UserError("policy", got=self.policy, wanted=wanted, fix="policy=expert")
+
+
+def load_policy(name: str) -> Any:
+    """A ``core.protocols.Policy`` from ``module:factory`` (an importable module of the user's; called without arguments)."""
+    module, _, factory = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        fix = "put its folder on PYTHONPATH and write module:function"
+        raise UserError("policy", got=name, wanted=f"an importable module:factory ({error})", fix=fix) from error
+    from physisforcing.core.protocols import Policy
+
+    if not isinstance(made, Policy):
+        missing = [n for n in ("fingerprint", "reset", "act", "telemetry") if not hasattr(made, n)]
+        raise UserError(
+            "policy", got=f"{name} without {', '.join(missing)}", wanted="a Policy", fix="see core.protocols"
+        )
+    return made
+
+
+class Collector:
+    """Records one episode a job. Keeps one environment alive and makes a new one when the task changes."""
+
+    def __init__(self, config: CollectConfig) -> None:
+        self.config = config
+        self._env: Any = None
+        self._task = ""
+        self._policy: Any = None
+        self._writer: LeRobotWriter | None = None
+
+    def _ready(self, task: str) -> Any:
+        import gymnasium
+
+        from . import robotwin  # noqa: F401  (registers the tasks)
+
+        if self._env is None or self._task != task:
+            self.close()
+            self._env = gymnasium.make(
+                f"RoboTwin/{task}-v0",
+                cameras=tuple(self.config.cameras),
+                control="interpolated",
+                disable_env_checker=True,
+            )
+            self._task = task
+            self._writer = LeRobotWriter(
+                self.config.output,
+                robot_features(self._env.unwrapped.action_spec.names, cameras=self.config.cameras),
+                robot_type="aloha-agilex",
+            )
+        return self._env
+
+    def handle(self, job: Job) -> Outcome:
+        config = self.config
+        env = self._ready(job.task)
+        recorder = EpisodeRecorder(tuple(config.cameras), config.ground_truth)
+        label = config.policy
+        if config.policy == "expert":
+            info = record_expert(env.unwrapped, job.seed, recorder, hold_frames=config.hold_frames)
+        elif config.policy == "expert+noise":
+            info = record_noisy_expert(
+                env.unwrapped, job.seed, recorder, hold_frames=config.hold_frames, noise_rad=config.noise_rad
+            )
+        else:
+            info, label = self._run_policy(env, job, recorder)
+        assert self._writer is not None
+        recorder.write(self._writer, key=episode_key(job, config.policy), policy=label, info=info)
+        return Outcome(
+            task=job.task,
+            seed=job.seed,
+            kind="recorded",
+            details={"success": recorder.success[-1], "frames": len(recorder)},
+        )
+
+    def _run_policy(self, env: Any, job: Job, recorder: EpisodeRecorder) -> tuple[dict[str, Any], str]:
+        from .baselines import Random
+        from .rollout import run_episode
+
+        if self._policy is None:
+            random = self.config.policy == "random"
+            self._policy = Random(env.unwrapped.action_spec) if random else load_policy(self.config.policy)
+        limit = self.config.max_steps
+        result = run_episode(env, self._policy, seed=job.seed, max_steps=limit, recorder=recorder)
+        if result.error:
+            if result.error.startswith("UnstableSceneError"):
+                from physisforcing.core.errors import UnstableSceneError
+
+                raise UnstableSceneError(result.error.partition(": ")[2])
+            raise RuntimeError(f"the policy failed:\n{result.error}")
+        if self.config.policy == "random":
+            return result.info, "random"
+        return result.info, f"{self.config.policy} {self._policy.fingerprint}"
+
+    def close(self) -> None:
+        env, self._env = self._env, None
+        if env is not None:
+            env.close()
+
+
+def episode_key(job: Job, policy: str) -> str:
+    """Sorts by task, then seed; different policies never collide."""
+    if policy in ("expert", "expert+noise", "random"):
+        return f"{job.task}-{job.seed:08d}-{policy.replace('+', '-')}"
+    return f"{job.task}-{job.seed:08d}-{hashlib.sha256(policy.encode()).hexdigest()[:8]}"
+
+
+def _by_policy(key: str, policy: str) -> bool:
+    return key.endswith(episode_key(Job(task="", seed=0), policy).removeprefix("-00000000"))
+
+
+def collect(config: CollectConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Run or continue a collection and return its summary; ``IncompleteCoverageError`` is the command's business.
+
+    The summary (also ``<output>/collect.json``): per task how many were recorded and succeeded, seeds that were skipped
+    with their reason (also ``<output>/skipped.json``), sizes and times.
+    """
+    config.check()
+    from tqdm import tqdm
+
+    root = Path(config.output)
+    started = time.time()
+    skipped = _read_skipped(root)
+    plan = SeedPlan(config.tasks, config.episodes, config.start_seed, _taken(root, config, skipped))
+    bar = tqdm(total=plan.missing(), desc="episodes", unit="ep", disable=not progress, file=sys.stderr)
+    tally = {"success": 0, "skipped": 0}
+
+    def on_outcome(outcome: Outcome) -> None:
+        if outcome.kind == "recorded":
+            tally["success"] += outcome.details["success"]
+            bar.update()
+        else:
+            tally["skipped"] += 1
+            reason = {"task": outcome.task, "seed": outcome.seed, "policy": config.policy, "reason": outcome.kind}
+            skipped.append(reason | {"message": outcome.message.strip()[-2000:]})
+            write_json(root / "skipped.json", skipped)
+        bar.set_postfix(tally)
+
+    with bar:
+        run_seeds(
+            plan,
+            partial(Collector, config),
+            workers=min(config.workers, max(1, plan.missing())) if config.workers else 0,
+            on_outcome=on_outcome,
+            time_limit_s=config.time_limit_s,
+        )
+    writer = LeRobotWriter.resume(root)
+    if writer is not None:
+        writer.finalize()
+    summary = _summary(config, skipped, time.time() - started)
+    write_json(root / "collect.json", summary)
+    return summary
+
+
+def _taken(root: Path, config: CollectConfig, skipped: list[dict[str, Any]]) -> dict[tuple[str, int], str]:
+    """Seeds that this policy has dealt with in earlier runs."""
+    taken = {(row["task"], row["seed"]): row["reason"] for row in skipped if row["policy"] == config.policy}
+    writer = LeRobotWriter.resume(root)
+    if writer is not None:
+        for row in writer.sidecars():
+            if _by_policy(row["key"], config.policy):
+                taken[row["task_name"], row["seed"]] = "recorded"
+    return taken
+
+
+def _read_skipped(root: Path) -> list[dict[str, Any]]:
+    path = root / "skipped.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _summary(config: CollectConfig, skipped: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    root = Path(config.output)
+    tasks: dict[str, Any] = {}
+    dataset = LeRobotDataset(root) if (root / "meta/info.json").exists() else None
+    rows = [e for e in (dataset.episodes if dataset else []) if _by_policy(e.key, config.policy)]
+    for task in config.tasks:
+        mine = [episode for episode in rows if episode.task_name == task]
+        good = sum(bool(episode.success) for episode in mine)
+        missed = [row for row in skipped if row["task"] == task and row["policy"] == config.policy]
+        tasks[task] = {
+            "recorded": len(mine),
+            "successes": good,
+            "success_interval": [round(x, 4) for x in wilson(good, len(mine))],
+            "frames": sum(episode.length for episode in mine),
+            "skipped": [{"seed": row["seed"], "reason": row["reason"]} for row in missed],
+        }
+    videos = sorted(root.glob("videos/**/*.mp4"))
+    size = sum(path.stat().st_size for path in videos)
+    truth = sum(path.stat().st_size for path in root.glob("ground_truth/**/*.safetensors"))
+    count = max(1, len(videos))
+    return {
+        "output": str(root),
+        "episodes": len(dataset) if dataset else 0,
+        "frames": dataset.num_frames if dataset else 0,
+        "fingerprint": dataset.fingerprint() if dataset else "",
+        "tasks": tasks,
+        "video_kb_per_episode": round(size / count / 1000, 1),
+        "ground_truth_kb_per_episode": round(truth / count / 1000, 1),
+        "seconds": round(seconds, 1),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print a summary for people."""
+    print(f"{summary['output']}: {summary['episodes']} episodes, {summary['frames']} frames, {summary['seconds']} s")
+    for task, row in summary["tasks"].items():
+        low, high = row["success_interval"]
+        print(
+            f"  {task:20} {row['successes']}/{row['recorded']} succeeded ({low:.2f}-{high:.2f}), {row['frames']} frames"
+        )
+        if row["skipped"]:
+            print(
+                f"  {'':20} {len(row['skipped'])} seeds skipped: "
+                + ", ".join(f"{s['seed']} ({s['reason']})" for s in row["skipped"])
+            )
+    print(
+        f"  per episode: video {summary['video_kb_per_episode']} kB, ground truth {summary['ground_truth_kb_per_episode']} kB"
+    )
+
+
+def expand_lists(arguments: list[str], names: dict[str, str]) -> list[str]:
+    """``task=a,b`` and ``tasks=a`` as ``tasks=[a,b]``: what people type for a list with one or two entries."""
+    expanded = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in names and not value.startswith("["):
+            argument = f"{names[key]}=[{value}]"
+        elif equals and key in names:
+            argument = f"{names[key]}={value}"
+        expanded.append(argument)
+    return expanded
+
+
+def main(argv: list[str]) -> int:
+    """``physis data collect``. Exit code 3 when fewer episodes could be recorded than were asked for."""
+    parser = argparse.ArgumentParser(
+        prog="physis data collect", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="field=value")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    options = parser.parse_args(argv)
+    from physisforcing.core.config import compose
+
+    lists = {"task": "tasks", "tasks": "tasks", "cameras": "cameras"}
+    overrides = [o.replace("root=", "output=", 1) if o.startswith("root=") else o for o in options.overrides]
+    config = compose("collect", expand_lists(overrides, lists), CollectConfig)
+    summary = collect(config)
+    print(json.dumps(summary, indent=2)) if options.json else show(summary)
+    short = {t: row["recorded"] for t, row in summary["tasks"].items() if row["recorded"] < config.episodes}
+    if short:
+        counts = ", ".join(f"{task} {n}/{config.episodes}" for task, n in short.items())
+        raise IncompleteCoverageError(f"recorded only {counts}; run the same command again to continue")
+    return 0
