@@ -104,7 +104,7 @@ def select_points(
         mean = (score_BN * valid_BN).sum(1, keepdim=True) / valid_BN.sum(1, keepdim=True).clamp(min=1)
         return moving & (score_BN >= mean)
     assert kind == "topk", kind
-    order = torch.where(moving, score_BN, -torch.inf).argsort(1, descending=True, stable=True)
+    order = torch.where(moving, score_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)
     best = torch.zeros_like(moving).scatter_(1, order[:, :top_k], True)
     return moving & best
 
