@@ -99,11 +99,14 @@ class WanDenoiser(nn.Module):
         self.transformer = transformer
         self.conditioner = conditioner
         self.tap = tap
-        self._block: Callable[..., Tensor] = block_forward
+        self._compiled: Callable[..., Tensor] | None = None
 
     def compile_blocks(self) -> None:
-        """Compile the block computation (one graph shared by all blocks). Parameters and exports stay as they are."""
-        self._block = torch.compile(block_forward)
+        """Compile the block computation for training (one graph shared by all blocks). Parameters and exports stay as they are.
+
+        Without gradients the plain computation runs: evaluation has other shapes and would make the graph dynamic.
+        """
+        self._compiled = torch.compile(block_forward, dynamic=False)
 
     def context(self, text_BLD: Tensor, proprioception_BKA: Tensor) -> Tensor:
         """Text tokens [B,32,384] (zero padded) and the proprioception tokens behind them: [B,32+K,384]."""
@@ -123,8 +126,9 @@ class WanDenoiser(nn.Module):
         )
         modulation = modulation.unflatten(2, (6, -1))
         tapped = None
+        run = self._compiled if self._compiled is not None and torch.is_grad_enabled() else block_forward
         for index, block in enumerate(model.blocks, start=1):
-            x = self._block(block, x, context, modulation, rotary)
+            x = run(block, x, context, modulation, rotary)
             if need_tap and index == self.tap:
                 tapped = x
         shift, scale = (model.scale_shift_table.unsqueeze(0) + temb.unsqueeze(2)).float().unbind(2)

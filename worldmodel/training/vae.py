@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autoencoder import CausalVideoAutoencoder
-from ..codec import to_unit_range
+from ..codec import latent_frames, to_unit_range
 from ..data.batches import WindowSampler, step_generator
-from ..data.windows import Episode, FrameStore, WindowTable, read_episodes
+from ..data.windows import WINDOW_FRAMES, Episode, FrameStore, WindowTable, read_episodes
 from ..storage import save_diffusers
 from .checkpoint import (
     latest_checkpoint,
@@ -63,12 +63,12 @@ def vae_loss(
 
 
 def train_step_terms(
-    model: CausalVideoAutoencoder, frames_BTHWC: Tensor, generator: torch.Generator, config: VaeLossConfig
+    model: CausalVideoAutoencoder, frames_BTHWC: Tensor, noise_BCFhw: Tensor, config: VaeLossConfig
 ) -> dict[str, Tensor]:
+    """Loss terms of a batch; ``noise_BCFhw`` standard normal in the shape of its latents."""
     target = to_unit_range(frames_BTHWC)
     mean, log_variance = model.posterior(target)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    output = model.reconstruct(mean + noise * (0.5 * log_variance).exp())
+    output = model.reconstruct(mean + noise_BCFhw * (0.5 * log_variance).exp())
     return vae_loss(output, target, mean, log_variance, config)
 
 
@@ -127,14 +127,12 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
     model = CausalVideoAutoencoder(**asdict(config.model))
     if config.run.init:
         model = CausalVideoAutoencoder.from_pretrained(config.run.init, torch_dtype=torch.float32, local_files_only=True)
-    model = model.to(device).train()
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model.parameters(), config.optim)
     average = WeightAverage(model, config.optim.ema)
     names = dict(model.named_parameters())
     first = _resume(run, config, model, optimizer, average, names, device) if config.run.resume else 0
-    terms_of = torch.compile(train_step_terms) if config.run.compile == "blocks" else train_step_terms
+    terms_of = torch.compile(train_step_terms, dynamic=False) if config.run.compile == "blocks" else train_step_terms
     log = StepLog(run, config.run.steps, config.run.batch, 0.0, device, done=first)
 
     for step in range(first, config.run.steps):
@@ -143,11 +141,14 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
         frames = store.windows(
             table.episode_W[rows].to(device, non_blocking=True), table.start_W[rows].to(device, non_blocking=True)
         )
+        shape = (len(rows), model.latent_channels, latent_frames(WINDOW_FRAMES), *(n // 8 for n in frames.shape[2:4]))
+        generator = step_generator(config.run.seed + 1, step, device)
+        noise = torch.randn(shape, generator=generator, device=device)
         wait = time.perf_counter() - begun
         lr = learning_rate(config.optim, step, config.run.steps)
         set_learning_rate(optimizer, lr)
         with autocast(config.run, device):
-            terms = terms_of(model, frames, step_generator(config.run.seed, step, device), config.loss)
+            terms = terms_of(model, frames, noise, config.loss)
         terms["loss"].backward()
         terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         optimizer.step()
