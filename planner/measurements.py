@@ -53,6 +53,36 @@ def measurement(
     return line
 
 
+def from_summary(summary: Mapping[str, Any], *, protocol: str) -> list[dict[str, Any]]:
+    """Lines of an evaluation (``summary.summarise`` with ``command`` and ``provenance``): success of every policy, with its
+    tests against no-op and random, and every other number it measured.
+
+    Claims: ``planner/oracle/<task>/...`` for the oracle, ``planner/oracle/<control>/<task>/...`` for its controls,
+    ``planner/<protocol>/<policy>/<task>/...`` otherwise.
+    """
+    from .summary import MEANS
+
+    lines = []
+    for task, policies in summary["tasks"].items():
+        for name, entry in policies.items():
+            parts = [protocol, task] if name == protocol else [protocol, name, task]
+            path = "planner/" + "/".join(parts)
+            shared: dict[str, Any] = {"command": summary["command"], "provenance": summary["provenance"]}
+            shared |= {"n": entry["n"], "seeds": entry["seeds"]}
+            against = {f"{k}_p": v for k, v in entry["against"].items()}
+            if protocol == "oracle":
+                against |= {
+                    k: policies[k]["rate"] for k in ("black", "other", "recorded") if k in policies and k != name
+                }
+            if entry["rate"] is not None:
+                interval = {"low": entry["low"], "high": entry["high"]}
+                lines.append(
+                    measurement(f"{path}/success", entry["rate"], unit="share", against=against, **interval, **shared)
+                )
+            lines += [measurement(f"{path}/{m}", entry[m], unit=MEANS[m], **shared) for m in MEANS if m in entry]
+    return lines
+
+
 def machine_provenance(root: Path | None = None) -> dict[str, Any]:
     """Commit (with ``+`` when the tree has changes), hardware, package versions and UTC time of now."""
     import physisforcing
@@ -91,7 +121,7 @@ def seed_range(seeds: Sequence[int] | str) -> str:
     """``100000-100019`` for consecutive seeds, else a list."""
     if isinstance(seeds, str) or not len(seeds):
         return str(seeds) if isinstance(seeds, str) else ""
-    ordered = sorted(set(int(s) for s in seeds))
+    ordered = sorted({int(s) for s in seeds})
     if ordered == list(range(ordered[0], ordered[-1] + 1)):
         return f"{ordered[0]}-{ordered[-1]}"
     return ",".join(map(str, ordered))

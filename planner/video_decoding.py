@@ -7,6 +7,7 @@ limit; if it succeeds where planning fails, the imagination is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +28,13 @@ def decode_video(
     *,
     height: int = 120,
     width: int = 160,
+    prepare: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
 ) -> NDArray[np.float32]:
     """Joint targets [T-1, A] of a video at the control rate, from its pictures and the first frame's drive targets alone.
 
     Windows of 17 frames at stride 2 follow each other; each starts from the previous window's last prediction. Past the end
-    the last picture repeats; the targets read there are dropped.
+    the last picture repeats; the targets read there are dropped. ``prepare`` sees every window [17,H,W,3] first (e.g. a codec's
+    round trip).
     """
     count = len(frames_THWC)
     times = np.arange(WINDOW_FRAMES) * STRIDE * DT
@@ -40,6 +43,8 @@ def decode_video(
     for start in range(0, max(1, count - 1), step):
         rows = np.minimum(start + STRIDE * np.arange(WINDOW_FRAMES), count - 1)
         window = resize_to(frames_THWC[rows], height, width)
+        if prepare is not None:
+            window = prepare(window)
         chunk = inverse_dynamics.decode(window[None], times, state[None])[0].actions_PA
         chunks.append(chunk)
         state = chunk[-1]
@@ -72,3 +77,35 @@ class OpenLoopPolicy:
 
     def telemetry(self) -> dict[str, float]:
         return {}
+
+
+class RetrievedVideo:
+    """The retrieval baseline's second half: the video of the nearest training demonstration, decoded instead of imagined.
+
+    ``retrieval``: the first half (``envs.baselines.Retrieval``), which finds the demonstration; ``core.protocols.Policy``.
+    """
+
+    def __init__(self, retrieval: Any, decoder: InverseDynamics) -> None:
+        self._retrieval, self._decoder = retrieval, decoder
+        self._found: dict[str, float] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        return (
+            f"{self._retrieval.fingerprint}-video-{getattr(self._decoder, 'fingerprint', type(self._decoder).__name__)}"
+        )
+
+    def reset(self, *, task: str, seed: int, instruction: str) -> None:
+        self._task, self._targets, self._found = task, None, {}
+
+    def act(self, observation: Observation) -> NDArray[np.float32]:
+        if self._targets is None:
+            episode, distance = self._retrieval.nearest(observation.images["head"], observation.state_A, self._task)
+            self._found = {"retrieved_episode": float(episode), "retrieved_distance": distance}
+            frames = self._retrieval.dataset.frames(episode)
+            self._targets = decode_video(self._decoder, frames, observation.state_A)
+            return self._targets
+        return np.repeat(self._targets[-1:], WINDOW_FRAMES, axis=0)
+
+    def telemetry(self) -> dict[str, float]:
+        return dict(self._found)

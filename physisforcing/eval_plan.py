@@ -1,0 +1,272 @@
+"""``physis eval plan``: plan in closed loop on scenes nobody trained on, beside the baselines; or the oracle check."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from physisforcing.core.errors import IncompleteCoverageError, UserError, unknown_name
+from physisforcing.core.results import ResultKey, ResultsFile, config_hash
+
+from .plan_episodes import MODEL, SETTLE, EpisodeRunner, weight_folders
+
+HELP = """usage: physis eval plan [field=value ...] [--json]
+
+Closed-loop episodes with a world model and a decoder, with the no-op, random and retrieval baselines.
+
+settings (field=value):
+  tasks=[click_bell] (task=NAME for one)   episodes=50   seeds from first_seed=100000, or manifest=NAME_OR_FILE
+  output=PATH            the same command again continues; results.jsonl, summary.md, summary.json, videos/, measurements.json
+  planner=pico           weights and settings: planner.world_model, planner.codec, planner.decoder (folders; 'shipped'),
+                         planner.execute_horizon=32, planner.denoising_steps=0 (0: the model's own), planner.device=cpu
+  baselines=[noop,random,retrieval]        retrieval needs train_demos=FOLDER (a dataset with training seeds)
+  planner.oracle=video   the decoder reads held-out demonstrations instead: needs demos=FOLDER with seeds from 100000
+  workers=0 (processes; 0: this one)  threads=2 (numeric threads; part of the result's key)  videos=3  control=interpolated
+  max_steps=null (null: the task's own limit)  retry_errors=false
+
+examples:
+  physis eval plan tasks=[click_bell] episodes=50 train_demos=runs/bell output=runs/plan
+  physis eval plan task=click_bell planner.oracle=video demos=runs/heldout episodes=20 output=runs/oracle"""
+
+ORACLES = ("none", "video")
+BASELINES = ("noop", "random", "retrieval")
+
+
+@dataclass(slots=True, kw_only=True)
+class PlannerSettings:
+    """Weights and settings of the planner; ``planner=NAME`` selects ``configs/planner/NAME.yaml``."""
+
+    world_model: str = "shipped"
+    codec: str = "shipped"
+    decoder: str = "shipped"
+    oracle: str = "none"
+    execute_horizon: int = 32
+    min_motion: float = 0.02
+    max_resamples: int = 3
+    denoising_steps: int = 0
+    device: str = "cpu"
+
+
+@dataclass(slots=True, kw_only=True)
+class EvalPlanConfig:
+    """Settings of ``physis eval plan`` (see ``HELP``)."""
+
+    tasks: list[str] = field(default_factory=lambda: ["click_bell"])
+    episodes: int = 50
+    first_seed: int = 100_000
+    manifest: str | None = None
+    planner: PlannerSettings = field(default_factory=PlannerSettings)
+    baselines: list[str] = field(default_factory=lambda: list(BASELINES))
+    train_demos: str = ""
+    demos: str = ""
+    output: str = "runs/plan"
+    control: str = "interpolated"
+    max_steps: int | None = None
+    workers: int = 0
+    threads: int = 2
+    videos: int = 3
+    retry_errors: bool = False
+
+    @property
+    def oracle(self) -> bool:
+        return self.planner.oracle == "video"
+
+    def check(self) -> None:
+        """``UserError`` for what would fail only after the simulator has started."""
+        from physisforcing.envs.robotwin.tasks import task_info
+
+        for task in self.tasks:
+            task_info(task)
+        if self.planner.oracle not in ORACLES:
+            raise unknown_name("planner.oracle", self.planner.oracle, ORACLES, see="physis eval plan --help")
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise unknown_name("baselines", name, BASELINES, see="physis eval plan --help")
+        for name, low in (("episodes", 1), ("workers", 0), ("threads", 1), ("videos", 0), ("first_seed", 100_000)):
+            if getattr(self, name) < low:
+                fix = "evaluation seeds start at 100000" if name == "first_seed" else f"{name}={low}"
+                raise UserError(name, got=getattr(self, name), wanted=f"at least {low}", fix=fix)
+        if self.oracle and not self.demos:
+            fix = f"physis data collect tasks=[{self.tasks[0]}] start_seed=100000 episodes=20 output=F, then demos=F"
+            raise UserError("demos", got=None, wanted="demonstrations with evaluation seeds", fix=fix)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of ``physis eval plan``. Exit code 3 when episodes ended in errors."""
+    words = [word for word in argv if word != "--json"]
+    if any(word in ("-h", "--help") for word in words):
+        print(HELP)
+        return 0
+    from physisforcing.core.config import compose
+    from physisforcing.envs.collect import expand_lists
+
+    lists = {"task": "tasks", "tasks": "tasks", "baselines": "baselines"}
+    words = [f"output={word[4:]}" if word.startswith("out=") else word for word in words]
+    config = compose("eval_plan", expand_lists(words, lists), EvalPlanConfig)
+    summary = evaluate(config, command=" ".join(["physis eval plan", *argv]))
+    text = json.dumps(summary, indent=2) if len(words) < len(argv) else (Path(config.output) / "summary.md").read_text()
+    print(text)
+    errors = sum(entry["errors"] for task in summary["tasks"].values() for entry in task.values())
+    if errors:
+        raise IncompleteCoverageError(f"{errors} episodes ended in errors; retry_errors=true runs them again")
+    return 0
+
+
+def evaluate(config: EvalPlanConfig, *, command: str = "physis eval plan", progress: bool = True) -> dict[str, Any]:
+    """Run or continue an evaluation; returns the summary that ``summary.json`` holds."""
+    from tqdm import tqdm
+
+    from physisforcing.envs.seeds import Job, Outcome, run_seeds
+
+    config.check()
+    output = Path(config.output)
+    plan = _Plan(config)
+    output.mkdir(parents=True, exist_ok=True)
+    results = ResultsFile(output / "results.jsonl")
+    if (torn := results.report_torn()) is not None:
+        print(torn, file=sys.stderr)
+    todo = [job for job in plan.jobs if not results.done(plan.key(job), retry_errors=config.retry_errors)]
+    bar = tqdm(total=len(todo), desc="episodes", unit="ep", disable=not progress, file=sys.stderr)
+
+    def on_outcome(outcome: Outcome) -> None:
+        job = Job(task=outcome.task, seed=outcome.seed)
+        row = dict(outcome.details)
+        status = row.pop("status", "error")
+        task, policy = outcome.task.split("/")
+        row = {"task": task, "policy": policy, "seed": job.seed, "error": outcome.message, **row}
+        results.append(plan.key(job), status, **row, seconds=round(outcome.seconds, 3))
+        bar.update()
+        bar.set_postfix_str(f"{outcome.task} {job.seed}: {status}")
+
+    with bar:
+        make = partial(EpisodeRunner, config, plan.entries)
+        run_seeds(_Queue(todo), make, workers=config.workers, on_outcome=on_outcome)  # type: ignore[arg-type]
+    rows = [row for job in plan.jobs if (row := results.get(plan.key(job))) is not None]
+    return _write_summary(config, plan, rows, command, output)
+
+
+class _Queue:
+    """Hands out a fixed list of jobs (``envs.seeds.run_seeds``)."""
+
+    def __init__(self, jobs: list[Any]) -> None:
+        self._jobs = list(reversed(jobs))
+
+    def next(self) -> Any:
+        return self._jobs.pop() if self._jobs else None
+
+    def report(self, outcome: Any) -> None:
+        pass
+
+
+class _Plan:
+    """Which episodes, under which keys. A job's task is ``<task>/<policy>``."""
+
+    def __init__(self, config: EvalPlanConfig) -> None:
+        from physisforcing.envs.seeds import Job
+
+        self.config = config
+        self.skipped: list[str] = []
+        self.entries, seeds = self._scenes()
+        self.policies = self._policies()
+        self._fingerprints = self._identify()
+        self._config_hash = config_hash(
+            {"control": config.control, "max_steps": config.max_steps, "threads": config.threads, "settle": SETTLE}
+        )
+        # One task after the other, so that a worker rarely has to build another environment.
+        self.jobs = [Job(task=f"{t}/{p}", seed=s) for t in config.tasks for p in self.policies for s in seeds[t]]
+
+    def key(self, job: Any) -> ResultKey:
+        task, policy = job.task.split("/")
+        return ResultKey(
+            manifest=self.manifest,
+            episode=f"{task}/{job.seed}",
+            fingerprint=self._fingerprints[policy],
+            config=self._config_hash,
+        )
+
+    def _scenes(self) -> tuple[dict[tuple[str, int], Any], dict[str, list[int]]]:
+        config = self.config
+        if config.oracle:
+            from physisforcing.planner.oracle import HeldOutDemonstrations
+
+            demos = HeldOutDemonstrations(config.demos)
+            self.manifest = f"demonstrations-{demos.dataset.fingerprint()[:12]}"
+            return {}, {task: demos.seeds(task, config.episodes) for task in config.tasks}
+        self.manifest = f"seeds-from-{config.first_seed}"
+        seeds = list(range(config.first_seed, config.first_seed + config.episodes))
+        return {}, dict.fromkeys(config.tasks, seeds)
+
+    def _policies(self) -> list[str]:
+        from physisforcing.planner.oracle import ORACLE_POLICIES
+
+        config = self.config
+        if config.oracle:
+            return list(ORACLE_POLICIES)
+        policies = [MODEL]
+        for name in config.baselines:
+            if name == "retrieval" and not config.train_demos:
+                self.skipped.append("retrieval skipped: needs train_demos=FOLDER (demonstrations with training seeds)")
+            else:
+                policies += [name, "retrieval_video"] if name == "retrieval" else [name]
+        return policies
+
+    def _identify(self) -> dict[str, str]:
+        from physisforcing.worldmodel.storage import fingerprint
+
+        config = self.config
+        parts = {name: fingerprint(folder) for name, folder in weight_folders(config).items()}
+        retrieved = ""
+        if "retrieval" in self.policies:
+            from physisforcing.core.lerobot import LeRobotDataset
+
+            retrieved = LeRobotDataset(config.train_demos).fingerprint()[:12]
+        settings = {
+            k: v for k, v in dataclasses.asdict(config.planner).items() if k not in ("world_model", "codec", "decoder")
+        }
+        known = {
+            MODEL: f"model-{config_hash(parts | settings)}",
+            "noop": "noop",
+            "random": "random",
+            "retrieval": f"retrieval-{retrieved}",
+            "retrieval_video": f"retrieval-{retrieved}-{parts.get('decoder')}",
+            "recorded": "recorded",
+        }
+        return {policy: known.get(policy, f"{policy}-{config_hash(parts)}") for policy in self.policies}
+
+
+def _write_summary(
+    config: EvalPlanConfig, plan: _Plan, rows: list[dict[str, Any]], command: str, output: Path
+) -> dict[str, Any]:
+    from physisforcing.planner import measurements
+    from physisforcing.planner.summary import markdown, summarise
+
+    summary = summarise(rows)
+    provenance = measurements.machine_provenance()
+    scene = {name: rows[0].get(name) for name in ("assets", "embodiment", "renderer", "runtime")} if rows else {}
+    notes = [
+        f"scenes: {plan.manifest}; control {config.control}; "
+        + ", ".join(f"{name} {value}" for name, value in scene.items() if value),
+        "interval: 95 % Wilson; p: two-sided Fisher exact test; errors stand in no denominator",
+        f"{config.threads} numeric threads; another number may round differently",
+        *plan.skipped,
+    ]
+    title = "Oracle check" if config.oracle else "Planning in closed loop"
+    summary |= {
+        "title": title,
+        "notes": notes,
+        "command": command,
+        "provenance": provenance,
+        "config": dataclasses.asdict(config),
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (output / "summary.md").write_text(markdown(summary, title=title, notes=notes))
+    (output / "provenance.json").write_text(json.dumps(provenance | {"command": command}, indent=2) + "\n")
+    lines = measurements.from_summary(summary, protocol="oracle" if config.oracle else config.control)
+    (output / "measurements.json").write_text(json.dumps(lines, indent=1) + "\n")
+    return summary
