@@ -15,6 +15,8 @@ from physisforcing.core.types import ActionSpec
 
 PREFERRED_EMBODIMENT = "aloha-agilex"
 ARM_JOINTS = 6
+#: aloha-agilex's URDF allows +-10 rad; actions and plans stay within half a turn either way.
+HALF_TURN = 3.141592653589793
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -98,8 +100,8 @@ def load_embodiment(assets: AssetRoot, name: str | None) -> Embodiment:
     names, low, high = [], [], []
     for side, arm in zip(("left", "right"), arms, strict=True):
         names += [f"{side}_joint_{k}" for k in range(1, ARM_JOINTS + 1)] + [f"{side}_gripper"]
-        low += [limits[j][0] for j in arm] + [0.0]
-        high += [limits[j][1] for j in arm] + [1.0]
+        low += [max(limits[j][0], -HALF_TURN) for j in arm] + [0.0]
+        high += [min(limits[j][1], HALF_TURN) for j in arm] + [1.0]
     spec = ActionSpec(names=tuple(names), low=tuple(low), high=tuple(high))
     return Embodiment(name=name, folder=folder / name, config=config, action_spec=spec)
 

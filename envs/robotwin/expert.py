@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from physisforcing.core.types import PHYSICS_HZ
 
+from .embodiment import HALF_TURN
+
 #: Name under which results mention this planner.
 PLANNER_NAME = "cpu-inverse-kinematics"
 
@@ -26,10 +28,12 @@ class PlannerConfig:
     max_velocity: float = 2.0  # rad/s, every joint
     max_acceleration: float = 8.0  # rad/s^2
     min_steps: int = 40  # physics steps of the shortest motion
-    restarts: int = 12
-    iterations: int = 300
+    attempts: int = 16  # inverse-kinematics starts for one target
+    enough: int = 6  # different solutions to choose from
+    iterations: int = 200
     tolerance: float = 1e-3  # metres and radians, of the pose that the solution reaches
-    easy_move: float = 2.5  # rad: a solution found from the current joints within this distance needs no restart
+    easy_move: float = 1.0  # a solution of this cost (rad) is taken at once
+    wrist_range: float = 1.75  # rad: joints 4 and 5 are kept inside where a solution allows it
 
 
 def quintic_path(
@@ -66,7 +70,7 @@ class ArmKinematics:
         self._mask = np.zeros(len(active), dtype=np.int32)
         self._mask[self.columns] = 1
         limits = np.array([np.asarray(j.get_limits(), dtype=float)[0] for j in joints])
-        self.low, self.high = limits[:, 0], limits[:, 1]
+        self.low, self.high = np.maximum(limits[:, 0], -HALF_TURN), np.minimum(limits[:, 1], HALF_TURN)
         self._model = model
         self._link = entity.get_links().index(ee_joint.child_link)
         self._root = entity.get_root_pose()
@@ -82,25 +86,40 @@ class ArmKinematics:
         return self._root.inv() * sapien.Pose(matrix_44) * self._ee_in_link.inv()
 
     def solve(self, qpos: NDArray, pose: Any, config: PlannerConfig) -> NDArray[np.float64] | None:
-        """Joints [arm joints] nearest to ``qpos`` that reach ``pose``, or None."""
+        """Joints [arm joints] that reach ``pose`` with the smallest ``cost``, or None.
+
+        Tried in turn: from the joints now, from the other wrist branch of each solution found, from random joints.
+        """
         target = self.link_target(pose)
         now = np.asarray(qpos, dtype=float)
-        here = now[self.columns]
-        found = self._attempt(now, here, target, config)
-        if found is not None and np.max(np.abs(found - here)) < config.easy_move:
-            return found
-        solutions = [] if found is None else [found]
+        here_J = now[self.columns]
         rng = np.random.default_rng(0)
-        low, high = np.maximum(self.low, -np.pi), np.minimum(self.high, np.pi)
-        for _ in range(config.restarts):
-            found = self._attempt(now, rng.uniform(low, high), target, config)
-            if found is not None:
-                solutions.append(self._nearest_wrap(found, here))
-                if len(solutions) == 3:
-                    break
-        return min(solutions, key=lambda q: float(np.max(np.abs(q - here)))) if solutions else None
+        solutions: list[NDArray[np.float64]] = []
+        starts = [here_J, np.zeros_like(here_J)]
+        for _ in range(config.attempts):
+            start_J = starts.pop(0) if starts else rng.uniform(np.maximum(self.low, -1.5), np.minimum(self.high, 2.0))
+            found_J = self._attempt(now, start_J, here_J, target, config)
+            if found_J is None or any(np.max(np.abs(found_J - s)) < 1e-2 for s in solutions):
+                continue
+            solutions.append(found_J)
+            best_J = min(solutions, key=lambda q_J: self.cost(q_J, here_J, config))
+            if self.cost(best_J, here_J, config) < config.easy_move or len(solutions) >= config.enough:
+                return best_J
+            starts.append(found_J + np.array([0.0, 0.0, 0.0, np.pi, -2 * found_J[4], np.pi]))
+        return min(solutions, key=lambda q_J: self.cost(q_J, here_J, config)) if solutions else None
 
-    def _attempt(self, now: NDArray, start_J: NDArray, target: Any, config: PlannerConfig) -> NDArray | None:
+    @staticmethod
+    def cost(joints_J: NDArray, here_J: NDArray, config: PlannerConfig) -> float:
+        """Largest joint motion in radians, and ten times what a wrist joint is bent beyond ``wrist_range``.
+
+        A wrist bent further folds the hand into the forearm.
+        """
+        bent = np.maximum(np.abs(joints_J[3:5]) - config.wrist_range, 0).sum()
+        return float(np.max(np.abs(joints_J - here_J)) + 10 * bent)
+
+    def _attempt(
+        self, now: NDArray, start_J: NDArray, here_J: NDArray, target: Any, config: PlannerConfig
+    ) -> NDArray[np.float64] | None:
         guess = now.copy()
         guess[self.columns] = start_J
         result, _, error = self._model.compute_inverse_kinematics(
@@ -108,8 +127,9 @@ class ArmKinematics:
         )
         if np.linalg.norm(error) > config.tolerance:
             return None
-        joints = self._nearest_wrap(np.asarray(result)[self.columns], start_J)
-        return joints if np.all((joints >= self.low - 1e-6) & (joints <= self.high + 1e-6)) else None
+        joints_J = self._nearest_wrap(np.asarray(result)[self.columns], here_J)
+        inside = np.all((joints_J >= self.low - 1e-6) & (joints_J <= self.high + 1e-6))
+        return np.clip(joints_J, self.low, self.high) if inside else None
 
     def _nearest_wrap(self, joints: NDArray, near: NDArray) -> NDArray:
         """Add whole turns that bring each joint nearest to ``near`` inside its limits."""

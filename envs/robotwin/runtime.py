@@ -137,6 +137,8 @@ def load_runtime() -> Runtime:
         create_actor = importlib.import_module("robotwin.envs.utils.create_actor")
         instructions = importlib.import_module("robotwin.description.instructions")
         version = importlib.import_module("robotwin").__version__
+        transforms = importlib.import_module("robotwin.envs.utils.transforms")
+    transforms.get_align_matrix = _parallel_vectors_align(transforms.get_align_matrix)
     for module in (base_task, robot):
         module.print = _discard  # type: ignore[attr-defined]  # a module-level name shadows the builtin there only
     _loaded = Runtime(
@@ -148,6 +150,18 @@ def load_runtime() -> Runtime:
         instructions=instructions,
     )
     return _loaded
+
+
+def _parallel_vectors_align(original: Any) -> Any:
+    """Upstream takes the arc cosine of a product that rounding can push above 1 for parallel vectors, and NaN poses follow."""
+
+    def get_align_matrix(v1: Any, v2: Any) -> Any:
+        with np.errstate(invalid="ignore"):
+            matrix_33 = original(v1, v2)
+        parallel = np.dot(np.ravel(v1), np.ravel(v2)) > 0
+        return np.eye(3) if parallel and not np.all(np.isfinite(matrix_33)) else matrix_33
+
+    return get_align_matrix
 
 
 def _discard(*_: object, **__: object) -> None:
