@@ -1,9 +1,10 @@
 """Teacher targets of every window of a dataset, computed once and cached on disk: ``physis data targets``.
 
-One safetensors shard an episode, ``<dataset>/targets/<recipe>/<content>.safetensors``. The folder's name is a digest
-of the recipe (window geometry, query grid, teachers with their versions), the file's a digest of the episode's own
-content, so a shard is found by what it was computed from: renumbered or merged datasets keep theirs, changed ones do
-not find a stale one. Shards are written aside and renamed; a killed run continues where it stopped.
+One safetensors shard an episode, ``<cache>/<recipe>/<content>.safetensors``; the cache is the dataset's own folder
+``targets`` unless another is named. The folder's name is a digest of the recipe (window geometry, query grid, teachers with
+their versions), the file's a digest of the episode's own content, so a shard is found by what it was computed from:
+renumbered or merged datasets keep theirs, changed ones do not find a stale one. Shards are written aside and renamed; a
+killed run continues where it stopped.
 
 A shard holds, for W windows of T frames with N points: int16 track coordinates in 1/64 pixel of the recorded picture
 (float16 would lose a quarter of a pixel at the right border), packed visibility, the depth in mm and body id under
@@ -53,7 +54,8 @@ examples:
   physis data targets data=[runs/bell]
   physis data targets data=[runs/bell,runs/blocks] device=cuda workers=8
 
-fields: data, device (auto, cpu, cuda), workers, recipe.frames, recipe.stride, recipe.start_stride, recipe.grid_rows,
+fields: data, cache (folder instead of FOLDER/targets), device (auto, cpu, cuda), workers, recipe.frames,
+recipe.stride, recipe.start_stride, recipe.grid_rows,
 recipe.grid_columns"""
 
 
@@ -114,6 +116,7 @@ class TargetsCommand:
     """Settings of ``physis data targets``."""
 
     data: list[str]
+    cache: str | None = None
     device: str = "auto"
     workers: int = 2
     recipe: TargetRecipe = field(default_factory=TargetRecipe)
@@ -142,15 +145,20 @@ class Coverage:
     windows: int = 0
 
 
-def shard_path(dataset: LeRobotDataset, episode: int, recipe: TargetRecipe) -> Path:
+def shard_path(dataset: LeRobotDataset, episode: int, recipe: TargetRecipe, cache: str | Path | None = None) -> Path:
     """Where an episode's targets are, or will be. Raises ``DatasetError`` when it was recorded without ground truth."""
-    return dataset.root / "targets" / recipe.digest() / f"{_content(dataset, episode)[:32]}.safetensors"
+    return (
+        (Path(cache) if cache else dataset.root / "targets")
+        / recipe.digest()
+        / f"{_content(dataset, episode)[:32]}.safetensors"
+    )
 
 
 def build(
     dataset: LeRobotDataset,
     recipe: TargetRecipe,
     *,
+    cache: str | Path | None = None,
     episodes: Sequence[int] | None = None,
     device: str = "cpu",
     workers: int = 2,
@@ -162,7 +170,7 @@ def build(
     from ..teachers.frame_encoder import FrameEncoder
 
     wanted = list(range(dataset.num_episodes)) if episodes is None else list(episodes)
-    missing = [index for index in wanted if not shard_path(dataset, index, recipe).is_file()]
+    missing = [index for index in wanted if not shard_path(dataset, index, recipe, cache).is_file()]
     coverage = Coverage(computed=len(missing), cached=len(wanted) - len(missing))
     if missing:
         encoder = FrameEncoder().to(device)
@@ -171,7 +179,7 @@ def build(
             label = f"targets {dataset.root.name}"
             for index, (targets, frames) in tqdm(made, total=len(missing), desc=label, disable=not progress):
                 targets.teacher_EChw = _encode(encoder, frames)
-                write_shard(shard_path(dataset, index, recipe), targets, recipe, _content(dataset, index))
+                write_shard(shard_path(dataset, index, recipe, cache), targets, recipe, _content(dataset, index))
     coverage.windows = sum(len(recipe.starts(dataset.episode(index).length)) for index in wanted)
     return coverage
 
@@ -248,12 +256,14 @@ def write_shard(path: Path, targets: EpisodeTargets, recipe: TargetRecipe, conte
     os.replace(aside, path)
 
 
-def read_shard(dataset: LeRobotDataset, episode: int, recipe: TargetRecipe) -> EpisodeTargets:
+def read_shard(
+    dataset: LeRobotDataset, episode: int, recipe: TargetRecipe, cache: str | Path | None = None
+) -> EpisodeTargets:
     """An episode's targets. Raises ``DatasetError`` when they are missing, damaged, or those of something else."""
     from safetensors import SafetensorError, safe_open
 
-    path = shard_path(dataset, episode, recipe)
-    fix = f"delete it and run physis data targets data=[{dataset.root}]"
+    path = shard_path(dataset, episode, recipe, cache)
+    fix = f"delete it and run physis data targets data=[{dataset.root}]" + (f" cache={cache}" if cache else "")
     if not path.is_file():
         raise DatasetError(
             f"targets of episode {episode}", got="none", wanted=str(path), fix=fix.removeprefix("delete it and ")
@@ -350,6 +360,13 @@ def main(argv: Sequence[str]) -> int:
     command = compose("data_targets", list(argv), TargetsCommand)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if command.device == "auto" else command.device
     for root in command.data:
-        done = build(LeRobotDataset(root), command.recipe, device=device, workers=command.workers, progress=True)
+        done = build(
+            LeRobotDataset(root),
+            command.recipe,
+            cache=command.cache,
+            device=device,
+            workers=command.workers,
+            progress=True,
+        )
         print(f"{root}: {done.windows} windows, {done.computed} episodes computed, {done.cached} cached")
     return 0

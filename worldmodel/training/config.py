@@ -87,14 +87,11 @@ class TrainVaeConfig:
 
 @dataclass(slots=True, kw_only=True)
 class TrainWorldModelConfig:
-    """``codec``: folder of the video codec. ``targets``: cache of physics targets (the cache home's when empty).
-
-    ``heldout_windows``: windows of the held-out measurement, at fixed noise and timesteps.
+    """``codec``: folder of the video codec. ``heldout_windows``: windows of the held-out measurement, at fixed noise and timesteps.
     """
 
     name: str = "worldmodel"
     codec: str = ""
-    targets: str | None = None
     heldout_windows: int = 64
     run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/worldmodel", steps=5000, batch=128))
     data: DataConfig = field(default_factory=DataConfig)

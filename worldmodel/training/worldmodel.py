@@ -14,7 +14,7 @@ from physisforcing.core.errors import UserError
 
 from ..backbones.wan import WanDenoiser, build_denoiser, load_denoiser
 from ..codec import load_codec
-from ..data.batches import WindowBank, WindowSampler, build_bank, step_generator
+from ..data.batches import BankTargets, WindowBank, WindowSampler, build_bank, step_generator
 from ..data.windows import Episode, FrameStore, WindowTable, read_episodes
 from ..model import load_heads, save_world_model
 from ..physics.forcing import PhysisForcing
@@ -55,9 +55,7 @@ def prepare_banks(
         cache = Path(data.text_cache) if data.text_cache else None
         bank = build_bank(store, table, codec, tuple(config.conditioner.lags), text_cache=cache)
         if config.physics.lambda_pix > 0 or config.physics.lambda_sem > 0:
-            from ..data.targets import resident_targets
-
-            bank.targets = resident_targets(part, table, config.physics, device, cache=config.targets)
+            bank.targets = BankTargets.load(part, table, config.physics, device, workers=data.workers)
         banks.append(bank)
     return banks[0], banks[1]
 
