@@ -39,7 +39,7 @@ def unpack(packages: Sequence[str], folder: Path, *, backports: Sequence[str] = 
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         options = _private_apt(Path(place), backports=bool(backports))
-        run(["apt-get", *options, "--download-only", *_wanted(packages, backports)])
+        run(["apt-get", *options, "--download-only", *_wanted(packages, backports)], quiet=True)
         for archive in sorted(Path(place, "cache", "archives").glob("*.deb")):
             run(["dpkg-deb", "--extract", archive, folder])
     return folder
@@ -51,11 +51,11 @@ def install(packages: Sequence[str], *, backports: Sequence[str] = ()) -> None:
         os.chmod(place, 0o755)
         options = _private_apt(Path(place), backports=bool(backports), locking=True)
         environment = {"DEBIAN_FRONTEND": "noninteractive"}
-        run(["apt-get", *options, "--no-remove", *_wanted(packages, backports)], env=environment)
+        run(["apt-get", *options, "--no-remove", *_wanted(packages, backports)], env=environment, quiet=True)
 
 
 def _wanted(packages: Sequence[str], backports: Sequence[str]) -> list[str]:
-    # `package/suite` takes that package from the suite; `-t` also lets what it depends on come from there.
+    # Without -t what a backport depends on could not come from the backports suite.
     suite = ["-t", f"{release()['VERSION_CODENAME']}-backports"] if backports else []
     return ["--yes", "-qq", "--no-install-recommends", *suite, "install", *packages, *backports]
 
@@ -78,7 +78,7 @@ def _private_apt(place: Path, *, backports: bool, locking: bool = False) -> list
         sources.write_text("".join(f"deb {signed}{_own_uri(codename)} {suite} main\n" for suite in suites))
         options += ["-o", f"Dir::Etc::SourceList={sources}", "-o", "Dir::Etc::SourceParts=-"]
     say(f"reading the package lists of {release().get('PRETTY_NAME', 'this system')}")
-    run(["apt-get", *options, "-qq", "update"])
+    run(["apt-get", *options, "-qq", "update"], quiet=True)
     return options
 
 

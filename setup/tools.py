@@ -17,9 +17,17 @@ def say(text: str) -> None:
     print(f"set-up: {text}", file=sys.stderr, flush=True)
 
 
-def run(command: Sequence[str | Path], *, env: dict[str, str] | None = None) -> None:
-    """Run a command with its output on stderr; raises ``CalledProcessError``."""
-    subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr, env={**os.environ, **(env or {})})
+def run(command: Sequence[str | Path], *, env: dict[str, str] | None = None, quiet: bool = False) -> None:
+    """Run a command with its output on stderr; raises ``CalledProcessError``. ``quiet``: show the output only on failure."""
+    words = [str(word) for word in command]
+    kept = subprocess.PIPE if quiet else sys.stderr
+    done = subprocess.run(
+        words, stdout=kept, stderr=subprocess.STDOUT if quiet else None, text=True, env={**os.environ, **(env or {})}
+    )
+    if done.returncode != 0:
+        if quiet:
+            print(done.stdout, file=sys.stderr)
+        raise subprocess.CalledProcessError(done.returncode, words)
 
 
 def succeeds(command: Sequence[str | Path], *, env: dict[str, str] | None = None) -> bool:
