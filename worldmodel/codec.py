@@ -14,6 +14,8 @@ from torch import Tensor
 
 from physisforcing.core.errors import UserError
 
+from .storage import load_diffusers
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
@@ -105,13 +107,11 @@ def load_codec(path: Path | str, device: str | torch.device = "cpu") -> VideoCod
     if kind == "CausalVideoAutoencoder":
         from .autoencoder import CausalVideoAutoencoder
 
-        model = CausalVideoAutoencoder.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-        return model.eval().requires_grad_(False).to(device)
+        return load_diffusers(CausalVideoAutoencoder, folder).eval().requires_grad_(False).to(device)
     if kind == "AutoencoderKLWan":
         from diffusers import AutoencoderKLWan
 
-        vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-        return WanVaeCodec(vae.requires_grad_(False).to(device))
+        return WanVaeCodec(load_diffusers(AutoencoderKLWan, folder).requires_grad_(False).to(device))
     raise UserError(
         "codec._class_name",
         got=kind,

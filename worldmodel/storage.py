@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from physisforcing.core.errors import UserError
+
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
@@ -33,6 +35,22 @@ def save_diffusers(model: torch.nn.Module, folder: Path, dtype: torch.dtype | No
     folder.mkdir(parents=True, exist_ok=True)
     model.save_config(folder)
     save_file(as_dtype(model.state_dict(), dtype), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def load_diffusers(kind: type, folder: Path) -> torch.nn.Module:
+    """A ``ModelMixin`` from its folder, float32. Every key must fit (``from_pretrained`` only logs those that do not).
+
+    Raises ``UserError`` naming the first key that is missing or unknown.
+    """
+    from safetensors.torch import load_file
+
+    model = kind.from_config(kind.load_config(folder, local_files_only=True))
+    state = {name: value.float() for name, value in load_file(folder / WEIGHTS_NAME).items()}
+    wrong = sorted(set(state) ^ set(model.state_dict()))
+    if wrong:
+        raise UserError(str(folder / WEIGHTS_NAME), got=f"{len(wrong)} keys that do not match, such as {wrong[0]}", wanted=f"the weights of a {kind.__name__} with this config", fix="use weights and config of the same training")
+    model.load_state_dict(state)
+    return model
 
 
 def fingerprint(folder: Path) -> str:

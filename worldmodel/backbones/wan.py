@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..storage import as_dtype, load_diffusers, save_diffusers
 from ..text import TEXT_WIDTH
 
 if TYPE_CHECKING:
@@ -184,8 +185,6 @@ def save_denoiser(denoiser: WanDenoiser, folder: Path, dtype: torch.dtype | None
     """
     from safetensors.torch import save_file
 
-    from ..storage import as_dtype, save_diffusers
-
     folder.mkdir(parents=True, exist_ok=True)
     save_diffusers(denoiser.transformer, folder / "transformer", dtype)
     save_file(as_dtype(denoiser.conditioner.state_dict(), dtype), folder / "conditioner.safetensors")
@@ -198,9 +197,7 @@ def load_denoiser(folder: Path, device: str | torch.device = "cpu") -> WanDenois
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     from safetensors.torch import load_file
 
-    transformer = WanTransformer3DModel.from_pretrained(
-        folder / "transformer", torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
-    )
+    transformer = load_diffusers(WanTransformer3DModel, folder / "transformer")
     settings = json.loads((folder / "denoiser.json").read_text())
     settings["conditioner"]["lags"] = tuple(settings["conditioner"]["lags"])
     conditioner = ProprioceptionConditioner(ConditionerConfig(**settings["conditioner"]))

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from ..codec import VideoCodec
+from ..physics.config import PhysicsConfig
 from ..text import TextEmbedder
-from .windows import FrameStore, WindowTable, lagged_states
+from .targets import TargetRecipe
+from .window_targets import WindowTargets, load_window_targets
+from .windows import Episode, FrameStore, WindowTable, lagged_states
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +48,47 @@ def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> 
 
 
 @dataclass(slots=True, kw_only=True)
+class BankTargets:
+    """Physics targets of a window table: ``row_W`` is a window's row in ``targets``, -1 where it has none.
+
+    Ground truth is stored for every 8th step, so windows that start between have no targets and add nothing to the losses.
+    """
+
+    row_W: Tensor
+    targets: WindowTargets
+
+    @classmethod
+    def load(
+        cls, episodes: list[Episode], table: WindowTable, physics: PhysicsConfig, device: torch.device, *, workers: int
+    ) -> BankTargets:
+        """Read the cached targets of the windows of ``episodes``; what is missing is computed first."""
+        recipe = TargetRecipe()
+        chosen = torch.nonzero(table.start_W % recipe.start_stride == 0).flatten()
+        windows = [
+            (episodes[place].root, episodes[place].index, start)
+            for place, start in zip(table.episode_W[chosen].tolist(), table.start_W[chosen].tolist(), strict=True)
+        ]
+        row = torch.full((len(table),), -1)
+        row[chosen] = torch.arange(len(chosen))
+        found = load_window_targets(windows, physics, recipe=recipe, device=device, workers=workers)
+        return cls(row_W=row.to(device), targets=found)
+
+    @property
+    def teacher_dim(self) -> int:
+        return self.targets.teacher_dim
+
+    def available_rows(self) -> Tensor:
+        return torch.nonzero(self.row_W >= 0).flatten().cpu()
+
+    def batch(self, rows_B: Tensor) -> dict[str, Tensor]:
+        row = self.row_W[rows_B]
+        found, present = self.targets.batch(row.clamp(min=0)), row >= 0
+        found["select_BN"] = found["select_BN"] & present[:, None]
+        found["token_mask_BFhw"] = found["token_mask_BFhw"] & present[:, None, None, None]
+        return found
+
+
+@dataclass(slots=True, kw_only=True)
 class WindowBank:
     """Everything a world-model batch needs, on the training device, one row a window.
 
@@ -57,7 +101,7 @@ class WindowBank:
     text_SLD: Tensor
     sentence_W: Tensor
     proprioception_WKA: Tensor
-    targets: Any | None = None
+    targets: BankTargets | None = None
 
     def physics_rows(self) -> Tensor:
         """Rows of the windows that have physics targets, on the CPU."""

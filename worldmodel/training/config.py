@@ -79,7 +79,7 @@ class VaeLossConfig:
 class TrainVaeConfig:
     name: str = "vae"
     run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/vae", steps=3000, batch=32))
-    data: DataConfig = field(default_factory=lambda: DataConfig(success_only=False, start_fraction=0.1))
+    data: DataConfig = field(default_factory=lambda: DataConfig(start_fraction=0.1))
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: VaeLossConfig = field(default_factory=VaeLossConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup=100, weight_decay=0.0, beta2=0.99, ema=0.998))

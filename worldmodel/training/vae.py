@@ -14,7 +14,7 @@ from ..autoencoder import CausalVideoAutoencoder
 from ..codec import latent_frames, to_unit_range
 from ..data.batches import WindowSampler, step_generator
 from ..data.windows import WINDOW_FRAMES, Episode, FrameStore, WindowTable, read_episodes
-from ..storage import save_diffusers
+from ..storage import load_diffusers, save_diffusers
 from .checkpoint import (
     latest_checkpoint,
     load_training,
@@ -126,7 +126,7 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
     torch.manual_seed(config.run.seed)
     model = CausalVideoAutoencoder(**asdict(config.model))
     if config.run.init:
-        model = CausalVideoAutoencoder.from_pretrained(config.run.init, torch_dtype=torch.float32, local_files_only=True)
+        model = load_diffusers(CausalVideoAutoencoder, Path(config.run.init))
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model.parameters(), config.optim)
     average = WeightAverage(model, config.optim.ema)
