@@ -19,11 +19,11 @@ GRID = (15, 20)
 SLOW = 2
 
 
-def physics_figure(root: Path, episode: int, start: int, folder: Path, name: str) -> Figure:
-    """Draw the tracks and the physics-informative mask of one training window: demonstration | tracks | mask.
+def physics_figure(root: Path, episode: int, folder: Path, name: str) -> Figure:
+    """Draw the tracks and the physics-informative mask of a window: demonstration | tracks | mask.
 
-    ``root``: a dataset with ground truth; ``start``: a control step whose depth is stored. Writes ``media/<name>.mp4``
-    below ``folder``.
+    ``root``: a dataset with ground truth. The window is the episode's one with the most selected points; at the very
+    start the arms may be outside the picture. Writes ``media/<name>.mp4`` below ``folder``.
     """
     import torch
 
@@ -41,13 +41,20 @@ def physics_figure(root: Path, episode: int, start: int, folder: Path, name: str
 
     dataset = LeRobotDataset(root)
     info = dataset.episodes[episode]
+    truth, maps = ground_truth.load(ground_truth.episode_path(root, episode)), {}
+    best = None
+    for start in truth.stored_frames_D.tolist():
+        tracks = point_tracks(truth, window_steps(start, info.length), maps=maps)
+        points = normalise_points(torch.from_numpy(tracks.points_TN2)[None], tracks.size)
+        visible, depth = torch.from_numpy(tracks.visible_TN)[None], torch.from_numpy(tracks.depth_N)[None]
+        chosen = informative_points(points, visible, depth, tracks.size, PhysicsConfig())
+        if best is None or chosen.sum() > best[0].sum():
+            best = chosen, start, tracks, token_mask(points, visible, chosen, GRID)
+    assert best is not None, "every episode has stored frames"
+    chosen, start, tracks, mask_BFhw = best
     steps = window_steps(start, info.length)
     frames = dataset.frames(episode, steps)
-    tracks = point_tracks(ground_truth.load(ground_truth.episode_path(root, episode)), steps)
-    points = normalise_points(torch.from_numpy(tracks.points_TN2)[None], tracks.size)
-    visible, depth = torch.from_numpy(tracks.visible_TN)[None], torch.from_numpy(tracks.depth_N)[None]
-    chosen = informative_points(points, visible, depth, tracks.size, PhysicsConfig())
-    mask = token_mask(points, visible, chosen, GRID)[0][latent_frame(len(steps))].numpy()
+    mask = mask_BFhw[0][latent_frame(len(steps))].numpy()
     large = upscale(frames, 2)
     selected = chosen[0].numpy()
     drawn = draw_tracks(large, (tracks.points_TN2 + 0.5) * 2 - 0.5, tracks.visible_TN, selected)
@@ -59,7 +66,7 @@ def physics_figure(root: Path, episode: int, start: int, folder: Path, name: str
         path=path,
         title=f"{info.task_name}: {info.instruction}",
         caption=(
-            f"A demonstration (training seed {info.seed}), {seconds:.2f} s in {len(steps)} pictures at half speed. Of "
+            f"A demonstration (training seed {info.seed}) from {start * DT:.1f} s on, {seconds:.2f} s at half speed. Of "
             f"{tracks.points_TN2.shape[1]} points followed, {int(selected.sum())} move enough and are near enough to count "
             f"(coloured, with their path); they pass through {mask.mean():.0%} of the picture's cells (bright)."
         ),
