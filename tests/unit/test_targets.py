@@ -15,8 +15,7 @@ from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.lerobot import GROUND_TRUTH_PATH, HEAD, LeRobotDataset, LeRobotWriter, robot_features
 from physisforcing.worldmodel.data import targets as cache
 from physisforcing.worldmodel.data.targets import TargetRecipe, build, read_shard, shard_path
-from physisforcing.worldmodel.data.window_targets import load_window_targets, resident_targets
-from physisforcing.worldmodel.data.windows import Episode, WindowTable
+from physisforcing.worldmodel.data.window_targets import load_window_targets
 from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.physics.forcing import PhysisForcing
 from physisforcing.worldmodel.teachers.frame_encoder import FrameEncoder
@@ -130,34 +129,12 @@ def test_rows_of_windows(root: Path) -> None:
     assert selected.sum() >= 8 and set(bodies[selected]) <= {2, 3}, "only what moves is selected, never the table"
 
 
-def test_rows_of_a_window_table(root: Path, tmp_path: Path) -> None:
-    """Half of the starts of a stride-4 table have no stored depth: their rows are empty, the others are the same targets."""
-    episodes = [
-        Episode(
-            frames=np.zeros(0, np.uint8),
-            states_TA=np.zeros((length, 14), np.float32),
-            instruction="",
-            task="boxes",
-            index=index,
-            seed=index,
-            success=True,
-            root=str(root),
-        )
-        for index, length in ((1, 25), (0, LENGTH))
-    ]
-    table = WindowTable.build([25, LENGTH], 4)
-    targets = resident_targets(episodes, table, PhysicsConfig(), "cpu", cache=tmp_path / "elsewhere")
-    assert len(targets) == len(table) and len(list((tmp_path / "elsewhere").glob("*/*.safetensors"))) == 2
-    rows = targets.available_rows()
-    assert len(rows) > 0 and (table.start_W[rows] % 8 == 0).all()
-    off = torch.nonzero(table.start_W % 8 == 4).flatten()
-    empty = targets.batch(off)
-    assert not empty["select_BN"].any() and not empty["token_mask_BFhw"].any()
-    for row in torch.nonzero(table.start_W % 8 == 0).flatten():
-        episode = episodes[int(table.episode_W[row])].index
-        alone = load_window_targets([(str(root), episode, int(table.start_W[row]))], PhysicsConfig())
-        for name, value in alone.batch(torch.tensor([0])).items():
-            torch.testing.assert_close(targets.batch(row[None])[name], value, rtol=0, atol=0)
+def test_another_cache_folder(root: Path, tmp_path: Path) -> None:
+    windows = [(str(root), 1, 8)]
+    here = load_window_targets(windows, PhysicsConfig())
+    there = load_window_targets(windows, PhysicsConfig(), cache=tmp_path / "elsewhere")
+    assert len(list((tmp_path / "elsewhere").glob("*/*.safetensors"))) == 1
+    torch.testing.assert_close(here.points_WFN2, there.points_WFN2, rtol=0, atol=0)
 
 
 def test_a_loss_step_runs_on_loaded_targets(root: Path) -> None:

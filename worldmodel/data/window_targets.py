@@ -21,7 +21,6 @@ from ..physics.config import PhysicsConfig
 from ..physics.regions import in_frame, informative_points, normalise_points, token_mask
 from ..physics.trajectory import latent_targets
 from .targets import SUBPIXELS, EpisodeTargets, TargetRecipe, build, read_shard
-from .windows import Episode, WindowTable
 
 _PER_WINDOW = ("points_WFN2", "visible_WFN", "select_WN", "mask_WFhw", "teacher_WF")
 
@@ -53,10 +52,6 @@ class WindowTargets:
     @property
     def teacher_dim(self) -> int:
         return self.teacher_EhwC.shape[-1]
-
-    def available_rows(self) -> Tensor:
-        """Rows whose masks are not empty: those that the losses can learn from or be measured on. int64, CPU."""
-        return torch.nonzero(self.select_WN.any(1) & self.mask_WFhw.flatten(1).any(1)).flatten().cpu()
 
     def to(self, device: str | torch.device) -> WindowTargets:
         return WindowTargets(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
@@ -111,40 +106,6 @@ def load_window_targets(
                 per_window[name] = value.new_empty((len(windows), *value.shape[1:]))
             per_window[name][torch.tensor(places)] = value
     return WindowTargets(**per_window, teacher_EhwC=torch.cat(encoded)).to(device)
-
-
-def resident_targets(
-    episodes: Sequence[Episode],
-    table: WindowTable,
-    physics: PhysicsConfig,
-    device: str | torch.device,
-    *,
-    recipe: TargetRecipe | None = None,
-    cache: str | Path | None = None,
-    workers: int = 2,
-    progress: bool = False,
-) -> WindowTargets:
-    """Targets of every window of ``table``, computing what is not cached; missing ground truth is a ``DatasetError``.
-
-    Windows that do not start on a multiple of ``recipe.start_stride`` (where no depth is stored) have empty masks:
-    they train the flow-matching loss alone, and ``available_rows`` leaves them out.
-    """
-    recipe = recipe or TargetRecipe()
-    on_grid = torch.nonzero(table.start_W % recipe.start_stride == 0).flatten()
-    chosen = [episodes[int(place)] for place in table.episode_W[on_grid]]
-    starts = table.start_W[on_grid].tolist()
-    windows = [(episode.root, episode.index, start) for episode, start in zip(chosen, starts, strict=True)]
-    made = load_window_targets(
-        windows, physics, recipe=recipe, cache=cache, device=device, workers=workers, progress=progress
-    )
-    if len(windows) == len(table):
-        return made
-    spread = {}
-    for name in _PER_WINDOW:
-        value = getattr(made, name)
-        spread[name] = value.new_zeros((len(table), *value.shape[1:]))
-        spread[name][on_grid.to(value.device)] = value
-    return WindowTargets(**spread, teacher_EhwC=made.teacher_EhwC)
 
 
 def reduce_shard(
