@@ -284,10 +284,8 @@ def show(summary: dict[str, Any]) -> None:
             f"  {task:20} {row['successes']}/{row['recorded']} succeeded ({low:.2f}-{high:.2f}), {row['frames']} frames"
         )
         if row["skipped"]:
-            print(
-                f"  {'':20} {len(row['skipped'])} seeds skipped: "
-                + ", ".join(f"{s['seed']} ({s['reason']})" for s in row["skipped"])
-            )
+            listed = ", ".join(f"{skip['seed']} ({skip['reason']})" for skip in row["skipped"])
+            print(f"  {'':20} {len(row['skipped'])} seeds skipped: {listed}")
     print(
         f"  per episode: video {summary['video_kb_per_episode']} kB, ground truth {summary['ground_truth_kb_per_episode']} kB"
     )

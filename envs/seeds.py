@@ -219,21 +219,20 @@ def _spawned(
                     if not finished and time.monotonic() - worker.since < timeout:
                         continue
                     outcome = _collect(worker, crew, finished)
-                    if outcome.kind == "lost" and outcome_job(outcome) not in tried:
-                        tried.add(outcome_job(outcome))
-                        again.append(outcome_job(outcome))
+                    job = Job(task=outcome.task, seed=outcome.seed)
+                    if outcome.kind == "lost" and job not in tried:
+                        tried.add(job)
+                        again.append(job)
                         continue
                     outcome.kind = "crashed" if outcome.kind == "lost" else outcome.kind
                     yield outcome
     finally:
         for worker in crew:
+            worker.connection.close()
             if worker.job is not None:
                 worker.process.kill()
+        for worker in crew:
             worker.stop()
-
-
-def outcome_job(outcome: Outcome) -> Job:
-    return Job(task=outcome.task, seed=outcome.seed)
 
 
 def _hand_out(
