@@ -44,7 +44,7 @@ class DemoConfig:
     batch: int = 4
     lr: float = 2e-4
     episodes: list[int] = field(default_factory=lambda: [5, 3])
-    baselines: list[str] = field(default_factory=lambda: ["noop", "random"])
+    baselines: list[str] = field(default_factory=lambda: ["noop", "random", "retrieval"])
     workers: int = 2
 
     def check(self) -> None:
@@ -76,7 +76,12 @@ class Stages:
             shutil.rmtree(folder / "stages", ignore_errors=True)
 
     def run(
-        self, name: str, what: str, inputs: dict[str, Any], work: Callable[[], dict[str, Any]], outputs: Sequence[Path] = ()
+        self,
+        name: str,
+        what: str,
+        inputs: dict[str, Any],
+        work: Callable[[], dict[str, Any]],
+        outputs: Sequence[Path] = (),
     ) -> dict[str, Any]:
         """The result of ``work()``, or the stored one when ``inputs`` hash to the same key and all ``outputs`` exist."""
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

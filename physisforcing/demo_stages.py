@@ -49,7 +49,9 @@ def collect(stages: Stages, config: DemoConfig, folder: Path) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         _clear(data_root(folder))
         summary = record(settings)
-        short = {task: row["recorded"] for task, row in summary["tasks"].items() if row["recorded"] < config.demonstrations}
+        short = {
+            task: row["recorded"] for task, row in summary["tasks"].items() if row["recorded"] < config.demonstrations
+        }
         if short:
             raise IncompleteCoverageError(f"recorded only {short} of {config.demonstrations} demonstrations")
         for task, row in summary["tasks"].items():
@@ -113,6 +115,41 @@ def train(stages: Stages, config: DemoConfig, folder: Path) -> dict[str, Any]:
         "source": source_hash("core", "worldmodel"),
     }
     return stages.run("train", what, inputs, work, [run / "metrics.jsonl", run / "export"])
+
+
+def closed_loop(stages: Stages, config: DemoConfig, folder: Path) -> dict[str, Any]:
+    """Episodes of the shipped model and the baselines on test scenes, as ``physis eval plan`` runs them."""
+    from physisforcing.eval_plan import EvalPlanConfig, evaluate
+
+    runs = [
+        EvalPlanConfig(
+            tasks=[task],
+            episodes=count,
+            first_seed=TEST_SEED,
+            baselines=list(config.baselines),
+            train_demos=str(data_root(folder)) if "retrieval" in config.baselines else "",
+            output=str(folder / "closed_loop" / task),
+            workers=config.workers,
+            threads=1,
+            videos=2,
+        )
+        for task, count in zip(config.tasks, config.episodes, strict=True)
+    ]
+
+    def work() -> dict[str, Any]:
+        _clear(folder / "closed_loop")
+        return {run.tasks[0]: evaluate(run, command="physis demo") for run in runs}
+
+    counts = ", ".join(f"{count} on {task}" for task, count in zip(config.tasks, config.episodes, strict=True))
+    what = f"episodes with the shipped weights and the baselines ({counts})"
+    inputs = {
+        "settings": [dataclasses.asdict(run) for run in runs],
+        "data": _result(stages, "collect")["fingerprint"],
+        "weights": weights_hash("worldmodel", "vae", "idm"),
+        "source": source_hash("core", "envs", "worldmodel", "planner"),
+    }
+    outputs = [folder / "closed_loop" / task / "results.jsonl" for task in config.tasks]
+    return stages.run("closed loop", what, inputs, work, outputs)
 
 
 def data_root(folder: Path) -> Path:
