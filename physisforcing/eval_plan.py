@@ -21,7 +21,8 @@ HELP = """usage: physis eval plan [field=value ...] [--json]
 Closed-loop episodes with a world model and a decoder, with the no-op, random and retrieval baselines.
 
 settings (field=value):
-  tasks=[click_bell] (task=NAME for one)   episodes=50   seeds from first_seed=100000, or manifest=NAME_OR_FILE
+  tasks=[click_bell] (task=NAME for one)   episodes=50   per task
+  manifest=auto          frozen scenes: the shipped test_<task>; none: first_seed=100000 upward; or a name or .json file
   output=PATH            the same command again continues; results.jsonl, summary.md, summary.json, videos/, measurements.json
   planner=pico           weights and settings: planner.world_model, planner.codec, planner.decoder (folders; 'shipped'),
                          planner.execute_horizon=32, planner.denoising_steps=0 (0: the model's own), planner.device=cpu
@@ -60,7 +61,7 @@ class EvalPlanConfig:
     tasks: list[str] = field(default_factory=lambda: ["click_bell"])
     episodes: int = 50
     first_seed: int = 100_000
-    manifest: str | None = None
+    manifest: str = "auto"
     planner: PlannerSettings = field(default_factory=PlannerSettings)
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     train_demos: str = ""
@@ -145,7 +146,7 @@ def evaluate(config: EvalPlanConfig, *, command: str = "physis eval plan", progr
         bar.set_postfix_str(f"{outcome.task} {job.seed}: {status}")
 
     with bar:
-        make = partial(EpisodeRunner, config, plan.entries)
+        make = partial(EpisodeRunner, config, plan.entries, plan.filmed)
         run_seeds(_Queue(todo), make, workers=config.workers, on_outcome=on_outcome)  # type: ignore[arg-type]
     rows = [row for job in plan.jobs if (row := results.get(plan.key(job))) is not None]
     return _write_summary(config, plan, rows, command, output)
@@ -172,12 +173,14 @@ class _Plan:
 
         self.config = config
         self.skipped: list[str] = []
+        self.manifests: dict[str, str] = {}
         self.entries, seeds = self._scenes()
         self.policies = self._policies()
         self._fingerprints = self._identify()
         self._config_hash = config_hash(
             {"control": config.control, "max_steps": config.max_steps, "threads": config.threads, "settle": SETTLE}
         )
+        self.filmed = {(task, seed) for task in config.tasks for seed in seeds[task][: config.videos]}
         # One task after the other, so that a worker rarely has to build another environment.
         self.jobs = [Job(task=f"{t}/{p}", seed=s) for t in config.tasks for p in self.policies for s in seeds[t]]
 
@@ -196,11 +199,24 @@ class _Plan:
             from physisforcing.planner.oracle import HeldOutDemonstrations
 
             demos = HeldOutDemonstrations(config.demos)
-            self.manifest = f"demonstrations-{demos.dataset.fingerprint()[:12]}"
+            self.manifests = dict.fromkeys(config.tasks, f"demonstrations-{demos.dataset.fingerprint()[:12]}")
             return {}, {task: demos.seeds(task, config.episodes) for task in config.tasks}
-        self.manifest = f"seeds-from-{config.first_seed}"
-        seeds = list(range(config.first_seed, config.first_seed + config.episodes))
-        return {}, dict.fromkeys(config.tasks, seeds)
+        entries: dict[tuple[str, int], Any] = {}
+        seeds = {}
+        for task in config.tasks:
+            manifest = find_manifest(config.manifest, task)
+            if manifest is None:
+                self.manifests[task] = f"seeds-from-{config.first_seed}"
+                seeds[task] = list(range(config.first_seed, config.first_seed + config.episodes))
+                continue
+            mine = [entry for entry in manifest.entries if entry.task == task][: config.episodes]
+            if len(mine) < config.episodes:
+                wanted = f"{config.episodes} scenes of {task} in {manifest.name}"
+                raise UserError("episodes", got=len(mine), wanted=wanted, fix=f"episodes={len(mine)}, or manifest=none")
+            self.manifests[task] = manifest.key
+            entries |= {(task, entry.seed): entry for entry in mine}
+            seeds[task] = [entry.seed for entry in mine]
+        return entries, seeds
 
     def _policies(self) -> list[str]:
         from physisforcing.planner.oracle import ORACLE_POLICIES
@@ -240,6 +256,17 @@ class _Plan:
         return {policy: known.get(policy, f"{policy}-{config_hash(parts)}") for policy in self.policies}
 
 
+def find_manifest(name: str, task: str) -> Any:
+    """The frozen scenes of ``task``, or None for plain seeds: ``auto`` takes the shipped manifest where there is one."""
+    from physisforcing.core.config import config_dir
+    from physisforcing.envs.manifest import load_manifest
+
+    shipped = f"test_{task}"
+    if name == "auto":
+        return load_manifest(shipped) if (config_dir() / "manifests" / f"{shipped}.json").is_file() else None
+    return None if name == "none" else load_manifest(name)
+
+
 def _write_summary(
     config: EvalPlanConfig, plan: _Plan, rows: list[dict[str, Any]], command: str, output: Path
 ) -> dict[str, Any]:
@@ -250,7 +277,7 @@ def _write_summary(
     provenance = measurements.machine_provenance()
     scene = {name: rows[0].get(name) for name in ("assets", "embodiment", "renderer", "runtime")} if rows else {}
     notes = [
-        f"scenes: {plan.manifest}; control {config.control}; "
+        f"scenes: {', '.join(f'{task} {name}' for task, name in plan.manifests.items())}; control {config.control}; "
         + ", ".join(f"{name} {value}" for name, value in scene.items() if value),
         "interval: 95 % Wilson; p: two-sided Fisher exact test; errors stand in no denominator",
         f"{config.threads} numeric threads; another number may round differently",

@@ -31,7 +31,9 @@ def weight_folders(config: EvalPlanConfig) -> dict[str, Path]:
 class EpisodeRunner:
     """Runs episodes in one process (``envs.seeds.Handler``): keeps the models, and one environment a task."""
 
-    def __init__(self, config: EvalPlanConfig, entries: dict[tuple[str, int], Any]) -> None:
+    def __init__(
+        self, config: EvalPlanConfig, entries: dict[tuple[str, int], Any], filmed: set[tuple[str, int]]
+    ) -> None:
         # cuBLAS reads this when it starts; without it its matrix products may differ between runs.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         import torch
@@ -41,7 +43,7 @@ class EpisodeRunner:
 
         torch.set_num_threads(config.threads)
         torch.use_deterministic_algorithms(True)
-        self.config, self.entries = config, entries
+        self.config, self.entries, self.filmed = config, entries, filmed
         self.folders, self.device = weight_folders(config), choose_device(config.planner.device)
         self.decoder = load_inverse_dynamics(self.folders["decoder"], self.device)
         self._env: Any = None
@@ -71,7 +73,7 @@ class EpisodeRunner:
 
         env, imagination = self._environment(task), ImaginationRecorder()
         policy, every = self._policy(policy_name, env, imagination)
-        film = policy_name == MODEL and self._filmed(seed)
+        film = policy_name == MODEL and (task, seed) in self.filmed
         result = run_episode(
             env if film else SparsePictures(env, every),
             policy,
@@ -130,7 +132,7 @@ class EpisodeRunner:
         targets = oracle.oracle_targets(policy_name, demo, other, self.decoder, self._round_trip)
         poses: list[Any] = []
         policy = OpenLoopPolicy(policy_name, targets, lambda step: poses.append(env.unwrapped.body_poses()[1]))
-        film = policy_name == "oracle" and self._filmed(seed)
+        film = policy_name == "oracle" and (task, seed) in self.filmed
         result = run_episode(
             env if film else SparsePictures(env, 0), policy, seed=seed, max_steps=len(targets) + SETTLE, record=film
         )
@@ -207,12 +209,6 @@ class EpisodeRunner:
 
             self._parts["demos"] = HeldOutDemonstrations(self.config.demos)
         return self._parts["demos"]
-
-    def _filmed(self, seed: int) -> bool:
-        first = self.config.first_seed
-        if self.config.oracle:
-            first = min(self._demonstrations().seeds(self._task, self.config.episodes))
-        return first <= seed < first + self.config.videos
 
 
 class SparsePictures:
