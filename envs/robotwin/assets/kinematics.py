@@ -1,8 +1,8 @@
 """The joint table of the pack's robot: the two front arms of aloha-agilex as numbers.
 
-Names, origins, axes and limits equal those of RoboTwin's aloha-agilex description (``arx5_description_isaac.urdf``, MIT), so
-that reach, inverse kinematics and recorded joint targets carry over between the two. The rounded angles (3.1416, 0.015928)
-are the description's own and are kept: forward kinematics agrees to 1e-6.
+Names, origins, axes and limits equal those of RoboTwin's aloha-agilex description (``arx5_description_isaac.urdf``,
+MIT), so that reach, inverse kinematics and recorded joint targets carry over between the two. The rounded angles
+(3.1416, 0.015928) are the description's own and are kept: forward kinematics agrees to 1e-6.
 """
 
 from __future__ import annotations

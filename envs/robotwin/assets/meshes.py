@@ -1,10 +1,11 @@
 """Small meshes and a GLB writer: boxes, prisms and turned shapes with a colour each, y up, metres.
 
-The writer produces the same bytes on every machine and needs nothing but numpy, so a pack's hash is a fact about this code.
+The writer needs nothing but numpy, so a pack's bytes do not depend on a mesh library's version.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ _FLOAT, _UINT32, _POSITIONS, _INDICES = 5126, 5125, 34962, 34963
 
 @dataclass(slots=True, frozen=True)
 class Mesh:
-    """Triangles of one colour: ``vertices_V3`` and ``normals_V3`` float32, ``faces_F3`` uint32, counter-clockwise outside."""
+    """Triangles of one colour: ``vertices_V3``, ``normals_V3`` float32; ``faces_F3`` uint32, counter-clockwise outside."""
 
     vertices_V3: NDArray[np.float32]
     normals_V3: NDArray[np.float32]
@@ -73,7 +74,7 @@ def lathe(profile_ry: list[tuple[float, float]], sides: int, color: Color, rough
     angles = (np.arange(sides + 1) + 0.5) * (2 * np.pi / sides)
     circle = np.stack([np.sin(angles), np.zeros(sides + 1), np.cos(angles)], axis=1)
     vertices, normals, faces, count = [], [], [], 0
-    for (r0, y0), (r1, y1) in zip(profile_ry[:-1], profile_ry[1:]):
+    for (r0, y0), (r1, y1) in itertools.pairwise(profile_ry):
         slope = np.array([y1 - y0, r0 - r1]) / np.hypot(y1 - y0, r1 - r0)
         lower, upper = circle * r0 + [0, y0, 0], circle * r1 + [0, y1, 0]
         vertices += [lower, upper]
@@ -98,7 +99,8 @@ def lathe(profile_ry: list[tuple[float, float]], sides: int, color: Color, rough
 def ring_pieces(profile_inner_outer_y: list[tuple[float, float, float]], sides: int) -> list[Mesh]:
     """Convex wall pieces of a turned vessel, for collision.
 
-    ``profile_inner_outer_y``: (inner radius, outer radius, height) of the wall's two ends. The middle of a piece looks along +z.
+    ``profile_inner_outer_y``: (inner radius, outer radius, height) of the wall's two ends. The middle of a piece looks
+    along +z.
     """
     (in0, out0, y0), (in1, out1, y1) = profile_inner_outer_y
     pieces = []

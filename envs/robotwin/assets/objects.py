@@ -1,8 +1,9 @@
 """The pack's objects: shapes, colours and RoboTwin ``model_data``, in metres, y up, standing on y = 0.
 
-RoboTwin reads a contact point as a frame C: the gripper comes along -C_y and its fingers close along C_z. A functional point
-is a frame that ``place_actor`` brings onto a target. Sizes follow the official objects of the same name, so that the task code's
-distances (how far a finger reaches below its tool centre, where a bell counts as touched) mean the same here.
+RoboTwin reads a contact point as a frame C: the gripper comes along -C_y and its fingers close along C_z. A functional
+point is a frame that ``place_actor`` brings onto a target. Sizes follow the official objects of the same name, so that
+the task code's distances (how far a finger reaches below its tool centre, where a bell counts as touched) mean the same
+here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from .meshes import Color, Mesh, bounds, box, lathe, prism, ring_pieces, write_glb
 
 Frame = list[list[float]]
-#: How far a fingertip reaches beyond the tool centre (finger length 0.071 from joint 7, which is 0.0354 before the centre).
+#: How far a fingertip reaches beyond the tool centre: the finger ends 0.071 after joint 7, the centre lies 0.0354 after.
 FINGERTIP_REACH = 0.0356
 STEEL, INK, PAPER = (0.62, 0.65, 0.70), (0.10, 0.11, 0.13), (0.93, 0.92, 0.88)
 
@@ -53,7 +54,7 @@ def standing(height: float) -> Frame:
 
 
 def bell(radius: float, height: float, dome: Color, button: Color) -> ModelObject:
-    """A call bell: dark foot, dome, button. Contact point 0 lies under the button, as deep as a closed gripper presses."""
+    """A call bell: dark foot, dome, button. Contact point 0 lies under the button, so that a click presses 5 mm deep."""
     foot, shoulder = 0.16 * height, 0.80 * height
     arc = [(radius * 0.92 * np.cos(a), foot + (shoulder - foot) * np.sin(a)) for a in np.linspace(0, np.pi / 2, 6)[:-1]]
     knob = 0.13 * radius + 0.004
@@ -111,7 +112,7 @@ def stapler(width: float, height: float, shell: Color, accent: Color) -> ModelOb
 
 
 def bottle(radius: float, height: float, body: Color, label: Color, cap: Color) -> ModelObject:
-    """A bottle: body with a label, shoulder, neck, cap. Eight grasps around its middle; functional point 0 is the middle."""
+    """A bottle: body with a label, shoulder, neck, cap. Eight grasps around its middle, which is functional point 0."""
     shoulder, neck, neck_radius = 0.66 * height, 0.82 * height, 0.42 * radius
     band = 1.015 * radius
     visual = [

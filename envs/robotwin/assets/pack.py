@@ -31,9 +31,9 @@ def pack_identity() -> str:
 def ensure_pack(cache_dir: Path | None = None) -> Path:
     """The asset root (``embodiments/``, ``objects/``), built on first use.
 
-    ``cache_dir``: where packs are kept, default ``<cache home>/assets``. The returned folder is called ``assets``, so its
-    parent is what RoboTwin's runtime calls ``ASSETS_PATH``. Building goes aside and is renamed: a killed build leaves no
-    half pack, and two processes that build at once agree on one.
+    ``cache_dir``: where packs are kept, default ``<cache home>/assets``. The returned folder is called ``assets``, so
+    its parent is what RoboTwin's runtime calls ``ASSETS_PATH``. Building goes aside and is renamed: a killed build leaves
+    no half pack, and two processes that build at once agree on one.
     """
     if cache_dir is None:
         from physisforcing.core.paths import cache_home

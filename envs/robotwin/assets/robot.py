@@ -1,7 +1,7 @@
-"""The pack's dual-arm robot: a URDF of boxes, cylinders and spheres, and RoboTwin's embodiment ``config.yml``.
+"""The pack's dual-arm robot: a URDF of boxes and cylinders, and RoboTwin's embodiment ``config.yml``.
 
-Every solid is drawn; only hand, fingers and forearm also collide. Fewer shapes keep a physics step short, and the shoulder
-and upper arm never reach the table. Solids are written in their link's frame, metres.
+Only hand, fingers and forearm collide: fewer shapes keep a physics step short, and shoulder and upper arm stay clear of
+the table. Solids are written in their link's frame, metres.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from .kinematics import ARMS, EFFORT, ROOT_LINK, VELOCITY, Joint, Vec3, all_join
 
 EMBODIMENT = "aloha-agilex"
 URDF_NAME = "dual_arm.urdf"
-HALF_TURN = 1.5707963267948966
-_ALONG = {"x": (0.0, HALF_TURN, 0.0), "y": (HALF_TURN, 0.0, 0.0), "z": (0.0, 0.0, 0.0)}
+QUARTER_TURN = 1.5707963267948966
+_ALONG = {"x": (0.0, QUARTER_TURN, 0.0), "y": (QUARTER_TURN, 0.0, 0.0), "z": (0.0, 0.0, 0.0)}
 
-DARK = (0.13, 0.14, 0.16, 1.0)
+Color = tuple[float, float, float, float]
+DARK: Color = (0.13, 0.14, 0.16, 1.0)
 GREY = (0.42, 0.44, 0.47, 1.0)
 LIGHT = (0.72, 0.74, 0.77, 1.0)
 BODY = (0.24, 0.26, 0.30, 1.0)
@@ -27,21 +28,24 @@ ACCENTS = {"fl": (0.96, 0.52, 0.06, 1.0), "fr": (0.10, 0.58, 0.66, 1.0)}
 
 @dataclass(slots=True, frozen=True)
 class Solid:
-    """A primitive in a link's frame: box (x, y, z sizes), cylinder (radius, length) along ``along``, or sphere (radius)."""
+    """A primitive in a link's frame: box (x, y, z sizes) or cylinder (radius, length) along ``along``.
+
+    ``color`` None: it collides but is not drawn.
+    """
 
     kind: str
     size: tuple[float, ...]
     xyz: Vec3
-    color: tuple[float, float, float, float]
+    color: Color | None
     along: str = "z"
     collides: bool = False
 
 
-def _box(size: Vec3, xyz: Vec3, color, collides: bool = False) -> Solid:
+def _box(size: Vec3, xyz: Vec3, color: Color, collides: bool = False) -> Solid:
     return Solid("box", size, xyz, color, collides=collides)
 
 
-def _cylinder(radius: float, length: float, xyz: Vec3, color, along: str) -> Solid:
+def _cylinder(radius: float, length: float, xyz: Vec3, color: Color, along: str) -> Solid:
     return Solid("cylinder", (radius, length), xyz, color, along)
 
 
@@ -58,7 +62,7 @@ def _body_solids() -> list[Solid]:
 
 
 def _arm_solids(prefix: str) -> dict[str, list[Solid]]:
-    """Shoulder to wrist. Links 3 to 6 are modelled around the same joint axes as the table in ``kinematics``."""
+    """Shoulder to wrist, around the joint axes of the table in ``kinematics``. Tubes carry a sleeve in the arm's colour."""
     accent = ACCENTS[prefix]
     return {
         f"{prefix}_base_link": [
@@ -70,23 +74,27 @@ def _arm_solids(prefix: str) -> dict[str, list[Solid]]:
             _cylinder(0.025, 0.064, (0.025, 0.0, 0.042), GREY, "y"),
         ],
         f"{prefix}_link2": [
-            _box((0.230, 0.046, 0.044), (-0.132, 0.0, 0.0), accent),
-            _box((0.120, 0.048, 0.046), (-0.132, 0.0, 0.0), DARK),
-            _cylinder(0.031, 0.072, (-0.264, 0.002, 0.0), GREY, "y"),
+            _cylinder(0.024, 0.230, (-0.132, 0.0, 0.0), LIGHT, "x"),
+            _cylinder(0.027, 0.110, (-0.132, 0.0, 0.0), accent, "x"),
+            _cylinder(0.032, 0.068, (-0.264, 0.002, 0.0), GREY, "y"),
+            _cylinder(0.020, 0.078, (-0.264, 0.002, 0.0), DARK, "y"),
         ],
         f"{prefix}_link3": [
-            _box((0.050, 0.050, 0.080), (0.0, 0.0, -0.030), DARK),
-            _box((0.210, 0.048, 0.046), (0.115, 0.0, -0.060), LIGHT, collides=True),
-            _box((0.060, 0.050, 0.048), (0.165, 0.0, -0.060), accent),
-            _cylinder(0.027, 0.062, (0.246, 0.0, -0.060), GREY, "y"),
+            _box((0.044, 0.046, 0.082), (0.002, 0.0, -0.036), DARK),
+            _cylinder(0.025, 0.220, (0.120, 0.0, -0.060), LIGHT, "x"),
+            _cylinder(0.028, 0.070, (0.165, 0.0, -0.060), accent, "x"),
+            _cylinder(0.028, 0.058, (0.246, 0.0, -0.060), GREY, "y"),
+            _cylinder(0.018, 0.066, (0.246, 0.0, -0.060), DARK, "y"),
+            Solid("box", (0.210, 0.048, 0.046), (0.115, 0.0, -0.060), None, collides=True),
         ],
         f"{prefix}_link4": [
             _box((0.030, 0.040, 0.070), (0.018, 0.0, -0.034), DARK),
-            _box((0.076, 0.048, 0.024), (0.050, 0.0, -0.068), DARK),
+            _box((0.050, 0.048, 0.024), (0.040, 0.0, -0.068), DARK),
+            _cylinder(0.026, 0.024, (0.066, 0.0, -0.068), DARK, "z"),
         ],
         f"{prefix}_link5": [
             _cylinder(0.012, 0.060, (0.0, 0.0, 0.050), GREY, "z"),
-            _cylinder(0.029, 0.058, (0.0, 0.0, 0.0855), DARK, "z"),
+            _cylinder(0.029, 0.056, (0.0, 0.0, 0.0855), GREY, "z"),
         ],
     }
 
@@ -97,9 +105,11 @@ def _hand_solids(prefix: str) -> dict[str, list[Solid]]:
     accent = ACCENTS[prefix]
     solids = {
         f"{prefix}_link6": [
-            _cylinder(0.028, 0.030, (0.015, 0.0, 0.0), GREY, "x"),
+            _cylinder(0.027, 0.030, (0.015, 0.0, 0.0), DARK, "x"),
             _box((0.034, 0.060, 0.052), (0.045, 0.0, 0.0), LIGHT, collides=True),
             _box((0.016, 0.172, 0.026), (0.066, 0.0, 0.0), DARK, collides=True),
+            _box((0.018, 0.010, 0.028), (0.066, 0.083, 0.0), accent),
+            _box((0.018, 0.010, 0.028), (0.066, -0.083, 0.0), accent),
             _box((0.014, 0.030, 0.040), (0.052, 0.0, 0.042), DARK),
         ],
         f"{side}_camera": [_box((0.022, 0.070, 0.022), (0.0, -0.032, 0.0), DARK)],
@@ -107,8 +117,8 @@ def _hand_solids(prefix: str) -> dict[str, list[Solid]]:
     for number, outward in ((7, 1.0), (8, -1.0)):
         solids[f"{prefix}_link{number}"] = [
             _box((0.026, 0.028, 0.034), (0.002, outward * 0.0005, 0.0), GREY),
-            _box((0.048, 0.010, 0.024), (0.024, outward * -0.0192, 0.0), DARK, collides=True),
-            _box((0.030, 0.010, 0.020), (0.056, outward * -0.0192, 0.0), accent, collides=True),
+            _box((0.040, 0.010, 0.024), (0.020, outward * -0.0192, 0.0), DARK, collides=True),
+            _box((0.038, 0.010, 0.020), (0.052, outward * -0.0192, 0.0), accent, collides=True),
         ]
     return solids
 
@@ -132,12 +142,10 @@ def _add_solid(link: ElementTree.Element, tag: str, solid: Solid) -> None:
     geometry = ElementTree.SubElement(element, "geometry")
     if solid.kind == "box":
         ElementTree.SubElement(geometry, "box", size=_numbers(solid.size))
-    elif solid.kind == "cylinder":
-        ElementTree.SubElement(geometry, "cylinder", radius=repr(solid.size[0]), length=repr(solid.size[1]))
     else:
-        assert solid.kind == "sphere", solid.kind
-        ElementTree.SubElement(geometry, "sphere", radius=repr(solid.size[0]))
-    if tag == "visual":
+        assert solid.kind == "cylinder", solid.kind
+        ElementTree.SubElement(geometry, "cylinder", radius=repr(solid.size[0]), length=repr(solid.size[1]))
+    if tag == "visual" and solid.color is not None:
         material = ElementTree.SubElement(
             element, "material", name="_".join(f"{channel:.2f}" for channel in solid.color)
         )
@@ -152,7 +160,8 @@ def _add_link(robot: ElementTree.Element, name: str, solids: list[Solid]) -> Non
     ElementTree.SubElement(inertial, "mass", value="0.2")
     ElementTree.SubElement(inertial, "inertia", ixx="0.0002", ixy="0", ixz="0", iyy="0.0002", iyz="0", izz="0.0002")
     for solid in solids:
-        _add_solid(link, "visual", solid)
+        if solid.color is not None:
+            _add_solid(link, "visual", solid)
     for solid in solids:
         if solid.collides:
             _add_solid(link, "collision", solid)
