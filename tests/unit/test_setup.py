@@ -35,7 +35,7 @@ def test_a_wheel_with_another_checksum_is_not_installed(
 
     monkeypatch.setattr(scripts.runtime, "run", download)
     monkeypatch.setattr(scripts.runtime, "site_packages", lambda venv: tmp_path)
-    with pytest.raises(scripts.tools.SetupError, match="SHA-256 is .* wanted 4a266a64"):
+    with pytest.raises(scripts.tools.SetupError, match=r"SHA-256 is .* wanted 4a266a64"):
         scripts.runtime.install(tmp_path)
     assert not (tmp_path / "robotwin").exists()
 
