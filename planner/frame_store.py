@@ -76,18 +76,20 @@ class FrameStore:
 
 
 def split_by_seed(seeds_E: Sequence[int] | NDArray[np.int64], *, share: float) -> NDArray[np.bool_]:
-    """True for validation episodes: seeds of the validation range, and about ``share`` of the others by a hash of the seed.
+    """True for validation episodes: seeds of the validation range, and ``share`` of the other seeds (at least one, never all) in
+    the order of a hash of the seed.
 
     By seed, so that episodes of one scene never stand on both sides.
     """
 
-    def held_out(seed: int) -> bool:
-        if seed in VALIDATION_SEEDS:
-            return True
-        digest = hashlib.sha256(f"idm-validation-{seed}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") / 2**32 < share
+    def place(seed: int) -> bytes:
+        return hashlib.sha256(f"idm-validation-{seed}".encode()).digest()
 
-    return np.array([held_out(int(s)) for s in seeds_E], dtype=bool)
+    seeds = [int(s) for s in seeds_E]
+    others = sorted({s for s in seeds if s not in VALIDATION_SEEDS}, key=place)
+    count = min(max(1, round(share * len(others))), len(others) - 1) if others else 0
+    held_out = set(others[:count])
+    return np.array([s in VALIDATION_SEEDS or s in held_out for s in seeds], dtype=bool)
 
 
 def load_frame_store(roots: Iterable[str | Path], *, height: int, width: int, workers: int = 8) -> FrameStore:

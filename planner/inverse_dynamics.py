@@ -116,14 +116,15 @@ class FrameEncoder(nn.Module):
         fine = self.fine(self.stem(F.pixel_unshuffle(x, 4)))
         coarse = F.silu(self.norm_coarse(self.coarse(self.down(fine))))
         both = F.silu(self.norm_fine(fine + F.interpolate(self.lateral(coarse), scale_factor=2.0, mode="nearest")))
-        heat = self.heat(both).flatten(2)
-        # The softmax runs in float32: its argument decides sub-pixel positions.
-        # Sharpened, because a nearly uniform map has its centre of mass in the middle whatever the picture shows.
-        weights = (HEAT_SCALE * heat.float()).softmax(-1)
-        xy = weights @ self.grid.float()
-        level = (weights * heat.float()).sum(-1)
-        flat = self.flat(coarse).flatten(1)
-        return self.norm_out(self.project(torch.cat([xy.flatten(1).to(flat), level.to(flat), flat], dim=-1)))
+        heat, flat = self.heat(both).flatten(2), self.flat(coarse).flatten(1)
+        # From here on float32: bfloat16 would round positions to a quarter of a pixel.
+        with torch.autocast(x.device.type, enabled=False):
+            heat = heat.float()
+            # Sharpened, because a nearly uniform map has its centre of mass in the middle whatever the picture shows.
+            weights = (HEAT_SCALE * heat).softmax(-1)
+            xy = weights @ self.grid
+            level = (weights * heat).sum(-1)
+            return self.norm_out(self.project(torch.cat([xy.flatten(1), level, flat.float()], dim=-1)))
 
 
 class PixelInverseDynamics(nn.Module):
@@ -169,11 +170,11 @@ class PixelInverseDynamics(nn.Module):
         frames = rearrange(
             self.encoder(x.contiguous(memory_format=torch.channels_last)), "(B T) D -> B T D", T=c.frames
         )
-        state = (state_BA - self.state_mean_A) / self.state_std_A
-        tokens = torch.cat([self.state_token(state)[:, None].to(frames), frames], dim=1)
-        hidden = self.temporal(tokens + self.position.to(frames))[:, 2:]
-        repeated = state[:, None].expand(-1, hidden.shape[1], -1).to(hidden)
-        out = self.head(torch.cat([hidden, repeated], dim=-1)).float()
+        with torch.autocast(frames.device.type, enabled=False):
+            state = (state_BA - self.state_mean_A) / self.state_std_A
+            tokens = torch.cat([self.state_token(state)[:, None], frames], dim=1)
+            hidden = self.temporal(tokens + self.position)[:, 2:]
+            out = self.head(torch.cat([hidden, state[:, None].expand(-1, hidden.shape[1], -1)], dim=-1))
         mean, log_variance = rearrange(out, "B T (Q P A) -> Q B (T P) A", Q=2, P=c.steps_per_frame, A=c.action_dim)
         return state_BA[:, None] + mean * self.delta_std_A, log_variance.clamp(-12.0, 4.0)
 
@@ -242,6 +243,7 @@ def save_inverse_dynamics(model: PixelInverseDynamics, folder: str | Path, *, ca
     }
     # Written aside and renamed, so that an interrupted save leaves no half file behind.
     save_file(tensors, folder / f"{WEIGHTS_NAME}.tmp", metadata={"format": "pt"})
+    (folder / f"{WEIGHTS_NAME}.tmp").chmod(0o644)  # safetensors writes for the owner only
     os.replace(folder / f"{WEIGHTS_NAME}.tmp", folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(dataclasses.asdict(model.config), indent=2) + "\n")
     if card is not None:

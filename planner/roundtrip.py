@@ -21,13 +21,15 @@ def round_trip(codec: VideoCodec, frames_BTHWC: Tensor, *, latent_noise: float, 
 
     Latents are normalised by the codec, so that the noise is relative to a unit scale.
     """
-    latents = codec.encode(frames_BTHWC)
-    if latent_noise > 0:
-        shape = (len(latents),) + (1,) * (latents.ndim - 1)
-        scale = latent_noise * torch.rand(shape, generator=generator, device=latents.device)
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        latents = latents + (scale * noise).to(latents.dtype)
-    return to_uint8(codec.decode(latents))
+    kind = frames_BTHWC.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        latents = codec.encode(frames_BTHWC)
+        if latent_noise > 0:
+            shape = (len(latents),) + (1,) * (latents.ndim - 1)
+            scale = latent_noise * torch.rand(shape, generator=generator, device=latents.device)
+            noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+            latents = latents + (scale * noise).to(latents.dtype)
+        return to_uint8(codec.decode(latents))
 
 
 class RoundTripPool:
