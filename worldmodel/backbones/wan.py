@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 
+#: One token a latent cell: the geometry of docs/architecture.md.
+PATCH = (1, 1, 1)
+
+
 @dataclass(slots=True, kw_only=True)
 class WanConfig:
     """Size of the transformer. ``tap``: block (counted from 1) whose output the physics losses read."""
@@ -36,7 +40,6 @@ class WanConfig:
     num_layers: int = 7
     ffn_dim: int = 896
     text_dim: int = TEXT_WIDTH
-    patch_size: tuple[int, int, int] = (1, 1, 1)
     tap: int = 4
 
     @property
@@ -119,7 +122,7 @@ class WanDenoiser(nn.Module):
         """-> (velocity [B,C,F,h,w], output of block ``tap`` [B,F*h*w,D], row-major (F,h,w), or None)."""
         model = self.transformer
         batch, _, frames, height, width = x_BCFhw.shape
-        assert model.config.patch_size == (1, 1, 1) or tuple(model.config.patch_size) == (1, 1, 1)
+        assert tuple(model.config.patch_size) == PATCH
         rotary = model.rope(x_BCFhw)
         x = model.patch_embedding(x_BCFhw).flatten(2).transpose(1, 2).contiguous()
         temb, modulation, context, _ = model.condition_embedder(
@@ -164,7 +167,7 @@ def build_denoiser(config: WanConfig, conditioner: ConditionerConfig) -> WanDeno
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     transformer = WanTransformer3DModel(
-        patch_size=tuple(config.patch_size),
+        patch_size=PATCH,
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
         in_channels=config.latent_channels,

@@ -1,0 +1,167 @@
+"""Training resumes bit-exactly, and whatever kills a process leaves the last good checkpoint loadable."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from physisforcing.worldmodel.backbones.wan import ConditionerConfig, WanConfig
+from physisforcing.worldmodel.data.batches import BankTargets, WindowBank, WindowSampler, step_generator
+from physisforcing.worldmodel.data.window_targets import WindowTargets
+from physisforcing.worldmodel.data.windows import WindowTable
+from physisforcing.worldmodel.training.checkpoint import is_complete, latest_checkpoint, load_training, save_checkpoint
+from physisforcing.worldmodel.training.config import TrainWorldModelConfig
+from physisforcing.worldmodel.training.worldmodel import train_world_model
+
+
+def bank(seed: int) -> WindowBank:
+    """Four episodes of 40 steps with random latents, conditions and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    table = WindowTable.build([40] * 4, stride=8)
+    count, shape = len(table), (3, 4, 5)
+    targets = WindowTargets(
+        points_WFN2=torch.rand(count, 3, 6, 2, generator=generator),
+        visible_WFN=torch.rand(count, 3, 6, generator=generator) > 0.2,
+        select_WN=torch.rand(count, 6, generator=generator) > 0.5,
+        mask_WFhw=torch.rand(count, *shape, generator=generator) > 0.5,
+        teacher_WF=torch.randint(5, (count, 3), generator=generator),
+        teacher_EhwC=torch.randn(5, 4, 5, 8, generator=generator).half(),
+    )
+    return WindowBank(
+        table=table,
+        latents_WCFhw=torch.randn(count, 4, *shape, generator=generator),
+        text_SLD=torch.randn(2, 32, 384, generator=generator),
+        sentence_W=torch.randint(2, (count,), generator=generator),
+        proprioception_WKA=torch.randn(count, 3, 14, generator=generator),
+        targets=BankTargets(row_W=torch.arange(count), targets=targets),
+    )
+
+
+def config(tmp_path, name: str, steps: int) -> TrainWorldModelConfig:
+    made = TrainWorldModelConfig(codec=str(codec_folder(tmp_path)), heldout_windows=4)
+    made.run.out, made.run.steps, made.run.batch, made.run.device = str(tmp_path / name), steps, 3, "cpu"
+    made.run.log_every, made.run.save_every, made.run.eval_every = 2, 5, 100
+    made.optim.warmup = 3
+    made.backbone = WanConfig(latent_channels=4, num_heads=2, head_dim=12, num_layers=2, ffn_dim=32, tap=1)
+    made.conditioner = ConditionerConfig(hidden=16)
+    made.physics.phi_hidden = made.physics.psi_hidden = made.physics.feature_dim = 16
+    return made
+
+
+def codec_folder(tmp_path):
+    folder = tmp_path / "codec"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")  # only its fingerprint is read here
+    return folder
+
+
+def test_ten_steps_equal_five_and_five(tmp_path):
+    banks = bank(0), bank(1)
+    train_world_model(config(tmp_path, "straight", 10), banks)
+    # A run that is stopped after its checkpoint at step 5 and one that starts again in the same folder.
+    stopped = config(tmp_path, "stopped", 10)
+    from physisforcing.worldmodel.training import worldmodel as module
+
+    class Stop(Exception):
+        pass
+
+    original = module.Trainer.step
+
+    def step(self, number):
+        if number == 7:
+            raise Stop
+        return original(self, number)
+
+    module.Trainer.step = step
+    try:
+        with pytest.raises(Stop):
+            train_world_model(stopped, banks)
+    finally:
+        module.Trainer.step = original
+    assert latest_checkpoint(tmp_path / "stopped").name == "step-000005"
+    torch.manual_seed(999)  # a new process has other global random numbers
+    stopped.run.resume = True
+    train_world_model(stopped, banks)
+    for name in ("weights", "average", "optimizer", "rng"):
+        straight = load_training(tmp_path / "straight" / "step-000010")[0][name]
+        resumed = load_training(tmp_path / "stopped" / "last")[0][name]
+        assert straight.keys() == resumed.keys()
+        assert all(torch.equal(straight[key], resumed[key]) for key in straight), name
+    finals = [json.loads((tmp_path / run / "heldout.json").read_text())["after"] for run in ("straight", "stopped")]
+    assert finals[0] == finals[1]
+
+
+def test_draws_do_not_depend_on_history_and_favour_episode_starts():
+    table = WindowTable.build([100] * 5, stride=4)
+    sampler = WindowSampler.build(table, start_fraction=0.5)
+    late = sampler.draw(8, step_generator(3, 1000))
+    assert torch.equal(late, sampler.draw(8, step_generator(3, 1000)))
+    assert not torch.equal(late, sampler.draw(8, step_generator(3, 1001)))
+    rows = sampler.draw(4000, step_generator(0, 0))
+    share = (table.start_W[rows] == 0).float().mean().item()
+    assert share == pytest.approx(0.5 + 0.5 * 5 / len(table), abs=0.03)
+
+
+def test_windows_without_targets_add_nothing():
+    full = bank(0)
+    full.targets.row_W[::2] = -1
+    batch = full.batch(torch.arange(4))
+    assert not batch["targets"]["select_BN"][[0, 2]].any() and not batch["targets"]["token_mask_BFhw"][[0, 2]].any()
+    assert torch.equal(batch["targets"]["points_BFN2"][1], full.targets.targets.points_WFN2[1])
+    assert full.physics_rows().tolist() == list(range(1, len(full.table), 2))
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from physisforcing.worldmodel.training.checkpoint import save_checkpoint
+from safetensors.torch import save_file
+run, step = Path(sys.argv[1]), 0
+def model(folder):
+    folder.mkdir()
+    save_file({"w": torch.full((400_000,), float(step))}, folder / "model.safetensors")
+while True:
+    step += 1
+    save_checkpoint(run, step, model, {"weights": {"w": torch.full((400_000,), float(step))}}, {"seed": 0})
+    print(step, flush=True)
+"""
+
+
+def test_kill_during_saving_leaves_a_good_checkpoint(tmp_path):
+    delays = np.random.default_rng(0).uniform(0.0, 0.05, 4)
+    for trial, delay in enumerate(delays):
+        run = tmp_path / f"run{trial}"
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(run)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for _ in range(3):
+            reported = int(process.stdout.readline())
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        reported = max([reported, *map(int, process.stdout.read().split())])
+        found = latest_checkpoint(run)
+        assert found is not None and int(found.name.removeprefix("step-")) >= reported
+        tensors, state = load_training(found)
+        assert (tensors["weights"]["w"] == state["step"]).all()
+        assert is_complete(run / "last")
+        # The next writer of this folder clears what the killed one left behind.
+        save_checkpoint(run, 999, lambda folder: folder.mkdir(), {}, {})
+        assert not list(run.glob(".writing-*"))
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path):
+    for step in (1, 2):
+        weights = {"w": torch.full((10,), float(step))}
+        save_checkpoint(tmp_path, step, lambda folder: folder.mkdir(), {"weights": weights}, {})
+    newest = tmp_path / "step-000002" / "training" / "weights.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(bytes(data))
+    assert latest_checkpoint(tmp_path).name == "step-000001"
+    (tmp_path / "step-000001" / "COMPLETE").unlink()
+    assert latest_checkpoint(tmp_path) is None
