@@ -187,7 +187,7 @@ class _Plan:
     def key(self, job: Any) -> ResultKey:
         task, policy = job.task.split("/")
         return ResultKey(
-            manifest=self.manifest,
+            manifest=self.manifests[task],
             episode=f"{task}/{job.seed}",
             fingerprint=self._fingerprints[policy],
             config=self._config_hash,
