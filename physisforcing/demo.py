@@ -32,7 +32,8 @@ Exit code 1 when a loss term did not go down on the held-out windows; the report
 class DemoConfig:
     """``demonstrations``: expert episodes a task, of which ``heldout`` altogether are kept from training. ``steps``, ``batch``,
     ``lr``: of the fine-tuning. ``episodes``: closed-loop episodes of the shipped model for each task, in order;
-    ``baselines``: policies that run on the same scenes. ``workers``: simulator processes.
+    ``baselines``: policies that run on the same scenes. ``max_steps``: control steps after which an episode counts as a failure
+    (the tasks' own limit is 400, the expert needs about 70 and 120). ``workers``: simulator processes.
     """
 
     output: str = "runs/demo"
@@ -44,6 +45,7 @@ class DemoConfig:
     batch: int = 4
     lr: float = 2e-4
     episodes: list[int] = field(default_factory=lambda: [5, 3])
+    max_steps: int = 200
     baselines: list[str] = field(default_factory=lambda: ["noop", "random", "retrieval"])
     workers: int = 2
 

@@ -71,7 +71,7 @@ def build(config: DemoConfig, folder: Path, findings: dict[str, Any], records: l
             f"noise and timesteps before and after {config.steps} updates with batches of {config.batch}, from the weights as "
             "shipped. Lower is better. The weights are the running average that is exported."
         ),
-        closed_loop=CLOSED_LOOP,
+        closed_loop=f"{CLOSED_LOOP} Episodes end as failures after {config.max_steps} control steps here; the tasks' own limit is 400.",
         limits=LIMITS,
     )
     for number, episode in enumerate(_first_episodes(folder / "demonstrations", config.tasks)):

@@ -92,6 +92,9 @@ def train(stages: Stages, config: DemoConfig, folder: Path) -> dict[str, Any]:
         f"data.roots=[{data_root(folder)}]",
         f"data.tasks=[{','.join(config.tasks)}]",
         f"data.heldout={config.heldout}",
+        # Every window has physics targets, and few start before the arm is in the picture.
+        "data.start_stride=8",
+        "data.start_fraction=0.1",
         f"heldout_windows={config.heldout_windows}",
         f"codec={weights_root() / 'vae'}",
         f"run.init={weights_root() / 'worldmodel'}",
@@ -132,6 +135,7 @@ def closed_loop(stages: Stages, config: DemoConfig, folder: Path) -> dict[str, A
             workers=config.workers,
             threads=1,
             videos=2,
+            max_steps=config.max_steps,
         )
         for task, count in zip(config.tasks, config.episodes, strict=True)
     ]
