@@ -32,7 +32,12 @@ def codecs() -> dict[str, tuple[object, int]]:
     found: dict[str, tuple[object, int]] = {"light": (light, count(light))}
     for base, blocks in ((8, 1), (24, 2)):
         vae = AutoencoderKLWan(
-            base_dim=base, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=blocks, latents_mean=[0.0] * 16, latents_std=[1.0] * 16
+            base_dim=base,
+            z_dim=16,
+            dim_mult=[1, 1, 2, 2],
+            num_res_blocks=blocks,
+            latents_mean=[0.0] * 16,
+            latents_std=[1.0] * 16,
         )
         found[f"wan_base{base}"] = (WanVaeCodec(vae), count(vae))
     return found
@@ -85,7 +90,9 @@ def main() -> int:
                     "date": datetime.now(UTC).date().isoformat(),
                 }
             )
-        print(f"{name:12s} {parameters / 1e6:5.2f} M  encode {statistics.median(encode):6.2f} s  decode {statistics.median(decode):6.2f} s")
+        print(
+            f"{name:12s} {parameters / 1e6:5.2f} M  encode {statistics.median(encode):6.2f} s  decode {statistics.median(decode):6.2f} s"
+        )
     if options.out:
         Path(options.out).write_text(json.dumps(lines, indent=1) + "\n")
     return 0

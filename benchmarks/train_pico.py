@@ -46,7 +46,9 @@ def main() -> int:
     episodes = read_episodes(
         data.roots, success_only=data.success_only, tasks=data.tasks, limit=data.limit, workers=data.workers
     )
-    counts = {task: sum(episode.task == task for episode in episodes) for task in {episode.task for episode in episodes}}
+    counts = {
+        task: sum(episode.task == task for episode in episodes) for task in {episode.task for episode in episodes}
+    }
     say("read", begun, episodes=len(episodes), tasks=counts, steps=sum(episode.length for episode in episodes))
 
     if not (out / "vae" / "codec" / "config.json").is_file():
@@ -56,7 +58,9 @@ def main() -> int:
     if options.world_minutes > 0:
         banks = prepare_banks(world, pick_device(world.run.device), episodes)
         say("windows encoded", begun, train=len(banks[0].table), heldout=len(banks[1].table))
-        world.run.steps = planned_steps(out, "worldmodel", options.world_minutes, lambda: world_seconds(world, banks[0]))
+        world.run.steps = planned_steps(
+            out, "worldmodel", options.world_minutes, lambda: world_seconds(world, banks[0])
+        )
         train_world_model(world, banks)
         say("world model trained", begun)
         show(out, world, episodes)
@@ -76,7 +80,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--pack")
     parser.add_argument("--vae", nargs="*", default=[], help="overrides of physis train vae")
-    parser.add_argument("--world", nargs="*", default=["run.compile=blocks"], help="overrides of physis train worldmodel")
+    parser.add_argument(
+        "--world", nargs="*", default=["run.compile=blocks"], help="overrides of physis train worldmodel"
+    )
     return parser.parse_args()
 
 
@@ -94,7 +100,9 @@ def planned_steps(out: Path, stage: str, minutes: float, measure) -> int:
 
 def world_seconds(config: TrainWorldModelConfig, bank) -> float:
     trainer = Trainer(config, bank, pick_device(config.run.device))
-    return timed(trainer.step, warm=8 if trainer.device.type == "cuda" else 1, count=20 if trainer.device.type == "cuda" else 1)
+    return timed(
+        trainer.step, warm=8 if trainer.device.type == "cuda" else 1, count=20 if trainer.device.type == "cuda" else 1
+    )
 
 
 def vae_seconds(config: TrainVaeConfig, episodes: list[Episode], out: Path) -> float:
@@ -103,7 +111,9 @@ def vae_seconds(config: TrainVaeConfig, episodes: list[Episode], out: Path) -> f
 
     gpu = pick_device(config.run.device).type == "cuda"
     few = 40 if gpu else 2
-    run = dataclasses.replace(config.run, out=str(out / "vae_timing"), steps=few, log_every=few // 2, save_every=10**9, eval_every=10**9)
+    run = dataclasses.replace(
+        config.run, out=str(out / "vae_timing"), steps=few, log_every=few // 2, save_every=10**9, eval_every=10**9
+    )
     train_vae(dataclasses.replace(config, run=run), episodes[: max(config.data.heldout + 1, 40)])
     lines = [json.loads(line) for line in (out / "vae_timing" / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(out / "vae_timing")
@@ -158,7 +168,11 @@ def pack(out: Path, target: Path) -> None:
         shutil.copyfile(large, target / "transformer.safetensors")
         small = [path for path in export.rglob("*") if path.is_file() and path != large]
         tar("worldmodel_rest.tar", [(path, f"worldmodel/{path.relative_to(export)}") for path in small])
-    runs = [(out / kind / name, f"{kind}/{name}") for kind in ("vae", "worldmodel") for name in ("metrics.jsonl", "config.yaml", "provenance.json", "heldout.json")]
+    runs = [
+        (out / kind / name, f"{kind}/{name}")
+        for kind in ("vae", "worldmodel")
+        for name in ("metrics.jsonl", "config.yaml", "provenance.json", "heldout.json")
+    ]
     tar("runs.tar", [*runs, (out / "plan.json", "plan.json"), (out / "preview.json", "preview.json")])
     for video in sorted(out.glob("preview_*.mp4")):
         shutil.copyfile(video, target / video.name)

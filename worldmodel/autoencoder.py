@@ -140,7 +140,9 @@ class CausalVideoAutoencoder(ModelMixin, ConfigMixin):
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.latents_mean is None or self.config.latents_std is None:
-            raise RuntimeError("this autoencoder has no latent statistics: finish physis train vae, or call set_statistics")
+            raise RuntimeError(
+                "this autoencoder has no latent statistics: finish physis train vae, or call set_statistics"
+            )
         shape = (1, -1, 1, 1, 1)
         mean = torch.tensor(self.config.latents_mean, device=like.device).view(shape)
         return mean, torch.tensor(self.config.latents_std, device=like.device).view(shape)

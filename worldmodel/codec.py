@@ -102,7 +102,9 @@ def load_codec(path: Path | str, device: str | torch.device = "cpu") -> VideoCod
     folder = Path(path)
     config = folder / "config.json"
     if not config.is_file():
-        raise UserError("codec", got=str(folder), wanted="a folder with config.json", fix="physis train vae, or its path")
+        raise UserError(
+            "codec", got=str(folder), wanted="a folder with config.json", fix="physis train vae, or its path"
+        )
     kind = json.loads(config.read_text()).get("_class_name")
     if kind == "CausalVideoAutoencoder":
         from .autoencoder import CausalVideoAutoencoder

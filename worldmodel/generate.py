@@ -93,7 +93,9 @@ def _context(
     from .data.windows import lagged_states
 
     if (config.image is None) == (config.dataset is None):
-        raise UserError("image, dataset", got=(config.image, config.dataset), wanted="exactly one of them", fix="image=first.png")
+        raise UserError(
+            "image, dataset", got=(config.image, config.dataset), wanted="exactly one of them", fix="image=first.png"
+        )
     if config.dataset is not None:
         from physisforcing.core.lerobot import LeRobotDataset
 
@@ -112,8 +114,14 @@ def _context(
         raise UserError("instruction", got=config.instruction, wanted="a sentence", fix='instruction="click the bell"')
     state = np.asarray(config.state, dtype=np.float32) if config.state else home_A
     if state.shape != home_A.shape:
-        raise UserError("state", got=len(config.state), wanted=f"{len(home_A)} joint targets", fix="leave it out for the start pose")
-    return fit_picture(read_picture(Path(config.image)), config.image), config.instruction, np.repeat(state[None], len(lags), 0)
+        raise UserError(
+            "state", got=len(config.state), wanted=f"{len(home_A)} joint targets", fix="leave it out for the start pose"
+        )
+    return (
+        fit_picture(read_picture(Path(config.image)), config.image),
+        config.instruction,
+        np.repeat(state[None], len(lags), 0),
+    )
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:
@@ -141,7 +149,9 @@ def fit_picture(picture: NDArray[np.uint8], source: str) -> NDArray[np.uint8]:
         return resize_area(picture)
     if picture.shape == (120, 160, 3):
         return picture
-    raise UserError("image", got=f"{source}: {picture.shape}", wanted="240x320 or 120x160 RGB", fix="use the head camera's picture")
+    raise UserError(
+        "image", got=f"{source}: {picture.shape}", wanted="240x320 or 120x160 RGB", fix="use the head camera's picture"
+    )
 
 
 if __name__ == "__main__":

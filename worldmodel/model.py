@@ -65,7 +65,12 @@ def load_heads(forcing: PhysisForcing, folder: Path) -> None:
 
     path = folder / "physics_heads.safetensors"
     if not path.is_file():
-        raise UserError("run.init", got=str(folder), wanted="a model with physics heads", fix="start from a model trained with physics losses")
+        raise UserError(
+            "run.init",
+            got=str(folder),
+            wanted="a model with physics heads",
+            fix="start from a model trained with physics losses",
+        )
     forcing.load_state_dict({name: value.float() for name, value in load_file(path).items()})
 
 
@@ -90,7 +95,9 @@ class FlowWorldModel:
         self.codec, self.settings = codec, settings
         self.steps = int(settings["denoising_steps"]) if steps is None else steps
         if self.steps < 1:
-            raise UserError("denoising_steps", got=self.steps, wanted="1 or more", fix=f"denoising_steps={DEFAULT_STEPS}")
+            raise UserError(
+                "denoising_steps", got=self.steps, wanted="1 or more", fix=f"denoising_steps={DEFAULT_STEPS}"
+            )
         self.device = next(denoiser.parameters()).device
         self.text = text if text is not None else TextEmbedder()
         self._spec = WorldModelSpec(
@@ -139,7 +146,9 @@ class FlowWorldModel:
         return Rollout(
             times_T=np.arange(request.horizon) * self._spec.frame_dt,
             frames_BSVTHWC=torch.cat(frames).unflatten(0, (batch, samples)).unsqueeze(2).numpy() if frames else None,
-            latents_BSCFhw=torch.cat(latents).unflatten(0, (batch, samples)).numpy() if "latents" in request.returns else None,
+            latents_BSCFhw=torch.cat(latents).unflatten(0, (batch, samples)).numpy()
+            if "latents" in request.returns
+            else None,
             cost={"seconds": time.perf_counter() - begun, "denoiser_calls": float(self.steps * len(order))},
         )
 
@@ -158,21 +167,42 @@ class FlowWorldModel:
         spec, context = self._spec, request.context_BVTHWC
         expected = (1, spec.context_frames, spec.views.height, spec.views.width, 3)
         if context.dtype != np.uint8 or context.ndim != 6 or context.shape[1:] != expected:
-            raise UserError("context_BVTHWC", got=f"{context.dtype} {context.shape}", wanted=f"uint8 [B,{expected}]", fix="one head picture, 120x160")
+            raise UserError(
+                "context_BVTHWC",
+                got=f"{context.dtype} {context.shape}",
+                wanted=f"uint8 [B,{expected}]",
+                fix="one head picture, 120x160",
+            )
         if request.horizon not in spec.horizons:
-            raise MissingCapabilityError("horizon", got=request.horizon, wanted=f"one of {spec.horizons}", fix=f"horizon={spec.horizons[0]}")
+            raise MissingCapabilityError(
+                "horizon", got=request.horizon, wanted=f"one of {spec.horizons}", fix=f"horizon={spec.horizons[0]}"
+            )
         if request.actions_BSPA is not None:
-            raise MissingCapabilityError("actions", got="actions", wanted=f"conditions {sorted(spec.conditions)}", fix="leave actions out")
+            raise MissingCapabilityError(
+                "actions", got="actions", wanted=f"conditions {sorted(spec.conditions)}", fix="leave actions out"
+            )
         if request.feature_tap is not None or not request.returns <= spec.returns:
             wanted = f"a subset of {sorted(spec.returns)}"
-            raise MissingCapabilityError("returns", got=sorted(request.returns), wanted=wanted, fix="ask for frames or latents")
+            raise MissingCapabilityError(
+                "returns", got=sorted(request.returns), wanted=wanted, fix="ask for frames or latents"
+            )
         shape = (len(context), len(spec.proprioception_lags), self.denoiser.conditioner.config.state_dim)
         state = request.proprioception_BKA
         if state is None or state.shape != shape or not np.isfinite(state).all():
             got = None if state is None else state.shape
-            raise UserError("proprioception_BKA", got=got, wanted=f"finite numbers {shape}", fix=f"joint targets at lags {spec.proprioception_lags}")
+            raise UserError(
+                "proprioception_BKA",
+                got=got,
+                wanted=f"finite numbers {shape}",
+                fix=f"joint targets at lags {spec.proprioception_lags}",
+            )
         if len(request.instructions) != len(context) or request.seeds_BS.shape[0] != len(context):
-            raise UserError("instructions, seeds_BS", got=(len(request.instructions), request.seeds_BS.shape), wanted=f"{len(context)} rows", fix="one instruction and one row of seeds a context")
+            raise UserError(
+                "instructions, seeds_BS",
+                got=(len(request.instructions), request.seeds_BS.shape),
+                wanted=f"{len(context)} rows",
+                fix="one instruction and one row of seeds a context",
+            )
 
 
 def _noise(seed: int, first_BC1hw: Tensor, latents: int) -> Tensor:
@@ -195,12 +225,22 @@ def load_world_model(
     """
     folder = Path(path)
     if not (folder / "world_model.json").is_file():
-        raise UserError("world_model", got=str(folder), wanted="a folder with world_model.json", fix="physis train worldmodel, or its path")
+        raise UserError(
+            "world_model",
+            got=str(folder),
+            wanted="a folder with world_model.json",
+            fix="physis train worldmodel, or its path",
+        )
     settings = read_json(folder / "world_model.json")
     codec_folder = Path(codec) if codec is not None else folder.parent / "vae"
     found = fingerprint(codec_folder)
     if found != settings["codec_fingerprint"]:
-        raise UserError("codec", got=f"{codec_folder} ({found})", wanted=f"the codec {settings['codec_fingerprint']} it was trained with", fix="pass codec=<folder of that codec>")
+        raise UserError(
+            "codec",
+            got=f"{codec_folder} ({found})",
+            wanted=f"the codec {settings['codec_fingerprint']} it was trained with",
+            fix="pass codec=<folder of that codec>",
+        )
     return FlowWorldModel(
         load_denoiser(folder, device),
         load_codec(codec_folder, device),

@@ -48,7 +48,12 @@ def load_diffusers(kind: type, folder: Path) -> torch.nn.Module:
     state = {name: value.float() for name, value in load_file(folder / WEIGHTS_NAME).items()}
     wrong = sorted(set(state) ^ set(model.state_dict()))
     if wrong:
-        raise UserError(str(folder / WEIGHTS_NAME), got=f"{len(wrong)} keys that do not match, such as {wrong[0]}", wanted=f"the weights of a {kind.__name__} with this config", fix="use weights and config of the same training")
+        raise UserError(
+            str(folder / WEIGHTS_NAME),
+            got=f"{len(wrong)} keys that do not match, such as {wrong[0]}",
+            wanted=f"the weights of a {kind.__name__} with this config",
+            fix="use weights and config of the same training",
+        )
     model.load_state_dict(state)
     return model
 

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+
 from physisforcing.worldmodel.backbones.wan import ConditionerConfig, WanConfig, build_denoiser
 from physisforcing.worldmodel.flow_matching import FlowMatchingConfig
 from physisforcing.worldmodel.training.objective import draw_noise, objective
@@ -41,7 +42,10 @@ def bf16():
 
 def test_bfloat16_agrees_with_float32():
     denoiser, data, drawn = setting()
-    exact, fast = loss_and_gradient(denoiser, data, drawn, contextlib.nullcontext()), loss_and_gradient(denoiser, data, drawn, bf16())
+    exact, fast = (
+        loss_and_gradient(denoiser, data, drawn, contextlib.nullcontext()),
+        loss_and_gradient(denoiser, data, drawn, bf16()),
+    )
     assert fast[0] == pytest.approx(exact[0], rel=5e-3)
     assert torch.nn.functional.cosine_similarity(exact[1], fast[1], dim=0) > 0.995
 

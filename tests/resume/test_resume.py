@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+
 from physisforcing.worldmodel.backbones.wan import ConditionerConfig, WanConfig
 from physisforcing.worldmodel.data.batches import BankTargets, WindowBank, WindowSampler, step_generator
 from physisforcing.worldmodel.data.window_targets import WindowTargets

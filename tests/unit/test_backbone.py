@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.protocols import WorldModel
 from physisforcing.core.types import RolloutRequest
@@ -80,7 +81,9 @@ def test_export_is_a_plain_diffusers_folder(tmp_path):
     context = model.context(text, state).detach()
     with torch.no_grad():
         per_token = timesteps.repeat_interleave(20, dim=1)
-        assert torch.equal(stock(x, per_token, context, return_dict=False)[0], stock_forward(model, x, timesteps, context))
+        assert torch.equal(
+            stock(x, per_token, context, return_dict=False)[0], stock_forward(model, x, timesteps, context)
+        )
         flops = [count_flops(lambda m=m: m(x, per_token, context, return_dict=False)) for m in (stock, fresh)]
     assert flops[0] == flops[1] > 0
     loaded = load_denoiser(tmp_path)
@@ -135,7 +138,9 @@ def folders(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    codec = CausalVideoAutoencoder(latent_channels=4, fine_channels=8, decoder_fine_channels=8, coarse_channels=8, group_channels=8)
+    codec = CausalVideoAutoencoder(
+        latent_channels=4, fine_channels=8, decoder_fine_channels=8, coarse_channels=8, group_channels=8
+    )
     codec.set_statistics(torch.zeros(4), torch.ones(4))
     save_diffusers(codec, root / "vae")
     save_world_model(
@@ -217,7 +222,12 @@ def test_generate_writes_a_marked_video(folders, tmp_path, monkeypatch):
     first = tmp_path / "first.mp4"
     write_mp4(first, np.full((1, 240, 320, 3), 90, np.uint8), 10)
     config = module.GenerateConfig(
-        image=str(first), instruction="click the bell", out=str(tmp_path / "out.mp4"), seed=5, steps=1, model=str(folders / "worldmodel")
+        image=str(first),
+        instruction="click the bell",
+        out=str(tmp_path / "out.mp4"),
+        seed=5,
+        steps=1,
+        model=str(folders / "worldmodel"),
     )
     info = probe_mp4(module.generate(config))
     assert (info.frames, info.height, info.width) == (17, 240, 320)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.codec import VideoCodec, WanVaeCodec, latent_frames, load_codec, to_uint8, to_unit_range
 from physisforcing.worldmodel.storage import save_diffusers
@@ -60,7 +61,7 @@ def test_shapes_and_causality(make):
         assert not moved[:first].any(), f"frame {frame} reaches back to a latent before {first}"
         assert moved[first], f"frame {frame} does not reach latent {first}"
     video = codec.decode(z)
-    assert video.shape == (1, 9, 32, 48, 3) and 0 <= video.min() and video.max() <= 1
+    assert video.shape == (1, 9, 32, 48, 3) and video.min() >= 0 and video.max() <= 1
     torch.testing.assert_close(codec.decode(z[:, :, :2]), video[:, :5], atol=2e-5, rtol=1e-4)
 
 
@@ -94,7 +95,7 @@ def test_saved_codec_loads_and_refuses_foreign_weights(tmp_path):
     state = load_file(path)
     state["renamed"] = state.pop("decode_in.bias")
     save_file(state, path)
-    with pytest.raises(UserError, match="decode_in.bias"):
+    with pytest.raises(UserError, match=r"decode_in\.bias"):
         load_codec(tmp_path / "a")
     with pytest.raises(UserError, match=r"config\.json"):
         load_codec(tmp_path / "nowhere")

@@ -121,7 +121,7 @@ class WanDenoiser(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """-> (velocity [B,C,F,h,w], output of block ``tap`` [B,F*h*w,D], row-major (F,h,w), or None)."""
         model = self.transformer
-        batch, _, frames, height, width = x_BCFhw.shape
+        _, _, frames, height, width = x_BCFhw.shape
         assert tuple(model.config.patch_size) == PATCH
         rotary = model.rope(x_BCFhw)
         x = model.patch_embedding(x_BCFhw).flatten(2).transpose(1, 2).contiguous()

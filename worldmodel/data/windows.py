@@ -85,7 +85,12 @@ class FrameStore:
     @classmethod
     def build(cls, episodes: list[Episode], device: str | torch.device) -> FrameStore:
         if not episodes:
-            raise UserError("data", got="no episodes", wanted="at least one episode", fix="physis data collect, or data.success_only=false")
+            raise UserError(
+                "data",
+                got="no episodes",
+                wanted="at least one episode",
+                fix="physis data collect, or data.success_only=false",
+            )
         counts = np.array([len(episode.frames) for episode in episodes])
         offset = np.concatenate([[0], np.cumsum(counts)[:-1]])
         frames = torch.empty(int(counts.sum()), *episodes[0].frames.shape[1:], dtype=torch.uint8, device=device)
@@ -122,9 +127,7 @@ class WindowTable:
             starts = np.arange(0, max(1, length - tail), stride)
             episode.append(np.full(len(starts), place))
             start.append(starts)
-        return cls(
-            episode_W=torch.from_numpy(np.concatenate(episode)), start_W=torch.from_numpy(np.concatenate(start))
-        )
+        return cls(episode_W=torch.from_numpy(np.concatenate(episode)), start_W=torch.from_numpy(np.concatenate(start)))
 
     def __len__(self) -> int:
         return len(self.start_W)
@@ -178,7 +181,12 @@ def _read_episode(job: tuple) -> Episode:
     if frames.shape[1:3] == (240, 320):
         frames = resize_area(frames)
     if frames.shape[1:] != (120, 160, 3):
-        raise UserError("observation.images.head", got=frames.shape[1:], wanted="240x320 or 120x160", fix="record the head camera at 240x320")
+        raise UserError(
+            "observation.images.head",
+            got=frames.shape[1:],
+            wanted="240x320 or 120x160",
+            fix="record the head camera at 240x320",
+        )
     return Episode(
         frames=frames,
         states_TA=np.asarray(dataset.columns(info.index)["observation.state"], dtype=np.float32),

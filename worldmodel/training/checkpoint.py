@@ -89,7 +89,9 @@ def load_training(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[
     from safetensors.torch import load_file
 
     if not is_complete(checkpoint):
-        raise UserError("checkpoint", got=str(checkpoint), wanted="a complete checkpoint", fix="resume from the run folder's last")
+        raise UserError(
+            "checkpoint", got=str(checkpoint), wanted="a complete checkpoint", fix="resume from the run folder's last"
+        )
     folder = checkpoint / "training"
     tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
     return tensors, json.loads((folder / "state.json").read_text())
@@ -104,7 +106,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, Tens
     return flat
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], flat: Mapping[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], flat: Mapping[str, Tensor]
+) -> None:
     """Inverse of ``optimizer_tensors``; every parameter's state goes to the parameter's device."""
     for key, value in flat.items():
         name, entry = key.rsplit("/", 1)

@@ -36,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
         from .vae import train_vae
 
         # Experiments of the two trainings have different fields, so the autoencoder's live in a group of their own.
-        named = [entry.replace("experiment=", "vae=", 1) if entry.startswith("experiment=") else entry for entry in overrides]
+        named = [
+            entry.replace("experiment=", "vae=", 1) if entry.startswith("experiment=") else entry for entry in overrides
+        ]
         print(train_vae(compose("train_vae", named, TrainVaeConfig)))
     else:
         from .worldmodel import train_world_model

@@ -82,13 +82,14 @@ class TrainVaeConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(start_fraction=0.1))
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: VaeLossConfig = field(default_factory=VaeLossConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup=100, weight_decay=0.0, beta2=0.99, ema=0.998))
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-3, warmup=100, weight_decay=0.0, beta2=0.99, ema=0.998)
+    )
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainWorldModelConfig:
-    """``codec``: folder of the video codec. ``heldout_windows``: windows of the held-out measurement, at fixed noise and timesteps.
-    """
+    """``codec``: folder of the video codec. ``heldout_windows``: windows of the held-out measurement, at fixed noise and timesteps."""
 
     name: str = "worldmodel"
     codec: str = ""

@@ -34,16 +34,16 @@ def heldout_losses(
     targets only windows that have them count. The noise belongs to a window's place in this choice, not to the batch size.
     """
     device = bank.latents_WCFhw.device
-    candidates = bank.physics_rows() if forcing is not None and bank.targets is not None else torch.arange(len(bank.table))
+    candidates = (
+        bank.physics_rows() if forcing is not None and bank.targets is not None else torch.arange(len(bank.table))
+    )
     rows = candidates[torch.linspace(0, len(candidates) - 1, min(windows, len(candidates))).long()]
     batch = bank.batch(rows.to(device))
     noise, sigma, order = draw_noise(batch["latents_BCFhw"].cpu(), flow, step_generator(seed, _EVALUATION_STEP))
     sums: dict[str, float] = {}
     for part in torch.arange(len(rows)).split(chunk):
         drawn = noise[part].to(device), sigma[part].to(device), order[part].to(device)
-        terms = objective(
-            denoiser, forcing, bank.batch(rows[part].to(device)), drawn, flow, contextlib.nullcontext()
-        )
+        terms = objective(denoiser, forcing, bank.batch(rows[part].to(device)), drawn, flow, contextlib.nullcontext())
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(part)
     return {name: total / len(rows) for name, total in sums.items()}

@@ -71,6 +71,11 @@ def split_heldout(items: Sequence[T], heldout: int) -> tuple[list[T], list[T]]:
     """-> (training items, held-out items); the held-out ones are spread evenly. With too few items nothing is held out twice:
     raises ``UserError`` when no training item would be left."""
     if heldout >= len(items):
-        raise UserError("data.heldout", got=heldout, wanted=f"fewer than the {len(items)} episodes", fix="collect more, or data.heldout=1")
+        raise UserError(
+            "data.heldout",
+            got=heldout,
+            wanted=f"fewer than the {len(items)} episodes",
+            fix="collect more, or data.heldout=1",
+        )
     places = set(np.linspace(0, len(items) - 1, heldout + 2).round().astype(int)[1:-1].tolist()) if heldout else set()
     return [x for i, x in enumerate(items) if i not in places], [x for i, x in enumerate(items) if i in places]

@@ -19,7 +19,9 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "40
 class StepLog:
     """Accumulates loss terms on the device and reads them only when a line is written (one host sync a line)."""
 
-    def __init__(self, run: Path, steps: int, batch: int, step_flops: float, device: torch.device, done: int = 0) -> None:
+    def __init__(
+        self, run: Path, steps: int, batch: int, step_flops: float, device: torch.device, done: int = 0
+    ) -> None:
         self.run, self.steps, self.batch, self.flops, self.device = run, steps, batch, step_flops, device
         self._stream = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = _tensorboard(run)
@@ -68,7 +70,9 @@ class StepLog:
     def _write(self, record: dict) -> None:
         self._stream.write(json.dumps(record) + "\n")
         self._stream.flush()
-        text = " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in record.items())
+        text = " ".join(
+            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in record.items()
+        )
         print(text, file=sys.stderr, flush=True)
         if self._board is not None and "step" in record:
             for name, value in record.items():

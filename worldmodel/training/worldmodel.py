@@ -46,7 +46,12 @@ def prepare_banks(
             data.roots, success_only=data.success_only, tasks=data.tasks, limit=data.limit, workers=data.workers
         )
     if not config.codec:
-        raise UserError("codec", got=config.codec, wanted="the folder of a video codec", fix="physis train vae, then codec=<its folder>")
+        raise UserError(
+            "codec",
+            got=config.codec,
+            wanted="the folder of a video codec",
+            fix="physis train vae, then codec=<its folder>",
+        )
     codec = load_codec(config.codec, device)
     banks = []
     for part in split_heldout(episodes, data.heldout):
@@ -138,7 +143,9 @@ class Trainer:
         """Continue from a checkpoint, bit-exactly; returns the number of updates it holds. RNG states come last."""
         tensors, state = load_training(checkpoint)
         if state["seed"] != self.config.run.seed:
-            raise UserError("run.seed", got=self.config.run.seed, wanted=f"{state['seed']}, the checkpoint's", fix="keep the seed")
+            raise UserError(
+                "run.seed", got=self.config.run.seed, wanted=f"{state['seed']}, the checkpoint's", fix="keep the seed"
+            )
         self.model.load_state_dict(tensors["weights"])
         self.average.restore(tensors["average"])
         restore_optimizer(self.optimizer, self.names, tensors["optimizer"])
