@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from physisforcing.core.errors import UserError
+from physisforcing.core.errors import IncompleteCoverageError, UserError
 
 EXAMPLES = """examples:
   physis demo
@@ -25,7 +25,8 @@ EXAMPLES = """examples:
   physis demo output=runs/longer steps=120 demonstrations=12
 
 Settings are field=value; fields and defaults: physisforcing/demo.py (DemoConfig).
-Exit code 1 when a loss term did not go down on the held-out windows; the report is written all the same."""
+Exit code 1 when a loss term did not go down on the held-out windows, 3 when an episode crashed; the report is written all the
+same."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,4 +159,9 @@ def run_demo(config: DemoConfig, *, fresh: bool = False) -> int:
     failed = [change.term for change in data.losses if not change.lower]
     if failed:
         print(f"physis demo: not lower on the held-out windows after training: {', '.join(failed)}", file=sys.stderr)
+    errors = sum(row.errors for row in data.success)
+    if errors and not failed:
+        raise IncompleteCoverageError(
+            f"{errors} episodes ended in errors; see {folder / 'closed_loop'}/*/results.jsonl"
+        )
     return 1 if failed else 0

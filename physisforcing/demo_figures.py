@@ -38,7 +38,8 @@ def physics_figure(root: Path, episode: int, folder: Path, name: str) -> Figure:
 
     dataset = LeRobotDataset(root)
     info = dataset.episodes[episode]
-    truth, maps = ground_truth.load(ground_truth.episode_path(root, episode)), {}
+    truth = ground_truth.load(ground_truth.episode_path(root, episode))
+    maps: dict[int, Any] = {}
     best = None
     for start in truth.stored_frames_D.tolist():
         tracks = point_tracks(truth, window_steps(start, info.length), maps=maps)

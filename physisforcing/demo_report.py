@@ -163,7 +163,7 @@ def _provenance(
     found = {
         finding["name"]: finding["found"]
         for finding in findings["findings"]
-        if finding["ok"] and finding["name"] not in ("Disk", "PyTorch", "Python")
+        if finding["ok"] and finding["name"] not in ("disk", "PyTorch", "Python", "weights")
     }
     return {
         "code": {"package": f"physisforcing {__version__}", "commit": machine["commit"], "command": "physis demo"},

@@ -143,7 +143,7 @@ def _loss_row(change: LossChange) -> Markup:
         before=f"{change.before:.5g}",
         after=f"{change.after:.5g}",
         kind="good" if change.lower else "bad",
-        relative=f"{relative:+.1%}",
+        relative=f"{relative:+.2%}",
         word="lower" if change.lower else "not lower",
     )
 
@@ -235,7 +235,8 @@ def _figure(figure: Figure, folder: Path) -> Markup:
         media = fill('<img src="{s}" alt="{d}">', s=source, d=figure.description)
     panels = join(fill("<span>{p}</span>", p=panel) for panel in figure.panels)
     return fill(
-        '<figure class="card"><h3>{t}</h3>{p}{m}<figcaption>{c}</figcaption></figure>',
+        '<figure class="card{wide}"><h3>{t}</h3>{p}{m}<figcaption>{c}</figcaption></figure>',
+        wide=" wide" if len(figure.panels) > 2 else "",
         t=figure.title,
         p=fill('<div class="panels" aria-hidden="true">{p}</div>', p=panels) if panels else "",
         m=media,
