@@ -42,8 +42,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm2 = ChannelNorm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -59,7 +59,7 @@ def _previous(groups_BKChw: Tensor) -> Tensor:
     return torch.cat([groups_BKChw[:, :1], groups_BKChw[:, :-1]], dim=1)
 
 
-class CausalVideoAutoencoder(ModelMixin, ConfigMixin):
+class CausalVideoAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """See the module's docstring. Implements ``VideoCodec``; ``posterior`` and ``reconstruct`` are its training interface.
 
     ``fine_channels`` live at 1/4 size, ``coarse_channels`` at 1/8 size per frame, ``group_channels`` at 1/8 size per latent.
@@ -100,7 +100,7 @@ class CausalVideoAutoencoder(ModelMixin, ConfigMixin):
 
     @property
     def latent_channels(self) -> int:
-        return int(self.config.latent_channels)
+        return int(self.config["latent_channels"])
 
     def posterior(self, pictures_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
         """[B,4k+1,3,H,W] in [-1,1] -> (mean, log variance) of unnormalised latents, each [B,C,1+k,H/8,W/8] float32."""
@@ -139,13 +139,14 @@ class CausalVideoAutoencoder(ModelMixin, ConfigMixin):
         self.register_to_config(latents_mean=mean_C.tolist(), latents_std=std_C.tolist())
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self.config.latents_mean is None or self.config.latents_std is None:
+        stored = self.config["latents_mean"], self.config["latents_std"]
+        if None in stored:
             raise RuntimeError(
                 "this autoencoder has no latent statistics: finish physis train vae, or call set_statistics"
             )
         shape = (1, -1, 1, 1, 1)
-        mean = torch.tensor(self.config.latents_mean, device=like.device).view(shape)
-        return mean, torch.tensor(self.config.latents_std, device=like.device).view(shape)
+        mean, std = (torch.tensor(values, device=like.device).view(shape) for values in stored)
+        return mean, std
 
     @torch.no_grad()
     def encode(self, frames_BTHWC: Tensor) -> Tensor:

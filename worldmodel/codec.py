@@ -7,7 +7,7 @@ frames <= 4k only. Latents are normalised: ``(z - mean) / std`` per channel with
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from torch import Tensor
 from physisforcing.core.errors import UserError
 
 from .storage import load_diffusers
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
 
 #: Frames a latent (after the first), pixel rows a latent row, pixel columns a latent column.
 STRIDE = (4, 8, 8)
@@ -61,7 +58,7 @@ def to_uint8(frames: Tensor) -> Tensor:
 class WanVaeCodec:
     """diffusers' ``AutoencoderKLWan`` behind the ``VideoCodec`` protocol (stride 4x8x8 configurations, e.g. Wan 2.1's)."""
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: Any) -> None:
         if vae.config.scale_factor_spatial != STRIDE[1]:
             raise UserError(
                 "vae.scale_factor_spatial",

@@ -136,7 +136,7 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
         raise UserError("image", got=str(path), wanted="a picture file", fix="check the path")
     try:
         with av.open(str(path)) as container:
-            return next(container.decode(video=0)).to_ndarray(format="rgb24")
+            return np.asarray(next(container.decode(video=0)).to_ndarray(format="rgb24"), dtype=np.uint8)
     except (av.FFmpegError, StopIteration) as error:
         raise UserError("image", got=str(path), wanted="a PNG or JPEG picture", fix=str(error)) from error
 

@@ -144,7 +144,7 @@ class FlowWorldModel:
             if "frames" in request.returns:
                 frames.append(to_uint8(self.codec.decode(sampled)).cpu())
         return Rollout(
-            times_T=np.arange(request.horizon) * self._spec.frame_dt,
+            times_T=np.arange(request.horizon, dtype=np.float64) * self._spec.frame_dt,
             frames_BSVTHWC=torch.cat(frames).unflatten(0, (batch, samples)).unsqueeze(2).numpy() if frames else None,
             latents_BSCFhw=torch.cat(latents).unflatten(0, (batch, samples)).numpy()
             if "latents" in request.returns

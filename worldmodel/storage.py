@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def as_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str
     return out
 
 
-def save_diffusers(model: torch.nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
+def save_diffusers(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
     """A diffusers folder (config.json and one safetensors file) of a ``ModelMixin``, stored in ``dtype``.
 
     Written directly instead of through ``save_pretrained``: this neither changes the model's precision nor needs a second copy
@@ -37,7 +38,7 @@ def save_diffusers(model: torch.nn.Module, folder: Path, dtype: torch.dtype | No
     save_file(as_dtype(model.state_dict(), dtype), folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def load_diffusers(kind: type, folder: Path) -> torch.nn.Module:
+def load_diffusers(kind: Any, folder: Path) -> Any:
     """A ``ModelMixin`` from its folder, float32. Every key must fit (``from_pretrained`` only logs those that do not).
 
     Raises ``UserError`` naming the first key that is missing or unknown.

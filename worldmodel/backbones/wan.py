@@ -14,17 +14,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..storage import as_dtype, load_diffusers, save_diffusers
 from ..text import TEXT_WIDTH
-
-if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
-
 
 #: One token a latent cell: the geometry of docs/architecture.md.
 PATCH = (1, 1, 1)
@@ -64,6 +60,10 @@ class ProprioceptionConditioner(nn.Module):
     statistics of the training set.
     """
 
+    state_mean: Tensor
+    state_std: Tensor
+    difference_std: Tensor
+
     def __init__(self, config: ConditionerConfig) -> None:
         super().__init__()
         self.config = config
@@ -97,10 +97,10 @@ class ProprioceptionConditioner(nn.Module):
 class WanDenoiser(nn.Module):
     """Velocity of noisy latents under instruction and proprioception; see the module's docstring."""
 
-    def __init__(self, transformer: WanTransformer3DModel, conditioner: ProprioceptionConditioner, tap: int) -> None:
+    def __init__(self, transformer: Any, conditioner: ProprioceptionConditioner, tap: int) -> None:
         super().__init__()
         assert 1 <= tap <= len(transformer.blocks), f"tap {tap} of {len(transformer.blocks)} blocks"
-        self.transformer = transformer
+        self.transformer = transformer  # a stock diffusers WanTransformer3DModel
         self.conditioner = conditioner
         self.tap = tap
         self._compiled: Callable[..., Tensor] | None = None
@@ -150,7 +150,7 @@ def _gate(x_BLD: Tensor, gate_BFD: Tensor) -> Tensor:
     return (x_BLD.float().unflatten(1, (gate_BFD.shape[1], -1)) * gate_BFD.unsqueeze(2)).flatten(1, 2)
 
 
-def block_forward(block: nn.Module, x_BLD: Tensor, context: Tensor, modulation_BF6D: Tensor, rotary: tuple) -> Tensor:
+def block_forward(block: Any, x_BLD: Tensor, context: Tensor, modulation_BF6D: Tensor, rotary: tuple) -> Tensor:
     """One stock ``WanTransformerBlock`` with modulations given per latent frame (the stock forward wants them per token)."""
     table = block.scale_shift_table.unsqueeze(0) + modulation_BF6D.float()
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)

@@ -149,7 +149,8 @@ def read_episodes(
     """
     from physisforcing.core.lerobot import LeRobotDataset
 
-    jobs, seen = [], {}
+    jobs: list[tuple] = []
+    seen: dict[str, int] = {}
     for root in roots:
         dataset = LeRobotDataset(root)
         for info in dataset.episodes:

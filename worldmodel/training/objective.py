@@ -49,7 +49,7 @@ def objective(
     fm = flow_matching_loss(velocity, x0, noise, flow)
     terms = {"loss": fm, "fm": fm.detach()}
     if physics:
-        assert tapped is not None
+        assert tapped is not None and forcing is not None
         out = forcing(tapped, tuple(x0.shape[2:]), batch["targets"], order)
         terms["loss"] = fm + out.loss
         terms |= {"pix": out.pix, "sem": out.sem, **out.metrics}

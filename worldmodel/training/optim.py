@@ -34,7 +34,8 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """Weight decay on matrices only; the fused kernel on a GPU."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in parameters:
         (matrices if parameter.ndim >= 2 else others).append(parameter)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -54,7 +55,7 @@ class WeightAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.names = [name for name, _ in module.named_parameters()]
-        self._live = [parameter for _, parameter in module.named_parameters()]
+        self._live: list[Tensor] = [parameter for _, parameter in module.named_parameters()]
         self.shadow = [parameter.detach().clone() for parameter in self._live]
 
     @torch.no_grad()

@@ -131,7 +131,7 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
     optimizer = build_optimizer(model.parameters(), config.optim)
     average = WeightAverage(model, config.optim.ema)
     names = dict(model.named_parameters())
-    first = _resume(run, config, model, optimizer, average, names, device) if config.run.resume else 0
+    first = _resume(run, optimizer, average, names, device) if config.run.resume else 0
     terms_of = torch.compile(train_step_terms, dynamic=False) if config.run.compile == "blocks" else train_step_terms
     log = StepLog(run, config.run.steps, config.run.batch, 0.0, device, done=first)
 
@@ -171,14 +171,23 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
     return run / "codec"
 
 
-def _save(run, step, config, model, optimizer, average, names, device) -> None:
+def _save(
+    run: Path,
+    step: int,
+    config: TrainVaeConfig,
+    model: CausalVideoAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage,
+    names: dict[str, torch.nn.Parameter],
+    device: torch.device,
+) -> None:
     def write_model(folder: Path) -> None:
         average.swap()
         save_diffusers(model, folder)
         average.swap()
 
-    tensors = {
-        "weights": {name: parameter for name, parameter in names.items()},
+    tensors: dict[str, dict[str, torch.Tensor]] = {
+        "weights": dict(names),
         "average": average.tensors(),
         "optimizer": optimizer_tensors(optimizer, names),
         "rng": rng_tensors(device),
@@ -186,7 +195,13 @@ def _save(run, step, config, model, optimizer, average, names, device) -> None:
     save_checkpoint(run, step, write_model, tensors, {"seed": config.run.seed})
 
 
-def _resume(run, config, model, optimizer, average, names, device) -> int:
+def _resume(
+    run: Path,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage,
+    names: dict[str, torch.nn.Parameter],
+    device: torch.device,
+) -> int:
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         return 0
