@@ -23,7 +23,8 @@ HALF_TURN = 3.141592653589793
 class AssetRoot:
     """A folder in RoboTwin's layout: ``embodiments/`` and ``objects/``.
 
-    ``label`` says where it came from, without a machine's path; ``runtime_path`` is the folder that has it as ``assets``.
+    ``label`` says where it came from, without a machine's path; ``runtime_path`` is the folder that has it as
+    ``assets``.
     """
 
     root: Path
@@ -42,7 +43,7 @@ class Embodiment:
 
 
 def resolve_assets(assets: str | Path | None) -> AssetRoot:
-    """``assets`` (an official-layout folder), else ``$ROBOTWIN_ASSETS``, else the self-made pack (built at first use)."""
+    """``assets`` (an official-layout folder), else ``$ROBOTWIN_ASSETS``, else the pack (built at first use)."""
     chosen = assets if assets is not None else os.environ.get("ROBOTWIN_ASSETS")
     if chosen:
         given = Path(chosen).expanduser().absolute()
@@ -71,13 +72,15 @@ def _runtime_path(root: Path) -> Path:
     if not link.is_symlink():
         try:
             link.symlink_to(root, target_is_directory=True)
-        except FileExistsError:  # another process was faster; its link says the same, the folder's name is the root's hash
+        except FileExistsError:  # another process was faster, and its link is the same: the folder is named by the root
             pass
     return folder
 
 
 def load_embodiment(assets: AssetRoot, name: str | None) -> Embodiment:
-    """Read an embodiment's ``config.yml`` and its joint limits. ``name`` None: aloha-agilex where present, else the only one."""
+    """Read an embodiment's ``config.yml`` and its joint limits. ``name`` None: aloha-agilex where present, else the
+    only one.
+    """
     import yaml
 
     folder = assets.root / "embodiments"

@@ -1,15 +1,14 @@
 """RoboTwin's tasks behind gymnasium.
 
-Time base: one ``step`` is 15 physics steps of 1/250 s. ``state`` is RoboTwin's vector of drive targets u; an action is the
-next u, approached by linear interpolation (``control="interpolated"``), or by upstream's ``take_action`` (``"topp"``).
+Time base: one ``step`` is 15 physics steps of 1/250 s. ``state`` is RoboTwin's vector of drive targets u; an action is
+the next u, approached by linear interpolation (``control="interpolated"``), or by upstream's ``take_action``
+(``"topp"``).
 """
 
 from __future__ import annotations
 
 import string
-import weakref
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,10 +19,12 @@ from numpy.typing import NDArray
 from physisforcing.core.errors import UnstableSceneError, UserError, unknown_name
 from physisforcing.core.types import DT, PHYSICS_STEPS_PER_ACTION, ActionSpec, CameraSpec
 
+from .arguments import checked_action, setup_arguments
 from .embodiment import load_embodiment, resolve_assets
 from .expert import PLANNER_NAME, PlannerConfig, robot_class
 from .instructions import check_instruction, instruction_for
-from .renderer import CAMERAS, Pictures, check_shadows
+from .live import check_live, claim, release
+from .renderer import CAMERAS, Pictures, check_shadows, keep_renderer
 from .runtime import environment_variable, load_runtime, seeded_globals
 from .scene import Bodies, ContactLog, headless_task, scene_hash
 from .tasks import step_limit, task_info
@@ -34,22 +35,24 @@ MAX_INSTRUCTION = 512
 #: ``reset()`` without a seed draws one from the training range.
 TRAIN_SEEDS = 10_000
 
-_live: weakref.ReferenceType[RoboTwinEnv] | None = None
-
 
 class RoboTwinEnv(gymnasium.Env):
     """One RoboTwin task.
 
-    Observation (dict): ``<camera>_rgb`` uint8 [240,320,3], with ``depth`` also ``<camera>_depth`` uint16 [240,320] in mm, with
-    ``body_ids`` also ``<camera>_body_ids`` uint16 [240,320]; ``state`` float32 [14] drive targets, ``state_measured`` float32
-    [14] measured joints (radians; gripper 0 closed .. 1 open); ``instruction``.
+    Observation (dict): ``<camera>_rgb`` uint8 [240,320,3]; with ``depth`` also ``<camera>_depth`` uint16 [240,320] in
+    mm; with ``body_ids`` also ``<camera>_body_ids`` uint16 [240,320]; ``state`` float32 [14], the drive targets;
+    ``state_measured`` float32 [14], the measured joints (radians; gripper 0 closed .. 1 open); ``instruction``.
 
-    Action: float32 [14] drive targets. Targets outside the joint limits are clipped to them, and ``info["clipped_steps"]``
-    counts the steps in which that happened. NaN, infinities and wrong shapes raise ``UserError``.
+    Action: float32 [14] drive targets. Targets outside the joint limits are clipped to them, and
+    ``info["clipped_steps"]`` counts the steps in which that happened. NaN, infinities and wrong shapes raise
+    ``UserError``.
 
-    ``terminated``: the task's check, run after every physics step, has succeeded once. ``truncated``: the runtime's step limit
-    in calls of ``step``. Reward: 1 in the step that succeeds, else 0. Raises ``UnstableSceneError`` from ``reset`` for a seed whose scene does not
-    come to rest, ``VulkanUnavailableError`` without a rendering device, ``UserError`` for a second environment in a process.
+    ``terminated``: the task's check, run after every physics step, has succeeded once. ``truncated``: the runtime's
+    step limit in calls of ``step``, or a body whose pose is no number any more (``info["diverged"]``). Reward: 1 in the
+    step that succeeds, else 0.
+
+    ``reset`` raises ``UnstableSceneError`` for a seed whose scene does not come to rest. Making the environment raises
+    ``VulkanUnavailableError`` without a rendering device, and ``UserError`` while another one is open in this process.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 1 / DT}
@@ -78,7 +81,7 @@ class RoboTwinEnv(gymnasium.Env):
         self.camera_names, self.control = tuple(cameras), control
         self.depth, self.body_ids, self.render_mode = depth, body_ids, render_mode
         self.shadows, self.instruction_kind = check_shadows(shadows), check_instruction(instruction)
-        _claim(self)
+        claim(self)
         try:
             from physisforcing.core.vulkan import ensure_vulkan_env
 
@@ -87,7 +90,7 @@ class RoboTwinEnv(gymnasium.Env):
             self._assets = resolve_assets(assets)
             self._embodiment = load_embodiment(self._assets, embodiment)
         except BaseException:
-            _release(self)
+            release(self)
             raise
         self._runtime.base_task.Robot = robot_class(self._runtime.robot.Robot, planner or PlannerConfig())
         self.action_spec: ActionSpec = self._embodiment.action_spec
@@ -116,19 +119,21 @@ class RoboTwinEnv(gymnasium.Env):
     # ------------------------------------------------------------------ episode
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
-        """Build the scene of ``seed`` and let it settle; numpy's, random's and torch's global generators come back unchanged.
+        """Build the scene of ``seed`` and let it settle; the global generators of numpy, random and torch come back
+        unchanged.
 
-        ``options={"observe": False}`` leaves out the pictures (returned observation has only state and instruction).
+        ``options={"observe": False}`` leaves out the pictures (the observation then has only state and instruction).
         """
         super().reset(seed=seed)
-        self._check_open()
+        check_live(self)
         chosen = int(self.np_random.integers(TRAIN_SEEDS)) if seed is None else int(seed)
         self._drop_task()
         self.seed_used = chosen
+        keep_renderer()
         task = headless_task(self._runtime, self.task_name, self.shadows, self._assets.root)
         try:
             with seeded_globals(chosen % 2**32), self._runtime_assets():
-                task.setup_demo(**self._setup_arguments(chosen))
+                task.setup_demo(**setup_arguments(self.task_name, chosen % 2**32, self._embodiment))
         except self._runtime.create_actor.UnStableError as error:
             self._discard(task)
             raise UnstableSceneError(f"RoboTwin/{self.task_name} seed {chosen}: {error}") from error
@@ -140,7 +145,7 @@ class RoboTwinEnv(gymnasium.Env):
         task.clock.steps = 0
         task.clock.after = self._physics_stepped
         self.steps = self.clipped_steps = 0
-        self.success = False
+        self.success = self.diverged = False
         self._played = False
         self._check_enabled = True
         self._on_boundary: Callable[[], None] | None = None
@@ -162,7 +167,7 @@ class RoboTwinEnv(gymnasium.Env):
 
     def _advance(self, action: Any, *, observe: bool) -> tuple[dict, float, bool, bool, dict]:
         self._check_ready()
-        goal_A, clipped = self._checked(action)
+        goal_A, clipped = checked_action(action, self.action_spec)
         self._played = True
         had_success = self.success
         self.steps += 1
@@ -174,8 +179,10 @@ class RoboTwinEnv(gymnasium.Env):
             self._task.take_action(goal_A)
             self.success = self.success or bool(self._task.eval_success)
         reward = float(self.success and not had_success)
+        self.diverged = self.diverged or not self._bodies.finite()
         observation = self.observe() if observe else self._numbers()
-        return observation, reward, self.success, self.steps >= self.step_limit, self._info()
+        truncated = self.diverged or self.steps >= self.step_limit
+        return observation, reward, self.success, truncated, self._info()
 
     def _interpolate(self, goal_A: NDArray[np.float64]) -> None:
         robot, clock = self._task.robot, self._task.clock
@@ -194,16 +201,21 @@ class RoboTwinEnv(gymnasium.Env):
         assert clock.steps % PHYSICS_STEPS_PER_ACTION == 0 or self.control == "topp"
 
     def play_expert(self, on_frame: Callable[[int], None] | None = None) -> bool:
-        """Run the task's expert from the scene just reset; True when every motion was found and the task's check holds at the end.
+        """Run the task's expert from the scene just reset; True when every motion was found and the check holds at the
+        end.
 
-        ``on_frame(t)`` is called at physics steps 0, 15, 30, ... (frame t at t*dt), when ``observe()``, ``body_poses()`` and
-        ``contacts()`` show that moment. The drive targets of frame t+1 are action t: replaying them through ``step`` repeats the
-        episode. The last motion is held to the end of its block of 15 physics steps. ``expert_failure`` says why it failed.
+        ``on_frame(t)`` is called at physics steps 0, 15, 30, ... (frame t at t*dt), when ``observe()``,
+        ``body_poses()`` and ``contacts()`` show that moment. The drive targets of frame t+1 are action t: replaying
+        them through ``step`` repeats the episode. The last motion is held to the end of its block of 15 physics steps.
+        ``expert_failure`` says why it failed.
         """
         self._check_ready()
         if self._played:
             raise UserError(
-                "play_expert", got="a scene that was already acted in", wanted="a scene just reset", fix="call reset(seed=...) first"
+                "play_expert",
+                got="a scene that was already acted in",
+                wanted="a scene just reset",
+                fix="call reset(seed=...) first",
             )
         self._played = True
         task = self._task
@@ -233,9 +245,12 @@ class RoboTwinEnv(gymnasium.Env):
                     task.scene.step()
         finally:
             self._on_boundary = None
-        succeeded = bool(task.plan_success) and bool(task.check_success())
+        self.diverged = not self._bodies.finite()
+        succeeded = bool(task.plan_success) and bool(task.check_success()) and not self.diverged
         if not succeeded and not self.expert_failure:
             self.expert_failure = "no motion found" if not task.plan_success else "the task's check fails at the end"
+        if self.diverged:
+            self.expert_failure = "the physics diverged"
         return succeeded
 
     def _physics_stepped(self) -> None:
@@ -286,12 +301,12 @@ class RoboTwinEnv(gymnasium.Env):
         return np.array(values[0] + values[1], dtype=np.float64)
 
     def depth_and_ids(self, camera: str = "head") -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-        """Depth in mm and body ids, both uint16 [240,320], of the last picture drawn by ``observe``, whatever the observation has."""
+        """Depth in mm and body ids, both uint16 [240,320], of the last picture drawn by ``observe``."""
         self._check_ready()
         return self._pictures.depth(camera), self._pictures.body_ids(camera)
 
     def body_poses(self) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
-        """Ids [K] and world poses [K,7] (xyz metres, wxyz) of every rigid body; the ids are those of the body-id picture."""
+        """Ids [K] and world poses [K,7] (xyz metres, wxyz) of every rigid body; body-id pictures have the same ids."""
         self._check_ready()
         return self._bodies.ids_K, self._bodies.poses()
 
@@ -306,8 +321,10 @@ class RoboTwinEnv(gymnasium.Env):
         return self._pictures.specs()
 
     def contacts(self) -> list[tuple[int, int, float]]:
-        """(lower id, higher id, impulse in N*s) of each pair that touched in the physics steps of this frame (up to 15; the last
-        settling step at frame 0): the sum of the norms of all contact-point impulses.
+        """(lower id, higher id, impulse in N*s) of each pair that touched during this frame's physics steps.
+
+        These are up to 15 steps; at frame 0 it is the last settling step. The impulse is the sum of the norms of all
+        contact-point impulses.
         """
         self._check_ready()
         return self._contacts.pairs()
@@ -318,7 +335,12 @@ class RoboTwinEnv(gymnasium.Env):
             return None
         self._check_ready()
         if not self.camera_names:
-            raise UserError("cameras", got=(), wanted="at least one camera to render", fix="make the environment with cameras=('head',)")
+            raise UserError(
+                "cameras",
+                got=(),
+                wanted="at least one camera to render",
+                fix="make the environment with cameras=('head',)",
+            )
         self._pictures.draw()
         return self._pictures.rgb(self.camera_names[0])
 
@@ -340,10 +362,11 @@ class RoboTwinEnv(gymnasium.Env):
             "cameras": self.camera_names,
             "step_limit": self.step_limit,
             "clipped_steps": self.clipped_steps,
+            "diverged": self.diverged,
         }
 
     def _drawn(self) -> dict[str, Any]:
-        """What the scene hash covers. The cameras are the robot's whole rig: which of them are drawn does not change the scene."""
+        """What the scene hash covers. The cameras are the robot's whole rig: drawing some of them changes no scene."""
         rig = [
             {key: camera.get(key) for key in ("name", "type", "position", "forward", "left")}
             for camera in self._embodiment.config["static_camera_list"]
@@ -358,63 +381,11 @@ class RoboTwinEnv(gymnasium.Env):
             "actors": self._task.spawned.actors,
         }
 
-    def _setup_arguments(self, seed: int) -> dict[str, Any]:
-        config, folder = self._embodiment.config, str(self._embodiment.folder)
-        off = ("random_background", "cluttered_table", "random_light", "random_embodiment")
-        zero = ("random_head_camera_dis", "random_table_height", "crazy_random_light_rate")
-        return {
-            "task_name": self.task_name,
-            "seed": seed % 2**32,
-            "now_ep_num": 0,
-            "render_freq": 0,
-            "save_freq": None,
-            "save_data": False,
-            "need_plan": True,
-            "eval_mode": True,
-            "left_joint_path": [],
-            "right_joint_path": [],
-            "data_type": {},
-            "domain_randomization": {**dict.fromkeys(off, False), **dict.fromkeys(zero, 0), "clean_background_rate": 1},
-            "camera": {
-                "head_camera_type": "D435",
-                "wrist_camera_type": "D435",
-                "collect_head_camera": True,
-                "collect_wrist_camera": True,
-            },
-            "left_embodiment_config": deepcopy(config),
-            "right_embodiment_config": deepcopy(config),
-            "left_robot_file": folder,
-            "right_robot_file": folder,
-            "dual_arm_embodied": True,
-            "dual_arm": True,
-        }
-
     def _runtime_assets(self) -> Any:
         return environment_variable("ASSETS_PATH", str(self._assets.runtime_path))
 
-    def _checked(self, action: Any) -> tuple[NDArray[np.float64], bool]:
-        """The action as float64 [14] inside the limits, and whether it had to be clipped."""
-        dim = self.action_spec.dim
-        try:
-            values_A = np.asarray(action, dtype=np.float64)
-        except (TypeError, ValueError) as error:
-            raise UserError("action", got=type(action).__name__, wanted=f"{dim} numbers", fix="pass a float32 array") from error
-        if values_A.shape != (dim,):
-            raise UserError(
-                "action", got=f"shape {values_A.shape}", wanted=f"shape ({dim},)", fix=f"order: {', '.join(self.action_spec.names)}"
-            )
-        if not np.all(np.isfinite(values_A)):
-            bad = [self.action_spec.names[i] for i in np.flatnonzero(~np.isfinite(values_A))]
-            raise UserError("action", got=f"NaN or infinity for {', '.join(bad)}", wanted="finite targets", fix="check the policy")
-        clipped_A = np.clip(values_A, self._low, self._high)
-        return clipped_A, bool(np.any(np.abs(clipped_A - values_A) > 1e-6))
-
-    def _check_open(self) -> None:
-        if _live is None or _live() is not self:
-            raise UserError("env", got="a closed environment", wanted="an open one", fix="make a new one with gymnasium.make")
-
     def _check_ready(self) -> None:
-        self._check_open()
+        check_live(self)
         if self._task is None:
             raise UserError("env", got="no scene", wanted="reset before anything else", fix="call reset(seed=...)")
 
@@ -430,27 +401,10 @@ class RoboTwinEnv(gymnasium.Env):
         if clock is not None:
             clock.release()
         task.close_env()
+        # a task's rewards and checks refer back to it; without this the scene waits for the collector
+        task.__dict__.clear()
 
     def close(self) -> None:
         """Release the scene; another environment may then be made in this process."""
         self._drop_task()
-        _release(self)
-
-
-def _claim(env: RoboTwinEnv) -> None:
-    global _live
-    if _live is not None and _live() is not None:
-        raise UserError(
-            "gymnasium.make",
-            got="a second live RoboTwin environment in this process",
-            wanted="one (RoboTwin keeps its state in globals)",
-            fix="close() the first, or put each in its own process: gymnasium.vector.AsyncVectorEnv, or the remote environment",
-        )
-    _live = weakref.ref(env)
-
-
-def _release(env: RoboTwinEnv) -> None:
-    global _live
-    if _live is not None and _live() is env:
-        _live = None
-
+        release(self)

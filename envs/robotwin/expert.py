@@ -1,8 +1,8 @@
 """The expert's motion planner: inverse kinematics on the CPU, with the interface RoboTwin expects of cuRobo.
 
 A plan is the straight line in joint space from the current joints to an inverse-kinematics solution, timed by a quintic
-(rest to rest, continuous acceleration) at 250 Hz. Obstacles are not considered: RoboTwin's tasks approach from above with
-explicit pre-grasp poses. A plan depends only on (joints now, target), never on what was planned before.
+(rest to rest, continuous acceleration) at 250 Hz. Obstacles are not considered: RoboTwin's tasks approach from above
+with explicit pre-grasp poses. A plan depends only on (joints now, target), never on what was planned before.
 """
 
 from __future__ import annotations
@@ -15,10 +15,18 @@ from numpy.typing import NDArray
 
 from physisforcing.core.types import PHYSICS_HZ
 
+from .clearance import ArmClearance
 from .embodiment import HALF_TURN
 
 #: Name under which results mention this planner.
 PLANNER_NAME = "cpu-inverse-kinematics"
+
+#: Joints of an arm that holds its hand low in front of it, where most of the tasks' poses are.
+READY = (0.0, 1.8, 1.2, -0.9, 0.0, 0.0)
+
+
+def _first(pair: tuple[float, NDArray]) -> float:
+    return pair[0]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +42,7 @@ class PlannerConfig:
     tolerance: float = 1e-3  # metres and radians, of the pose that the solution reaches
     easy_move: float = 1.0  # a solution of this cost (rad) is taken at once
     wrist_range: float = 1.75  # rad: joints 4 and 5 are kept inside where a solution allows it
+    collision_cost: float = 200.0  # rad a metre of missing clearance
 
 
 def quintic_path(
@@ -60,8 +69,8 @@ def quintic_path(
 class ArmKinematics:
     """Inverse kinematics of one arm through SAPIEN's pinocchio model.
 
-    Target poses are those of the end-effector joint's frame *after* RoboTwin's ``global_trans_matrix``, in the world, which is
-    what RoboTwin hands to cuRobo.
+    Target poses are those of the end-effector joint's frame *after* RoboTwin's ``global_trans_matrix``, in the world,
+    which is what RoboTwin hands to cuRobo.
     """
 
     def __init__(self, entity: Any, joints: list[Any], ee_joint: Any, global_trans_33: NDArray, model: Any) -> None:
@@ -76,6 +85,8 @@ class ArmKinematics:
         self._root = entity.get_root_pose()
         self._ee_in_link = ee_joint.pose_in_child
         self._untrans_33 = np.linalg.inv(global_trans_33)
+        links = [entity.get_links().index(j.child_link) for j in joints]
+        self._clearance = ArmClearance(model, self._root, links, self.columns)
 
     def link_target(self, pose: Any) -> Any:
         """The end link's pose in the articulation's base frame for a world target."""
@@ -88,34 +99,34 @@ class ArmKinematics:
     def solve(self, qpos: NDArray, pose: Any, config: PlannerConfig) -> NDArray[np.float64] | None:
         """Joints [arm joints] that reach ``pose`` with the smallest ``cost``, or None.
 
-        Tried in turn: from the joints now, from the other wrist branch of each solution found, from random joints.
+        Tried in turn: from the joints now, from a hand held low before the arm, from zero, from the other wrist branch
+        of each solution found, from random joints.
         """
         target = self.link_target(pose)
         now = np.asarray(qpos, dtype=float)
         here_J = now[self.columns]
         rng = np.random.default_rng(0)
-        solutions: list[NDArray[np.float64]] = []
-        starts = [here_J, np.zeros_like(here_J)]
+        solutions: list[tuple[float, NDArray[np.float64]]] = []
+        starts = [here_J, np.array(READY), np.zeros_like(here_J)]
         for _ in range(config.attempts):
             start_J = starts.pop(0) if starts else rng.uniform(np.maximum(self.low, -1.5), np.minimum(self.high, 2.0))
             found_J = self._attempt(now, start_J, here_J, target, config)
-            if found_J is None or any(np.max(np.abs(found_J - s)) < 1e-2 for s in solutions):
+            if found_J is None or any(np.max(np.abs(found_J - s)) < 1e-2 for _, s in solutions):
                 continue
-            solutions.append(found_J)
-            best_J = min(solutions, key=lambda q_J: self.cost(q_J, here_J, config))
-            if self.cost(best_J, here_J, config) < config.easy_move or len(solutions) >= config.enough:
-                return best_J
+            solutions.append((self.cost(found_J, now, config), found_J))
+            if min(solutions, key=_first)[0] < config.easy_move or len(solutions) >= config.enough:
+                break
             starts.append(found_J + np.array([0.0, 0.0, 0.0, np.pi, -2 * found_J[4], np.pi]))
-        return min(solutions, key=lambda q_J: self.cost(q_J, here_J, config)) if solutions else None
+        return min(solutions, key=_first)[1] if solutions else None
 
-    @staticmethod
-    def cost(joints_J: NDArray, here_J: NDArray, config: PlannerConfig) -> float:
-        """Largest joint motion in radians, and ten times what a wrist joint is bent beyond ``wrist_range``.
+    def cost(self, joints_J: NDArray, qpos: NDArray, config: PlannerConfig) -> float:
+        """Largest joint motion in radians, and what a wrist bent beyond ``wrist_range`` or a missing clearance adds.
 
         A wrist bent further folds the hand into the forearm.
         """
         bent = np.maximum(np.abs(joints_J[3:5]) - config.wrist_range, 0).sum()
-        return float(np.max(np.abs(joints_J - here_J)) + 10 * bent)
+        missing = max(0.0, -self._clearance.along(qpos, joints_J))
+        return float(np.max(np.abs(joints_J - qpos[self.columns])) + 10 * bent + config.collision_cost * missing)
 
     def _attempt(
         self, now: NDArray, start_J: NDArray, here_J: NDArray, target: Any, config: PlannerConfig
@@ -148,7 +159,9 @@ class InverseKinematicsPlanner:
         self.arm, self.config = arm, config
         self.plans = self.failures = 0
 
-    def plan_path(self, qpos: NDArray, target: Any, constraint_pose: Any = None, arms_tag: Any = None) -> dict[str, Any]:
+    def plan_path(
+        self, qpos: NDArray, target: Any, constraint_pose: Any = None, arms_tag: Any = None
+    ) -> dict[str, Any]:
         """One motion. The path constraint is not enforced; the end pose satisfies it by construction."""
         self.plans += 1
         goal_J = self.arm.solve(qpos, target, self.config)
@@ -176,14 +189,18 @@ class InverseKinematicsPlanner:
         return {"num_step": steps, "per_step": (target - now) / steps, "result": np.linspace(now, target, steps)}
 
     def update_point_cloud(self, *_: object, **__: object) -> None:
-        raise NotImplementedError("the CPU inverse-kinematics planner does not avoid obstacles, so it takes no point cloud")
+        raise NotImplementedError(
+            "the CPU inverse-kinematics planner does not avoid obstacles, so it takes no point cloud"
+        )
 
 
 class ToppraPlanner:
-    """Time-optimal parametrisation for upstream's ``take_action``: mplib's ``TOPP`` with its limits of 1 rad/s and 1 rad/s^2."""
+    """Time-optimal parametrisation for upstream's ``take_action``: mplib's ``TOPP`` with its limits of 1 rad/s and 1
+    rad/s^2.
+    """
 
-    def TOPP(self, path: NDArray, step: float = 0.1, verbose: bool = False) -> tuple:  # noqa: N802  (upstream's name)
-        """Waypoints [n, joints] -> (times, positions, velocities, accelerations, duration), sampled every ``step`` s."""
+    def TOPP(self, path: NDArray, step: float = 0.1, verbose: bool = False) -> tuple:
+        """Waypoints [n, joints] -> (times, positions, velocities, accelerations, duration), every ``step`` seconds."""
         import toppra
         from toppra import algorithm, constraint
 
@@ -205,7 +222,9 @@ _models: dict[str, Any] = {}
 
 
 def robot_class(base: type, config: PlannerConfig) -> type:
-    """RoboTwin's ``Robot`` with the CPU planner in place of cuRobo and gravity compensation computed once a physics step."""
+    """RoboTwin's ``Robot`` with the CPU planner in place of cuRobo and gravity compensation computed once a physics
+    step.
+    """
 
     class CpuPlannedRobot(base):  # type: ignore[misc, valid-type]
         planner_name = PLANNER_NAME
@@ -232,7 +251,7 @@ def robot_class(base: type, config: PlannerConfig) -> type:
             self._compensated = False
 
         def _entity_qf(self, entity: Any) -> None:
-            # Upstream computes this for both arms at every joint command; between two physics steps the result cannot change.
+            # Upstream computes this for both arms at every joint command; between two physics steps it cannot change.
             if not getattr(self, "_compensated", False):
                 for one in {id(e): e for e in (self.left_entity, self.right_entity)}.values():
                     super()._entity_qf(one)

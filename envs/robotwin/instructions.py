@@ -19,8 +19,8 @@ def check_instruction(kind: str) -> str:
 
 
 def instruction_for(runtime: Runtime, task_name: str, task: Any, seed: int, kind: str) -> str:
-    """``template``: one of the task's training templates, drawn by (task, seed) and filled with the scene's objects and arm;
-    ``full``: the task's one general description.
+    """``template``: one of the task's training templates, drawn by (task, seed) and filled with the scene's objects and
+    arm; ``full``: the task's one general description.
     """
     texts = runtime.instructions.load_task_instructions(task_name)
     if kind == "full":

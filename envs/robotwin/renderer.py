@@ -17,9 +17,24 @@ from physisforcing.core.types import CameraSpec
 
 #: Our camera names -> names of the runtime's cameras.
 CAMERAS = {"head": "head_camera", "left_wrist": "left_camera", "right_wrist": "right_camera"}
-#: ``all`` is upstream's choice (one directional and two point lights with 2048-pixel maps). Point-light shadows are cube
-#: maps: six drawings of the scene each, and four fifths of the drawing time on a CPU.
+#: ``all`` is upstream's choice (one directional and two point lights with 2048-pixel maps). Point-light shadows are
+#: cube maps: six drawings of the scene each, and four fifths of the drawing time on a CPU.
 SHADOWS = ("directional", "all", "none")
+
+
+_kept: list[Any] = []
+
+
+def keep_renderer() -> None:
+    """Keep SAPIEN's renderer for the life of the process.
+
+    It is shared by all scenes and dropped with the last one; the next environment would compile all shaders again,
+    which takes seconds on a software driver.
+    """
+    if not _kept:
+        import sapien
+
+        _kept.append(sapien.render.RenderSystem())
 
 
 def check_shadows(shadows: str) -> str:
@@ -91,12 +106,12 @@ class Pictures:
         return (colour_HW4[..., :3] * 255).clip(0, 255).astype(np.uint8)
 
     def depth(self, name: str) -> NDArray[np.uint16]:
-        """Distance along the optical axis in mm, uint16 [H,W]; 0 where nothing was hit, 65535 at 65.535 m and beyond."""
+        """Distance along the optical axis in mm, uint16 [H,W]; 0 where nothing was hit, at most 65535."""
         metres_HW = -self.cameras[name].get_picture("Position")[..., 2]
         return np.rint(metres_HW * 1000).clip(0, 65535).astype(np.uint16)
 
     def body_ids(self, name: str) -> NDArray[np.uint16]:
-        """Id of the rigid body in each pixel (``body_poses`` has the same ids), uint16 [H,W]; 0 where nothing was hit."""
+        """Id of the rigid body in each pixel (as in ``body_poses``), uint16 [H,W]; 0 where nothing was hit."""
         return np.asarray(self.cameras[name].get_picture("Segmentation")[..., 1]).astype(np.uint16)
 
     def specs(self) -> list[CameraSpec]:

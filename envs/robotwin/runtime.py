@@ -1,8 +1,8 @@
 """RoboTwin's own code, imported unchanged.
 
-The runtime imports at its top what our way through it never calls (mplib, open3d, cuRobo, ...). Each such module that is not
-installed gets a stand-in while RoboTwin is imported; using a stand-in raises a sentence. The stand-ins leave ``sys.modules``
-again, so nobody else meets them.
+The runtime imports at its top what our way through it never calls (mplib, open3d, cuRobo, ...). Each such module that
+is not installed gets a stand-in while RoboTwin is imported; using a stand-in raises a sentence. The stand-ins leave
+``sys.modules`` again, so nobody else meets them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from physisforcing.core.errors import UserError
 
-#: Modules that RoboTwin imports and we never use. mplib's wheels need numpy < 2, so a stand-in is used even where it is installed.
+#: Modules that RoboTwin imports and we never use. mplib's wheels need numpy < 2, so it gets one even
+#: where it is installed.
 ALWAYS_STAND_IN = (
     "mplib",
     "mplib.planner",
@@ -39,6 +41,9 @@ ALWAYS_STAND_IN = (
     "pytorch3d.ops",
 )
 STAND_IN_IF_MISSING = ("open3d", "cv2", "imageio", "huggingface_hub", "trimesh")
+
+#: SHA-256 of the wheels that set-up checks -> version.
+KNOWN_WHEELS = {"4a266a64ca26e8c835d25dc83f5203ac908ae8ba187035c51b81c6aa493cb703": "0.1.3"}
 
 
 class _Unusable:
@@ -136,14 +141,14 @@ def load_runtime() -> Runtime:
         robot = importlib.import_module("robotwin.envs.robot.robot")
         create_actor = importlib.import_module("robotwin.envs.utils.create_actor")
         instructions = importlib.import_module("robotwin.description.instructions")
-        version = importlib.import_module("robotwin").__version__
+        package = importlib.import_module("robotwin")
         transforms = importlib.import_module("robotwin.envs.utils.transforms")
     transforms.get_align_matrix = _parallel_vectors_align(transforms.get_align_matrix)
     for module in (base_task, robot):
         module.print = _discard  # type: ignore[attr-defined]  # a module-level name shadows the builtin there only
     _loaded = Runtime(
         name="rlinf-robotwin-runtime",
-        version=version,
+        version=_version(package),
         base_task=base_task,
         robot=robot,
         create_actor=create_actor,
@@ -152,8 +157,17 @@ def load_runtime() -> Runtime:
     return _loaded
 
 
+def _version(package: types.ModuleType) -> str:
+    """Set-up unpacks the wheel without its metadata, and notes the digest it checked."""
+    note = Path(package.__file__ or "").parent / "PHYSIS_SHA256"
+    digest = note.read_text().strip() if note.is_file() else ""
+    return KNOWN_WHEELS.get(digest) or f"{package.__version__} (unverified)"
+
+
 def _parallel_vectors_align(original: Any) -> Any:
-    """Upstream takes the arc cosine of a product that rounding can push above 1 for parallel vectors, and NaN poses follow."""
+    """Upstream takes the arc cosine of a product that rounding can push above 1 for parallel vectors, and NaN poses
+    follow.
+    """
 
     def get_align_matrix(v1: Any, v2: Any) -> Any:
         with np.errstate(invalid="ignore"):

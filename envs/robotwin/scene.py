@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,10 @@ class SpawnRecorder:
         return [] if body is None else list(body.render_shapes)
 
     def _shape(self, shape: Any) -> dict[str, Any]:
-        described: dict[str, Any] = {"type": type(shape).__name__, "pose": _rounded([*shape.local_pose.p, *shape.local_pose.q])}
+        described: dict[str, Any] = {
+            "type": type(shape).__name__,
+            "pose": _rounded([*shape.local_pose.p, *shape.local_pose.q]),
+        }
         for field in ("half_size", "radius", "half_length", "scale"):
             if hasattr(shape, field):
                 described[field] = _rounded(np.atleast_1d(getattr(shape, field)))
@@ -159,6 +163,10 @@ class Bodies:
             row[:3], row[3:] = pose.p, pose.q
         return poses_K7
 
+    def finite(self) -> bool:
+        """Whether every pose is a number; solids that were pressed into each other can be thrown to infinity."""
+        return bool(np.all(np.isfinite(self.poses())))
+
 
 class ContactLog:
     """Impulses exchanged by each pair of bodies since the last ``restart``."""
@@ -173,7 +181,10 @@ class ContactLog:
     def add_last_step(self) -> None:
         """Add the contacts that the last physics step resolved."""
         for contact in self._scene.get_contacts():
-            total = sum(float(np.linalg.norm(point.impulse)) for point in contact.points)
+            total = 0.0
+            for point in contact.points:
+                x, y, z = point.impulse.tolist()
+                total += math.sqrt(x * x + y * y + z * z)
             if total > 0:
                 a, b = (int(body.entity.per_scene_id) for body in contact.bodies)
                 pair = (a, b) if a < b else (b, a)

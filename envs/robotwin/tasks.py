@@ -22,7 +22,14 @@ TASKS = (
     "stack_bowls_three", "stack_bowls_two", "stamp_seal", "turn_switch",
 )  # fmt: skip
 #: Tasks whose objects the self-made pack carries; the others need RoboTwin's own assets.
-PACK_TASKS = ("stack_blocks_two", "blocks_ranking_rgb", "adjust_bottle", "place_empty_cup", "click_bell", "press_stapler")
+PACK_TASKS = (
+    "stack_blocks_two",
+    "blocks_ranking_rgb",
+    "adjust_bottle",
+    "place_empty_cup",
+    "click_bell",
+    "press_stapler",
+)
 #: Tasks that the shipped world model is trained on.
 MODEL_TASKS = ("click_bell", "adjust_bottle", "stack_blocks_two")
 
@@ -41,7 +48,7 @@ def step_limit(name: str) -> int:
 
 
 def task_info(name: str) -> dict[str, Any]:
-    """Name, gymnasium id, and whether the self-made pack and the shipped model cover a task. ``UserError`` for a typo."""
+    """Name, gymnasium id, whether the pack and the shipped model cover the task. ``UserError`` for a typo."""
     if name not in TASKS:
         raise unknown_name("task", name, TASKS, see="physis tasks")
     return {
@@ -78,7 +85,9 @@ def register_tasks() -> None:
     for name in TASKS:
         if f"RoboTwin/{name}-v0" not in gymnasium.registry:
             gymnasium.register(
-                id=f"RoboTwin/{name}-v0", entry_point="physisforcing.envs.robotwin.env:RoboTwinEnv", kwargs={"task": name}
+                id=f"RoboTwin/{name}-v0",
+                entry_point="physisforcing.envs.robotwin.env:RoboTwinEnv",
+                kwargs={"task": name},
             )
 
 
