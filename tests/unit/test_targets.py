@@ -13,8 +13,8 @@ import torch
 from physisforcing.core import ground_truth
 from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.lerobot import GROUND_TRUTH_PATH, HEAD, LeRobotDataset, LeRobotWriter, robot_features
-from physisforcing.worldmodel.data import targets as cache
-from physisforcing.worldmodel.data.targets import TargetRecipe, build, read_shard, shard_path
+from physisforcing.worldmodel.data.target_shards import SUBPIXELS, TargetRecipe, read_shard, shard_path
+from physisforcing.worldmodel.data.targets import build, main
 from physisforcing.worldmodel.data.window_targets import load_window_targets
 from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.physics.forcing import PhysisForcing
@@ -70,7 +70,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_second_run_computes_nothing(root: Path) -> None:
     done = build(LeRobotDataset(root), TargetRecipe())
     assert (done.computed, done.cached, done.windows) == (0, 2, 6 + 4)
-    assert cache.main([f"data=[{root}]", "device=cpu"]) == 0
+    assert main([f"data=[{root}]", "device=cpu"]) == 0
 
 
 def test_an_interrupted_run_continues(root: Path, tmp_path: Path) -> None:
@@ -95,8 +95,8 @@ def test_stored_tracks_are_the_tracks(root: Path) -> None:
     for place, start in enumerate(shard.starts_W):
         tracks = point_tracks(truth, np.minimum(start + 2 * np.arange(17), LENGTH - 1))
         near = np.abs(tracks.points_TN2) < 500
-        difference = np.abs(shard.points_WTN2[place] / cache.SUBPIXELS - tracks.points_TN2)[near]
-        assert difference.max() <= 0.5 / cache.SUBPIXELS + 1e-4
+        difference = np.abs(shard.points_WTN2[place] / SUBPIXELS - tracks.points_TN2)[near]
+        assert difference.max() <= 0.5 / SUBPIXELS + 1e-4
         np.testing.assert_array_equal(shard.visible_WTN[place], tracks.visible_TN)
         np.testing.assert_allclose(shard.depth_WN[place] / 1000, tracks.depth_N, atol=1e-4)
 

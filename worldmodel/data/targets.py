@@ -1,49 +1,42 @@
 """Teacher targets of every window of a dataset, computed once and cached on disk: ``physis data targets``.
 
 One safetensors shard an episode, ``<cache>/<recipe>/<content>.safetensors``; the cache is the dataset's own folder
-``targets`` unless another is named. The folder's name is a digest of the recipe (window geometry, query grid, teachers with
+``targets`` unless another is named. The folder's name is a digest of the recipe (window geometry, query grid,
+teachers with
 their versions), the file's a digest of the episode's own content, so a shard is found by what it was computed from:
 renumbered or merged datasets keep theirs, changed ones do not find a stale one. Shards are written aside and renamed; a
 killed run continues where it stopped.
-
-A shard holds, for W windows of T frames with N points: int16 track coordinates in 1/64 pixel of the recorded picture
-(float16 would lose a quarter of a pixel at the right border), packed visibility, the depth in mm and body id under
-each query, and the encoder's features (float16) of the frames that windows need: frame ``start + stride * 4k``, the
-last one of each latent frame. All windows of an episode share these, since starts and latent frames are both 8
-control steps apart.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from physisforcing.core import ground_truth
-from physisforcing.core.errors import DatasetError, UserError
+from physisforcing.core.errors import DatasetError
 
 from ..teachers import ground_truth as tracker
+from .target_shards import (
+    SUBPIXELS,
+    UNKNOWN_BODY,
+    EpisodeTargets,
+    TargetRecipe,
+    content_digest,
+    shard_path,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     from physisforcing.core.lerobot import LeRobotDataset
 
     from ..teachers.frame_encoder import FrameEncoder
-
-SCHEMA = "physisforcing.targets/1"
-#: Track coordinates are stored in this fraction of a pixel.
-SUBPIXELS = 64
-#: Pixel frames a latent frame.
-TEMPORAL_STRIDE = 4
-_UNKNOWN_BODY = np.iinfo(np.uint16).max
 
 USAGE = """usage: physis data targets data=[FOLDER,...] [field=value ...]
 
@@ -60,58 +53,6 @@ recipe.grid_columns"""
 
 
 @dataclass(slots=True, kw_only=True)
-class TargetRecipe:
-    """What targets are computed for. Windows of ``frames`` pictures, ``stride`` control steps apart, start at every
-    ``start_stride``-th step, which must be one with stored depth; tracks start from ``grid_rows`` x ``grid_columns`` points."""
-
-    frames: int = 17
-    stride: int = 2
-    start_stride: int = ground_truth.STORED_STRIDE
-    grid_rows: int = tracker.GRID[0]
-    grid_columns: int = tracker.GRID[1]
-
-    def __post_init__(self) -> None:
-        if self.frames < 1 + TEMPORAL_STRIDE or (self.frames - 1) % TEMPORAL_STRIDE:
-            raise UserError("recipe.frames", got=self.frames, wanted="1 + 4k", fix="use 17")
-        for name in ("stride", "start_stride", "grid_rows", "grid_columns"):
-            if getattr(self, name) < 1:
-                raise UserError(f"recipe.{name}", got=getattr(self, name), wanted="1 or more", fix="raise it")
-
-    @property
-    def points(self) -> int:
-        return self.grid_rows * self.grid_columns
-
-    def describe(self) -> dict[str, object]:
-        """Everything a shard depends on apart from the episode."""
-        from ..teachers.frame_encoder import FINGERPRINT
-
-        return {
-            "schema": SCHEMA,
-            "frames": self.frames,
-            "stride": self.stride,
-            "start_stride": self.start_stride,
-            "grid": [self.grid_rows, self.grid_columns],
-            "tracks": f"ground_truth/{tracker.VERSION}",
-            "encoder": FINGERPRINT,
-        }
-
-    def digest(self) -> str:
-        return _sha256(json.dumps(self.describe(), sort_keys=True).encode())[:16]
-
-    def starts(self, length: int) -> NDArray[np.int64]:
-        """First control steps of the windows of an episode."""
-        return np.arange(0, length, self.start_stride)
-
-    def steps(self, start: int, length: int) -> NDArray[np.int64]:
-        """Control steps of a window's pictures; past the end the last one repeats."""
-        return np.minimum(start + self.stride * np.arange(self.frames), length - 1)
-
-    def latent_steps(self, start: int, length: int) -> NDArray[np.int64]:
-        """Control steps whose pictures the encoder sees: the last one of each latent frame."""
-        return self.steps(start, length)[::TEMPORAL_STRIDE]
-
-
-@dataclass(slots=True, kw_only=True)
 class TargetsCommand:
     """Settings of ``physis data targets``."""
 
@@ -123,35 +64,12 @@ class TargetsCommand:
 
 
 @dataclass(slots=True, kw_only=True)
-class EpisodeTargets:
-    """A shard in memory. ``size``: (H, W) of the pixels. ``bodies_WN``: 65535 where unknown. ``teacher_EChw``: float16."""
-
-    starts_W: NDArray[np.int32]
-    points_WTN2: NDArray[np.int16]
-    visible_WTN: NDArray[np.bool_]
-    depth_WN: NDArray[np.uint16]
-    bodies_WN: NDArray[np.uint16]
-    encoded_steps_E: NDArray[np.int32]
-    teacher_EChw: NDArray[np.float16]
-    size: tuple[int, int]
-
-
-@dataclass(slots=True, kw_only=True)
 class Coverage:
     """What a run of ``build`` did."""
 
     computed: int = 0
     cached: int = 0
     windows: int = 0
-
-
-def shard_path(dataset: LeRobotDataset, episode: int, recipe: TargetRecipe, cache: str | Path | None = None) -> Path:
-    """Where an episode's targets are, or will be. Raises ``DatasetError`` when it was recorded without ground truth."""
-    return (
-        (Path(cache) if cache else dataset.root / "targets")
-        / recipe.digest()
-        / f"{_content(dataset, episode)[:32]}.safetensors"
-    )
 
 
 def build(
@@ -179,7 +97,7 @@ def build(
             label = f"targets {dataset.root.name}"
             for index, (targets, frames) in tqdm(made, total=len(missing), desc=label, disable=not progress):
                 targets.teacher_EChw = _encode(encoder, frames)
-                write_shard(shard_path(dataset, index, recipe, cache), targets, recipe, _content(dataset, index))
+                write_shard(shard_path(dataset, index, recipe, cache), targets, recipe, content_digest(dataset, index))
     coverage.windows = sum(len(recipe.starts(dataset.episode(index).length)) for index in wanted)
     return coverage
 
@@ -196,8 +114,9 @@ def _tracks_and_frames(dataset: LeRobotDataset, index: int, recipe: TargetRecipe
             fix="collect it again",
         )
     starts = recipe.starts(length)
-    grid, maps = (recipe.grid_rows, recipe.grid_columns), {}
-    tracks = [tracker.point_tracks(truth, recipe.steps(int(s), length), grid, maps=maps) for s in starts]
+    grid = (recipe.grid_rows, recipe.grid_columns)
+    maps: tracker.MapCache = {}
+    tracks = [tracker.point_tracks(truth, recipe.steps(int(s), length).tolist(), grid, maps=maps) for s in starts]
     points = np.stack([t.points_TN2 for t in tracks])
     limit = np.iinfo(np.int16).max
     steps = np.unique(np.concatenate([recipe.latent_steps(int(start), length) for start in starts]))
@@ -206,12 +125,12 @@ def _tracks_and_frames(dataset: LeRobotDataset, index: int, recipe: TargetRecipe
         points_WTN2=np.clip(np.rint(points.astype(np.float64) * SUBPIXELS), -limit, limit).astype(np.int16),
         visible_WTN=np.stack([t.visible_TN for t in tracks]),
         depth_WN=np.rint(np.stack([t.depth_N for t in tracks]) / ground_truth.METRES_PER_COUNT).astype(np.uint16),
-        bodies_WN=np.stack([np.where(t.body_N < 0, _UNKNOWN_BODY, t.body_N) for t in tracks]).astype(np.uint16),
+        bodies_WN=np.stack([np.where(t.body_N < 0, UNKNOWN_BODY, t.body_N) for t in tracks]).astype(np.uint16),
         encoded_steps_E=steps.astype(np.int32),
         teacher_EChw=np.zeros(0, np.float16),
         size=truth.size,
     )
-    frames = dataset.frames(index, steps)
+    frames = dataset.frames(index, steps.tolist())
     if frames.shape[1:3] != truth.size:
         raise DatasetError(
             str(dataset.root),
@@ -225,119 +144,14 @@ def _tracks_and_frames(dataset: LeRobotDataset, index: int, recipe: TargetRecipe
 def _encode(encoder: FrameEncoder, frames_THWC: NDArray[np.uint8], batch: int = 64) -> NDArray[np.float16]:
     import torch
 
-    device = encoder.mean.device
+    device = next(encoder.parameters()).device
     parts = [torch.from_numpy(frames_THWC[i : i + batch]).to(device) for i in range(0, len(frames_THWC), batch)]
     return torch.cat([encoder(part).half().cpu() for part in parts]).numpy()
 
 
-def write_shard(path: Path, targets: EpisodeTargets, recipe: TargetRecipe, content: str) -> None:
-    """Write a shard aside and rename it."""
-    from safetensors.numpy import save_file
-
-    arrays = {
-        "starts_W": targets.starts_W,
-        "points_WTN2": targets.points_WTN2,
-        "visible_WTb": np.packbits(targets.visible_WTN, axis=-1),
-        "depth_WN": targets.depth_WN,
-        "bodies_WN": targets.bodies_WN,
-        "encoded_steps_E": targets.encoded_steps_E,
-        "teacher_EChw": targets.teacher_EChw,
-    }
-    header = {
-        "recipe": recipe.describe(),
-        "content": content,
-        "size": list(targets.size),
-        "payload_sha256": _payload(arrays),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(arrays, aside, metadata={"targets": json.dumps(header, sort_keys=True)})
-    os.replace(aside, path)
-
-
-def read_shard(
-    dataset: LeRobotDataset, episode: int, recipe: TargetRecipe, cache: str | Path | None = None
-) -> EpisodeTargets:
-    """An episode's targets. Raises ``DatasetError`` when they are missing, damaged, or those of something else."""
-    from safetensors import SafetensorError, safe_open
-
-    path = shard_path(dataset, episode, recipe, cache)
-    fix = f"delete it and run physis data targets data=[{dataset.root}]" + (f" cache={cache}" if cache else "")
-    if not path.is_file():
-        raise DatasetError(
-            f"targets of episode {episode}", got="none", wanted=str(path), fix=fix.removeprefix("delete it and ")
-        )
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {})["targets"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if header["recipe"] != recipe.describe() or header["content"] != _content(dataset, episode):
-            raise ValueError("computed from something else")
-        if header["payload_sha256"] != _payload(arrays):
-            raise ValueError("its arrays do not match its checksum")
-        targets = EpisodeTargets(
-            visible_WTN=np.unpackbits(arrays.pop("visible_WTb"), axis=-1, count=recipe.points).astype(bool),
-            size=(int(header["size"][0]), int(header["size"][1])),
-            **arrays,
-        )
-        _check(targets, recipe)
-    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
-        raise DatasetError(
-            f"targets of episode {episode}", got=f"{path}: {error}", wanted="a whole shard", fix=fix
-        ) from error
-    return targets
-
-
-def _check(targets: EpisodeTargets, recipe: TargetRecipe) -> None:
-    windows, frames, points = len(targets.starts_W), recipe.frames, recipe.points
-    expected = {
-        "points_WTN2": (windows, frames, points, 2),
-        "visible_WTN": (windows, frames, points),
-        "depth_WN": (windows, points),
-        "bodies_WN": (windows, points),
-    }
-    for name, shape in expected.items():
-        if getattr(targets, name).shape != shape:
-            raise ValueError(f"{name} has shape {list(getattr(targets, name).shape)}, not {list(shape)}")
-    if targets.teacher_EChw.ndim != 4 or len(targets.teacher_EChw) != len(targets.encoded_steps_E):
-        raise ValueError(f"teacher_EChw has shape {list(targets.teacher_EChw.shape)}")
-
-
-def _content(dataset: LeRobotDataset, episode: int) -> str:
-    """Digest of what targets depend on: the recorded episode and its ground truth."""
-    path = dataset.ground_truth_path(episode)
-    if path is None:
-        raise DatasetError(
-            f"ground truth of episode {episode}",
-            got="none",
-            wanted=str(ground_truth.episode_path(dataset.root, episode)),
-            fix="collect with ground truth (physis data collect), or train without physics losses",
-        )
-    state = path.stat()
-    truth = _file_digest(path, state.st_mtime_ns, state.st_size)
-    return _sha256(f"{dataset.content_hash(episode)} {truth}".encode())
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _file_digest(path: Path, _modified: int, _size: int) -> str:
-    return _sha256(path.read_bytes())
-
-
-def _payload(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(memoryview(array).cast("B") if array.size else b"")
-    return digest.hexdigest()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _bounded_map(pool: ThreadPoolExecutor, work, items: Sequence[int], ahead: int) -> Iterator[tuple]:
+def _bounded_map(
+    pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Sequence[int], ahead: int
+) -> Iterator[tuple[int, Any]]:
     """Like ``pool.map``, but at most ``ahead`` results wait in memory. Yields (item, result)."""
     waiting = [(item, pool.submit(work, item)) for item in items[:ahead]]
     for place in range(len(items)):

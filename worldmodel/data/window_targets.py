@@ -1,4 +1,5 @@
-"""Physics targets of training windows, in memory on the training device: what ``PhysisForcing`` reads, one row a window.
+"""Physics targets of training windows, in memory on the training device: what ``PhysisForcing`` reads, one row a
+window.
 
 Tracks are reduced to latent times and masks once, when they are loaded; batches are then mere gathers. The options of
 eq. (1)-(4) in ``PhysicsConfig`` may change without any target being computed again.
@@ -20,7 +21,8 @@ from physisforcing.core.lerobot import LeRobotDataset
 from ..physics.config import PhysicsConfig
 from ..physics.regions import in_frame, informative_points, normalise_points, token_mask
 from ..physics.trajectory import latent_targets
-from .targets import SUBPIXELS, EpisodeTargets, TargetRecipe, build, read_shard
+from .target_shards import SUBPIXELS, EpisodeTargets, TargetRecipe, read_shard
+from .targets import build
 
 _PER_WINDOW = ("points_WFN2", "visible_WFN", "select_WN", "mask_WFhw", "teacher_WF")
 

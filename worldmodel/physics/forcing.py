@@ -38,7 +38,8 @@ REPORT_SIZE = (240, 320)
 
 @dataclass(slots=True, kw_only=True)
 class PhysicsOutput:
-    """``loss``: the weighted sum, for backward. ``pix``, ``sem``: the terms without weights, detached. ``metrics``: scalars.
+    """``loss``: the weighted sum, for backward. ``pix``, ``sem``: the terms without weights, detached. ``metrics``:
+    scalars.
 
     ``epe_cells``, ``epe_px``: end-point error of the soft-argmax in tokens and in pixels of 240x320;
     ``epe_uniform_px`` and ``epe_still_px``: the same for a uniform map and for points that stay where they were;
@@ -89,7 +90,8 @@ class PhysisForcing(nn.Module):
         return mapped * torch.rsqrt(mapped.square().mean(-1, keepdim=True) + 1e-6)
 
     def _trajectory(self, hidden_BFhwD: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        config, grid = self.config, hidden_BFhwD.shape[2:4]
+        config, (height, width) = self.config, hidden_BFhwD.shape[2:4]
+        grid = (height, width)
         points, visible = targets["points_BFN2"].float(), targets["visible_BFN"]
         logits = match_logits(self.features(hidden_BFhwD), points[:, 0])
         target = clamp_to_hull(points[:, 1:], grid)
