@@ -1,4 +1,4 @@
-"""Figures of the demo's report: tracks and mask on a demonstration, imagined beside executed video."""
+"""Figures of the demo's report: tracks and mask drawn on a demonstration."""
 
 from __future__ import annotations
 
@@ -70,21 +70,4 @@ def physics_figure(root: Path, episode: int, folder: Path, name: str) -> Figure:
         ),
         description=f"Demonstration of {info.task_name}, its point tracks, and the physics-informative mask.",
         panels=["demonstration", "tracks", "physics-informative mask"],
-    )
-
-
-def pair_figure(folder: Path, video: Path, row: dict[str, Any]) -> Figure:
-    """The video of imagined beside executed pictures that ``physis eval plan`` wrote for an episode, with its facts."""
-    status = {"success": "the task succeeded", "failure": "the task did not succeed"}[row["status"]]
-    plans = int(row.get("telemetry", {}).get("plans", 0))
-    resampled = int(row.get("telemetry", {}).get("resampled", 0))
-    return Figure(
-        path=video.relative_to(folder).as_posix(),
-        title=f"{row['task']}, scene {row['seed']}: {status}",
-        caption=(
-            f"Instruction: {row['instruction']} {row['steps']} control steps ({row['steps'] * DT:.1f} s), planned {plans} "
-            f"times, {resampled} plans imagined again because they would not have moved the robot. Real time."
-        ),
-        description="Left: the video that the model imagined. Right: the video that the simulator rendered.",
-        panels=["imagined by the model", "executed in the simulator"],
     )

@@ -9,33 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from physisforcing import __version__
-from physisforcing.core.report import LossChange, ReportData, Stage, SuccessRow
-from physisforcing.core.report.command import CLOSED_LOOP, read_curves
-from physisforcing.core.report.data import Figure, interval
+from physisforcing.core.report import ReportData, Stage
+from physisforcing.core.report.data import interval
+from physisforcing.core.report.runs import CLOSED_LOOP, read_curves, read_losses, read_pairs, read_success
 from physisforcing.core.results import ResultsFile
 
 if TYPE_CHECKING:
     from .demo import DemoConfig, StageRecord
 
-#: Loss terms: key in the trainer's files -> name and meaning.
-TERMS = {
-    "fm": ("L_FM, flow matching", "squared error of the predicted velocity, weighted towards what moves"),
-    "pix": ("L_pix, trajectory", "squared distance between matched and true point positions, picture size = 1"),
-    "sem": ("L_sem, relation", "mean difference between the features' and the frozen encoder's similarities"),
-}
-CURVES = {
-    "loss": "what training minimises: L_FM + 0.5 L_pix + 0.5 L_sem",
-    "fm": "L_FM: how well the denoiser predicts the velocity",
-    "pix": "L_pix: how well the features find points again",
-    "sem": "L_sem: how well feature similarities match the encoder's",
-}
-POLICIES = {
-    "model": ("world model + inverse dynamics", "imagines, decodes, executes 32 steps, imagines again"),
-    "noop": ("no-op", "holds the first joint targets"),
-    "random": ("random", "a new random target every 16 steps"),
-    "retrieval": ("retrieval", "replays the actions of the most similar demonstration of this run"),
-    "retrieval_video": ("retrieval through the decoder", "decodes the video of the most similar demonstration"),
-}
 SUMMARY = (
     "Expert demonstrations of {tasks} were recorded in RoboTwin 2.0. A video diffusion transformer was fine-tuned on them "
     "with the two physics losses of PhysisForcing. Then the model as shipped imagined what to do in scenes it had never "
@@ -64,8 +45,8 @@ def build(config: DemoConfig, folder: Path, findings: dict[str, Any], records: l
         title="PhysisForcing: from demonstrations to imagined and executed plans",
         summary=SUMMARY.format(tasks=" and ".join(config.tasks)),
         created=datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        curves=read_curves(folder / "training" / "metrics.jsonl", CURVES),
-        losses=_losses(results["train"]),
+        curves=read_curves(folder / "training" / "metrics.jsonl"),
+        losses=read_losses(results["train"]),
         held_out=(
             f"{config.heldout_windows} windows from {config.heldout} demonstrations that training did not see, with the same "
             f"noise and timesteps before and after {config.steps} updates with batches of {config.batch}, from the weights as "
@@ -78,9 +59,11 @@ def build(config: DemoConfig, folder: Path, findings: dict[str, Any], records: l
         data.physics.append(physics_figure(folder / "demonstrations", episode, folder, f"tracks_{number}"))
     rows = []
     for task in config.tasks:
-        rows += ResultsFile(folder / "closed_loop" / task / "results.jsonl").rows
-    data.success = _success(config.tasks, rows)
-    data.imagined = _pairs(folder, config.tasks, rows)
+        base = folder / "closed_loop" / task
+        mine = ResultsFile(base / "results.jsonl").rows
+        data.success += read_success(mine)
+        data.imagined += read_pairs(folder, base, mine, limit=2)
+        rows += mine
     data.stages = [
         Stage(name=record.name, what=WHAT[record.name], seconds=record.seconds, reused=record.reused)
         for record in records
@@ -99,50 +82,11 @@ WHAT = {
 }
 
 
-def _losses(heldout: dict[str, Any]) -> list[LossChange]:
-    before, after = heldout["before"], heldout["after"]
-    return [
-        LossChange(term=name, meaning=meaning, before=before[f"heldout_{key}"], after=after[f"heldout_{key}"])
-        for key, (name, meaning) in TERMS.items()
-    ]
-
-
 def _first_episodes(root: Path, tasks: list[str]) -> list[int]:
     from physisforcing.core.lerobot import LeRobotDataset
 
     episodes = LeRobotDataset(root).episodes
     return [next(e.index for e in episodes if e.task_name == task and e.success) for task in tasks]
-
-
-def _success(tasks: list[str], rows: list[dict[str, Any]]) -> list[SuccessRow]:
-    table = []
-    for task in tasks:
-        for policy, (name, note) in POLICIES.items():
-            mine = [row["status"] for row in rows if row["task"] == task and row["policy"] == policy]
-            if mine:
-                table.append(
-                    SuccessRow(
-                        task=task,
-                        policy=name,
-                        successes=mine.count("success"),
-                        episodes=len(mine) - mine.count("error"),
-                        errors=mine.count("error"),
-                        baseline=policy != "model",
-                        note=note,
-                    )
-                )
-    return table
-
-
-def _pairs(folder: Path, tasks: list[str], rows: list[dict[str, Any]]) -> list[Figure]:
-    """Two filmed episodes a task, in the order of their seeds, whatever came of them."""
-    from .demo_figures import pair_figure
-
-    figures = []
-    for task in tasks:
-        filmed = sorted((row for row in rows if row["task"] == task and row.get("video")), key=lambda row: row["seed"])
-        figures += [pair_figure(folder, folder / "closed_loop" / task / row["video"], row) for row in filmed[:2]]
-    return figures
 
 
 def _provenance(

@@ -25,6 +25,7 @@ from physisforcing.core.report import (
     SuccessRow,
     from_run,
     load_report,
+    main,
     write_report,
 )
 from physisforcing.core.report.charts import line_chart
@@ -165,23 +166,34 @@ def test_too_large_a_page_is_refused(data: ReportData, tmp_path: Path) -> None:
         write_report(data, tmp_path)
 
 
-def test_from_run_reads_log_and_results(tmp_path: Path) -> None:
+def test_from_run_reads_log_losses_and_results(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run folder"):
         from_run(tmp_path)
-    log = [{"step": s, "loss": 2.0 - s, "loss_fm": 1.0} for s in range(2)]
+    log = [{"step": s, "loss": 2.0 - s, "fm": 1.0} for s in range(2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    heldout = {"before": {"heldout_fm": 1.0, "heldout_pix": 0.2}, "after": {"heldout_fm": 0.9, "heldout_pix": 0.3}}
+    (tmp_path / "heldout.json").write_text(json.dumps(heldout), encoding="utf-8")
+    write_mp4(tmp_path / "videos/a.mp4", moving_square(), 25 / 3)
     results = ResultsFile(tmp_path / "results.jsonl")
-    for number, (policy, status) in enumerate([("planner", "success"), ("planner", "error"), ("random", "failure")]):
-        key = ResultKey(manifest="m", episode=str(number), fingerprint=policy, config="c")
-        results.append(key, status, task="click_bell", policy=policy)
+    film = {"video": "videos/a.mp4", "instruction": "click <it>", "steps": 50, "telemetry": {"plans": 2.0}}
+    for seed, (policy, status) in enumerate([("model", "success"), ("model", "error"), ("random", "failure")]):
+        key = ResultKey(manifest="m", episode=str(seed), fingerprint=policy, config="c")
+        results.append(key, status, task="click_bell", policy=policy, seed=seed, **(film if seed == 0 else {}))
     with (tmp_path / "results.jsonl").open("a", encoding="utf-8") as torn:
         torn.write('{"task": "cut of')
     data = from_run(tmp_path)
-    assert [curve.name for curve in data.curves] == ["loss", "loss_fm"] and data.curves[0].values == [2.0, 1.0]
+    assert [curve.name for curve in data.curves] == ["loss", "fm"] and data.curves[0].values == [2.0, 1.0]
+    assert [(change.term[:5].strip(","), change.lower) for change in data.losses] == [("L_FM", True), ("L_pix", False)]
     assert [(r.policy, r.successes, r.episodes, r.errors, r.baseline) for r in data.success] == [
-        ("planner", 1, 1, 1, False),
+        ("world model + inverse dynamics", 1, 1, 1, False),
         ("random", 0, 1, 0, True),
     ]
+    assert [figure.title for figure in data.imagined] == ["click_bell, scene 0: succeeded"]
+    assert "3.0 s" in data.imagined[0].caption and "2 plans" in data.imagined[0].caption
+    assert main([str(tmp_path)]) == 0 and "click &lt;it&gt;" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    key = ResultKey(manifest="m", episode="9", fingerprint="x", config="c")
+    ResultsFile(tmp_path / "results.jsonl").append(key, "failure", task="click_bell", policy="model")
+    assert from_run(tmp_path).success[0].episodes == 2  # results win over a report written earlier
 
 
 def test_line_chart_covers_the_values_and_skips_gaps() -> None:

@@ -6,7 +6,7 @@ fills one from the files of a run folder.
 
 from __future__ import annotations
 
-from .command import from_run, main
+from .command import main
 from .data import (
     Curve,
     Figure,
@@ -16,6 +16,7 @@ from .data import (
     SuccessRow,
     load_report,
 )
+from .runs import from_run
 from .write import MAX_BYTES, write_report
 
 __all__ = [
