@@ -35,10 +35,13 @@ class IdmTrainConfig:
     ``state_noise``: largest standard deviation (radians; gripper opening) of the noise on the start joints, drawn for half of
     the windows, so that the decoder reads joints from pixels and chained windows do not drift. ``delta_floor``: smallest
     scale (radians) by which a joint's motion is divided; each of the 14 numbers weighs the same after that division.
+    ``time_limit_s``: end after so many seconds of steps (0: none); the learning rate then falls with time, so that a shorter run
+    is a complete one.
     """
 
     model: InverseDynamicsConfig = field(default_factory=InverseDynamicsConfig)
     steps: int = 2500
+    time_limit_s: float = 0.0
     batch: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -129,10 +132,11 @@ def train_inverse_dynamics(
         )
     model.set_statistics(*statistics(store, train_E, chunk=config.model.chunk, floor=config.delta_floor))
     generator = torch.Generator(device).manual_seed(config.seed + 1)
-    _fit(config, model, store, codec, train_E, generator, log or (lambda row: None))
+    steps = _fit(config, model, store, codec, train_E, generator, log or (lambda row: None))
     metrics = evaluate_decoder(
         model, store, codec, allowed_E=validation_E, windows=config.validation_windows, seed=config.seed + 2
     )
+    metrics["steps"] = steps
     metrics["episodes"] = {"train": len(train_E), "validation": len(validation_E)}
     return model, metrics
 
@@ -145,8 +149,8 @@ def _fit(
     train_E: Tensor,
     generator: torch.Generator,
     log: Log,
-) -> None:
-    """The loop; leaves the exponential average of the weights in ``model``."""
+) -> int:
+    """The loop; leaves the exponential average of the weights in ``model`` and returns the number of steps."""
     device = generator.device
     draws = {"allowed_E": train_E, "start_share": config.start_share, "generator": generator}
     window = {"frames": config.model.frames, "stride": config.model.steps_per_frame}
@@ -159,15 +163,12 @@ def _fit(
             store, codec, size=config.roundtrip_pool, latent_noise=config.latent_noise, **draws, **window
         )
         log({"event": "round_trip_pool", "windows": config.roundtrip_pool, "seconds": time.perf_counter() - began})
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
+    optimizer = _optimizer(model, config, fused=device.type == "cuda")
     average = copy.deepcopy(model).requires_grad_(False)
-    began = time.perf_counter()
-    for step in range(config.steps):
+    began, step, done = time.perf_counter(), 0, 0.0
+    while done < 1.0:
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * _schedule(step, config)
+            group["lr"] = config.lr * _schedule(step, done, config)
         parts = [store.windows(*store.draw(config.batch - decoded, **draws), **window)]
         if pool is not None:
             pool.refresh(config.roundtrip_refresh)
@@ -183,21 +184,30 @@ def _fit(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         _update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
-        if step % config.log_every == 0 or step == config.steps - 1:
-            elapsed = time.perf_counter() - began
+        elapsed, step = time.perf_counter() - began, step + 1
+        done = step / config.steps
+        if config.time_limit_s:
+            done = max(done, elapsed / config.time_limit_s)
+        if step % config.log_every == 0 or step == 1 or done >= 1.0:
             row = {"step": step, "loss_fit": fit.item(), "loss_spread": likelihood.item(), "grad_norm": norm.item()}
             if not math.isfinite(row["loss_fit"]):
                 raise FloatingPointError(f"the loss is not finite at step {step}")
-            row |= {"lr": optimizer.param_groups[0]["lr"], "step_ms": 1e3 * elapsed / (step + 1)}
-            row |= {
-                "windows_s": config.batch * (step + 1) / elapsed,
-                "eta_s": elapsed / (step + 1) * (config.steps - step - 1),
-            }
+            row |= {"lr": optimizer.param_groups[0]["lr"], "step_ms": 1e3 * elapsed / step}
+            row |= {"windows_s": config.batch * step / elapsed, "eta_s": elapsed * (1 - done) / done}
             if device.type == "cuda":
                 row["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
             log(row)
     model.load_state_dict(average.state_dict())
     model.eval()
+    return step
+
+
+def _optimizer(model: PixelInverseDynamics, config: IdmTrainConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """AdamW; matrices and kernels decay, biases and norms do not."""
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=fused)
 
 
 @torch.no_grad()
@@ -246,11 +256,9 @@ def print_row(row: dict[str, Any]) -> None:
     print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
 
 
-def _schedule(step: int, config: IdmTrainConfig) -> float:
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return 0.5 * (1 + math.cos(math.pi * done))
+def _schedule(step: int, done: float, config: IdmTrainConfig) -> float:
+    """Linear warm-up, then a cosine over the share of the run that is ``done``."""
+    return min(1.0, (step + 1) / max(1, config.warmup)) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _noisy_start(now_BA: Tensor, largest: float, generator: torch.Generator) -> Tensor:

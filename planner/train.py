@@ -26,7 +26,7 @@ examples:
   physis train idm data=[runs/bell,runs/blocks] codec=runs/vae/model output=runs/idm device=cuda
   physis train idm data=[runs/bell] train.steps=200 train.batch=8 train.roundtrip_pool=32
 
-fields: data, codec (folder; 'shipped' is the packaged one), output, device (auto, cpu, cuda), threads, train.* (steps, batch, lr,
+fields: data, codec (folder; 'shipped' is the packaged one), output, device (auto, cpu, cuda), threads, train.* (steps, time_limit_s, batch, lr,
 seed, roundtrip_share, ...). See configs/train_idm.yaml."""
 
 
@@ -142,7 +142,7 @@ def model_card(command: TrainIdmCommand, metrics: dict[str, Any]) -> str:
             f"and the drive targets of the first frame. {metrics['parameters'] / 1e6:.2f} M parameters, float16 on disk.",
             "",
             f"Trained on {metrics['episodes']['train']} demonstrations ({metrics['episodes']['validation']} held out by seed),",
-            f"{c.steps} steps of {c.batch} windows, {100 * c.roundtrip_share:.0f} % of them passed through the video codec;",
+            f"{metrics['steps']} steps of {c.batch} windows, {100 * c.roundtrip_share:.0f} % of them passed through the video codec;",
             "no imagined frames, no evaluation seeds (100000 upward). Simulated pictures of the self-made asset pack:",
             "expect nothing on other robots or cameras without retraining.",
             "",

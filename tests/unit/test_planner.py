@@ -27,10 +27,17 @@ class RecordedWorldModel:
 
     def __init__(self, still: int = 0, **changes) -> None:
         self.requests, self.still = [], still
-        values = dict(
-            name="recorded", views=ViewLayout(height=H, width=W), context_frames=1, horizons=(17,), frame_dt=2 * DT,
-            conditions=frozenset({"text"}), returns=frozenset({"frames"}), proprioception_lags=(0, 8, 16), fingerprint="r1",
-        )  # fmt: skip
+        values = {
+            "name": "recorded",
+            "views": ViewLayout(height=H, width=W),
+            "context_frames": 1,
+            "horizons": (17,),
+            "frame_dt": 2 * DT,
+            "conditions": frozenset({"text"}),
+            "returns": frozenset({"frames"}),
+            "proprioception_lags": (0, 8, 16),
+            "fingerprint": "r1",
+        }
         self.spec = WorldModelSpec(**(values | changes))
 
     def rollout(self, request):
