@@ -39,7 +39,7 @@ REPORT_SIZE = (240, 320)
 @dataclass(slots=True, kw_only=True)
 class PhysicsOutput:
     """``loss``: the weighted sum, for backward. ``pix``, ``sem``: the terms without weights, detached. ``metrics``:
-    scalars.
+    detached scalars.
 
     ``epe_cells``, ``epe_px``: end-point error of the soft-argmax in tokens and in pixels of 240x320;
     ``epe_uniform_px`` and ``epe_still_px``: the same for a uniform map and for points that stay where they were;

@@ -47,8 +47,7 @@ def relation_matrix(tokens_BKC: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Eq. (11): cosines between all pairs of tokens over space and time, [B,K,K].
 
     No mean is taken out first: tokens of EfficientNet-Lite0 have a mean cosine of 0.16-0.26 on demonstrations, far
-    from the
-    near-one of encoders with a large common component.
+    from the near-one of encoders with a large common component.
     """
     unit = tokens_BKC / torch.linalg.vector_norm(tokens_BKC, dim=-1, keepdim=True).clamp(min=eps)
     return unit @ unit.transpose(1, 2)

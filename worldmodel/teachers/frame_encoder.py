@@ -86,8 +86,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The whole classifier. ``forward``: pictures normalised [B,3,H,W] -> logits [B,1000]; ``stride16``: ->
-    [B,112,H/16,W/16]."""
+    """The whole classifier: normalised pictures [B,3,H,W] -> logits [B,1000]. ``stride16``: -> [B,112,H/16,W/16]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,8 +114,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class FrameEncoder(nn.Module):
-    """The frozen relation teacher, eq. (9): uint8 pictures -> stride-16 features, always in float32 and evaluation
-    mode.
+    """The frozen relation teacher, eq. (9): uint8 pictures -> stride-16 features, float32, evaluation mode.
 
     Relation targets of latent frame k are the features of the window's frame 4k, the last of its group:
     index-aligned, so the teacher needs no interpolation in time either.
@@ -152,8 +150,7 @@ class FrameEncoder(nn.Module):
 
 
 def load_network(cache: Path | None = None) -> EfficientNetLite0:
-    """The pretrained network in evaluation mode, converted on first use. ``cache``: folder, default
-    ``cache_home()``."""
+    """The pretrained network in evaluation mode, converted on first use. ``cache``: folder (the cache home's)."""
     from safetensors.torch import load_file
 
     path = (cache or cache_home() / "teachers") / f"efficientnet-lite0-{WEIGHTS_SHA256[:12]}.safetensors"
@@ -179,8 +176,7 @@ def packaged_weights() -> Path:
 
 
 def convert(source: Path, target: Path) -> None:
-    """Published checkpoint -> safetensors with our names, written atomically. Raises ``UserError`` on another
-    checksum."""
+    """Published checkpoint -> safetensors with our names, written atomically. Another checksum is a ``UserError``."""
     from safetensors.torch import save_file
 
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
