@@ -15,7 +15,7 @@ from tools import SetupError, output, run, say, succeeds
 CPU_BUILDS = ("2.13.0+cpu", "2.15.0+cpu", "2.14.1+cpu", "2.12.1+cpu", "2.11.0+cpu")
 TORCH = "torch>=2.11,<3"
 PIP = ("-m", "pip", "--disable-pip-version-check")
-PIP_INSTALL = (*PIP, "install", "-qq", "--no-warn-script-location")
+PIP_INSTALL = (*PIP, "install", "-qq", "--no-compile", "--no-warn-script-location")
 
 
 def remove(venv: Path) -> None:

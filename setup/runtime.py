@@ -55,7 +55,7 @@ def install(venv: Path) -> None:
         if not (target / wheel.folder).is_dir():
             with tempfile.TemporaryDirectory() as folder:
                 file = fetch(venv, wheel, Path(folder))
-                run([venv / "bin" / "python", *PIP, "install", "-qq", "--no-deps", "--no-index", file])
+                run([venv / "bin" / "python", *PIP, "install", "-qq", "--no-compile", "--no-deps", "--no-index", file])
 
 
 def fetch(venv: Path, wheel: Wheel, folder: Path) -> Path:
