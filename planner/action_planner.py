@@ -85,7 +85,8 @@ class ActionPlanner:
 
     def reset(self, *, task: str, seed: int, instruction: str) -> None:
         self._seed, self._instruction = seed, instruction
-        self._history, self._executed = StateHistory(), None
+        self._history = StateHistory()
+        self._executed: NDArray[np.float32] | None = None
         self._counts = {
             "plans": 0.0,
             "resampled": 0.0,
@@ -111,8 +112,9 @@ class ActionPlanner:
             self._counts["spread"] += float(chunk.spread_P.mean())
         if self.recorder is not None:
             self.recorder.imagined(observation.step, frames)
-        self._executed = np.ascontiguousarray(chunk.actions_PA[: self.config.execute_horizon], np.float32)
-        return self._executed
+        rows = np.ascontiguousarray(chunk.actions_PA[: self.config.execute_horizon], np.float32)
+        self._executed = rows
+        return rows
 
     def telemetry(self) -> dict[str, float]:
         """Plans, resampled plans, plans that stayed still after all resamples, seconds, mean spread (radians)."""

@@ -119,7 +119,8 @@ def train_inverse_dynamics(
     """Train on ``store``; ``codec`` gives the round-trip half. Returns the averaged weights and the held-out errors."""
     _check(config, store, codec)
     torch.manual_seed(config.seed)
-    model = PixelInverseDynamics(config.model).to(device=device, memory_format=torch.channels_last)
+    model = PixelInverseDynamics(config.model).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     store = store.to(device)
     held_out = torch.from_numpy(split_by_seed(store.seeds_E, share=config.validation_share)).to(device)
     train_E, validation_E = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
@@ -152,8 +153,8 @@ def _fit(
 ) -> int:
     """The loop; leaves the exponential average of the weights in ``model`` and returns the number of steps."""
     device = generator.device
-    draws = {"allowed_E": train_E, "start_share": config.start_share, "generator": generator}
-    window = {"frames": config.model.frames, "stride": config.model.steps_per_frame}
+    draws: dict[str, Any] = {"allowed_E": train_E, "start_share": config.start_share, "generator": generator}
+    window: dict[str, Any] = {"frames": config.model.frames, "stride": config.model.steps_per_frame}
     decoded = round(config.batch * config.roundtrip_share)
     began = time.perf_counter()
     pool = None

@@ -13,6 +13,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +92,8 @@ class FrameEncoder(nn.Module):
     Input [N, 6, H, W] in [-1, 1]; output [N, dim].
     """
 
+    grid: Tensor
+
     def __init__(self, config: InverseDynamicsConfig) -> None:
         super().__init__()
         c1, c2 = config.channels
@@ -135,6 +138,10 @@ class PixelInverseDynamics(nn.Module):
     is of the target divided by ``delta_std_A``. Implements ``core.protocols.InverseDynamics`` through ``decode``.
     """
 
+    state_mean_A: Tensor
+    state_std_A: Tensor
+    delta_std_A: Tensor
+
     def __init__(self, config: InverseDynamicsConfig | None = None) -> None:
         super().__init__()
         self.config = config or InverseDynamicsConfig()
@@ -146,14 +153,13 @@ class PixelInverseDynamics(nn.Module):
             c.dim, c.heads, 4 * c.dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.temporal = nn.TransformerEncoder(layer, c.layers, norm=nn.LayerNorm(c.dim), enable_nested_tensor=False)
-        self.head = nn.Sequential(
-            nn.Linear(c.dim + c.action_dim, c.dim), nn.GELU(), nn.Linear(c.dim, 2 * c.steps_per_frame * c.action_dim)
-        )
+        last = nn.Linear(c.dim, 2 * c.steps_per_frame * c.action_dim)
+        nn.init.trunc_normal_(last.weight, std=0.02)
+        nn.init.zeros_(last.bias)
+        self.head = nn.Sequential(nn.Linear(c.dim + c.action_dim, c.dim), nn.GELU(), last)
         for name in STATISTICS:
             self.register_buffer(name, torch.full((c.action_dim,), float("nan")))
         nn.init.trunc_normal_(self.position, std=0.02)
-        nn.init.trunc_normal_(self.head[-1].weight, std=0.02)
-        nn.init.zeros_(self.head[-1].bias)
         self.fingerprint = "untrained"
 
     def set_statistics(self, mean_A: Tensor, std_A: Tensor, delta_std_A: Tensor) -> None:
@@ -267,7 +273,8 @@ def load_inverse_dynamics(folder: str | Path, device: str = "cpu") -> PixelInver
         raise UserError(
             "decoder config", got=sorted(surplus), wanted=f"fields {sorted(known)}", fix="use matching versions"
         )
-    config = InverseDynamicsConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    config = InverseDynamicsConfig(**settings)
     model = PixelInverseDynamics(config)
     tensors = load_file(folder / WEIGHTS_NAME)
     wanted = set(model.state_dict())

@@ -37,7 +37,7 @@ def decode_video(
     round trip).
     """
     count = len(frames_THWC)
-    times = np.arange(WINDOW_FRAMES) * STRIDE * DT
+    times = np.arange(WINDOW_FRAMES, dtype=np.float64) * STRIDE * DT
     step = (WINDOW_FRAMES - 1) * STRIDE
     state, chunks = np.asarray(state_A, np.float32), []
     for start in range(0, max(1, count - 1), step):
@@ -88,6 +88,7 @@ class RetrievedVideo:
     def __init__(self, retrieval: Any, decoder: InverseDynamics) -> None:
         self._retrieval, self._decoder = retrieval, decoder
         self._found: dict[str, float] = {}
+        self._targets: NDArray[np.float32] | None = None
 
     @property
     def fingerprint(self) -> str:
