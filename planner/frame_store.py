@@ -7,6 +7,7 @@ training device, so that a batch is one gather and no data loader stands between
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def split_by_seed(seeds_E: Sequence[int] | NDArray[np.int64], *, share: float) -
     return np.array([s in VALIDATION_SEEDS or s in held_out for s in seeds], dtype=bool)
 
 
-def load_frame_store(roots: Iterable[str | Path], *, height: int, width: int, workers: int = 8) -> FrameStore:
+def load_frame_store(roots: Iterable[str | Path], *, height: int, width: int) -> FrameStore:
     """Decode LeRobot datasets into one store on the CPU.
 
     Raises ``UserError`` for datasets that hold evaluation seeds and ``DatasetError`` for empty ones.
@@ -124,7 +125,7 @@ def load_frame_store(roots: Iterable[str | Path], *, height: int, width: int, wo
         frames[ends[number] - episode.length : ends[number]] = pictures
         return np.asarray(dataset.columns(episode.index)["observation.state"], np.float32)
 
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         states = list(pool.map(read, range(len(infos))))
     return make_store(frames, np.concatenate(states), lengths.tolist(), [int(e.seed) for _, e in infos])
 
