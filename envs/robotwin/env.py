@@ -23,7 +23,7 @@ from .arguments import checked_action, setup_arguments
 from .embodiment import load_embodiment, resolve_assets
 from .expert import PLANNER_NAME, PlannerConfig, robot_class
 from .instructions import check_instruction, instruction_for
-from .live import check_live, claim, release
+from .live import claim, release
 from .renderer import CAMERAS, Pictures, check_shadows, keep_renderer
 from .runtime import environment_variable, load_runtime, seeded_globals
 from .scene import Bodies, ContactLog, headless_task, scene_hash
@@ -51,11 +51,12 @@ class RoboTwinEnv(gymnasium.Env):
     step limit in calls of ``step``, or a body whose pose is no number any more (``info["diverged"]``). Reward: 1 in the
     step that succeeds, else 0.
 
-    ``reset`` raises ``UnstableSceneError`` for a seed whose scene does not come to rest. Making the environment raises
-    ``VulkanUnavailableError`` without a rendering device, and ``UserError`` while another one is open in this process.
+    ``reset`` raises ``UnstableSceneError`` for a seed whose scene does not come to rest, and ``UserError`` while another
+    environment of this process has been reset and not closed. Making the environment raises ``VulkanUnavailableError``
+    without a rendering device.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 1 / DT}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 1 / DT}
 
     def __init__(
         self,
@@ -70,7 +71,6 @@ class RoboTwinEnv(gymnasium.Env):
         shadows: str = "directional",
         instruction: str = "template",
         planner: PlannerConfig | None = None,
-        render_mode: str | None = None,
     ) -> None:
         self.task_name = task_info(task)["name"]
         for camera in cameras:
@@ -79,20 +79,15 @@ class RoboTwinEnv(gymnasium.Env):
         if control not in CONTROLS:
             raise unknown_name("control", control, CONTROLS, see="RoboTwinEnv")
         self.camera_names, self.control = tuple(cameras), control
-        self.depth, self.body_ids, self.render_mode = depth, body_ids, render_mode
+        self.depth, self.body_ids = depth, body_ids
         self.shadows, self.instruction_kind = check_shadows(shadows), check_instruction(instruction)
-        claim(self)
-        try:
-            from physisforcing.core.vulkan import ensure_vulkan_env
+        from physisforcing.core.vulkan import ensure_vulkan_env
 
-            ensure_vulkan_env()
-            self._runtime = load_runtime()
-            self._assets = resolve_assets(assets)
-            self._embodiment = load_embodiment(self._assets, embodiment)
-        except BaseException:
-            release(self)
-            raise
-        self._runtime.base_task.Robot = robot_class(self._runtime.robot.Robot, planner or PlannerConfig())
+        ensure_vulkan_env()
+        self._runtime = load_runtime()
+        self._assets = resolve_assets(assets)
+        self._embodiment = load_embodiment(self._assets, embodiment)
+        self._robot_class = robot_class(self._runtime.robot.Robot, planner or PlannerConfig())
         self.action_spec: ActionSpec = self._embodiment.action_spec
         self._low = np.array(self.action_spec.low, dtype=np.float32)
         self._high = np.array(self.action_spec.high, dtype=np.float32)
@@ -125,11 +120,12 @@ class RoboTwinEnv(gymnasium.Env):
         ``options={"observe": False}`` leaves out the pictures (the observation then has only state and instruction).
         """
         super().reset(seed=seed)
-        check_live(self)
+        claim(self)
         chosen = int(self.np_random.integers(TRAIN_SEEDS)) if seed is None else int(seed)
         self._drop_task()
         self.seed_used = chosen
         keep_renderer()
+        self._runtime.base_task.Robot = self._robot_class
         task = headless_task(self._runtime, self.task_name, self.shadows, self._assets.root)
         try:
             with seeded_globals(chosen % 2**32), self._runtime_assets():
@@ -147,7 +143,6 @@ class RoboTwinEnv(gymnasium.Env):
         self.steps = self.clipped_steps = 0
         self.success = self.diverged = False
         self._played = False
-        self._check_enabled = True
         self._on_boundary: Callable[[], None] | None = None
         self._pictures = Pictures(task, self.camera_names)
         self._bodies, self._contacts = Bodies(task.scene), ContactLog(task.scene)
@@ -220,7 +215,6 @@ class RoboTwinEnv(gymnasium.Env):
         self._played = True
         task = self._task
         self.expert_failure = ""
-        # a topp episode checks while take_action runs; an expert episode has one time base in both control modes
         frame = on_frame if on_frame is not None else (lambda _: None)
 
         def boundary() -> None:
@@ -257,7 +251,7 @@ class RoboTwinEnv(gymnasium.Env):
         task = self._task
         task.robot.physics_stepped()
         self._contacts.add_last_step()
-        if not self.success and self._check_enabled:
+        if not self.success:
             self.success = bool(task.check_success())
         if self._on_boundary is not None and task.clock.steps % PHYSICS_STEPS_PER_ACTION == 0:
             self._on_boundary()
@@ -329,21 +323,6 @@ class RoboTwinEnv(gymnasium.Env):
         self._check_ready()
         return self._contacts.pairs()
 
-    def render(self) -> NDArray[np.uint8] | None:
-        """The first requested camera's picture, uint8 [240,320,3]."""
-        if self.render_mode is None:
-            return None
-        self._check_ready()
-        if not self.camera_names:
-            raise UserError(
-                "cameras",
-                got=(),
-                wanted="at least one camera to render",
-                fix="make the environment with cameras=('head',)",
-            )
-        self._pictures.draw()
-        return self._pictures.rgb(self.camera_names[0])
-
     # ------------------------------------------------------------------ bookkeeping
 
     def _info(self) -> dict[str, Any]:
@@ -385,9 +364,8 @@ class RoboTwinEnv(gymnasium.Env):
         return environment_variable("ASSETS_PATH", str(self._assets.runtime_path))
 
     def _check_ready(self) -> None:
-        check_live(self)
         if self._task is None:
-            raise UserError("env", got="no scene", wanted="reset before anything else", fix="call reset(seed=...)")
+            raise UserError("env", got="no scene", wanted="a reset before anything else", fix="call reset(seed=...)")
 
     def _drop_task(self) -> None:
         if self._task is not None:
@@ -405,6 +383,6 @@ class RoboTwinEnv(gymnasium.Env):
         task.__dict__.clear()
 
     def close(self) -> None:
-        """Release the scene; another environment may then be made in this process."""
+        """Release the scene; another environment of this process may then be reset."""
         self._drop_task()
         release(self)

@@ -1,4 +1,4 @@
-"""At most one live RoboTwin environment a process: RoboTwin keeps its state in globals."""
+"""At most one live RoboTwin environment a process, live from its first reset to its close."""
 
 from __future__ import annotations
 
@@ -10,24 +10,17 @@ _live: weakref.ReferenceType[object] | None = None
 
 
 def claim(env: object) -> None:
-    """Make ``env`` the live one; ``UserError`` while another is open."""
+    """Make ``env`` the live one; ``UserError`` while another has a scene."""
     global _live
-    if _live is not None and _live() is not None:
+    if _live is not None and _live() not in (None, env):
         raise UserError(
-            "gymnasium.make",
+            "reset",
             got="a second live RoboTwin environment in this process",
             wanted="one (RoboTwin keeps its state in globals)",
-            fix="close() the first, or give each a process: gymnasium.vector.AsyncVectorEnv, or the remote environment",
+            fix="close() the first, or give each a process: gymnasium.vector.AsyncVectorEnv(..., context='spawn'), "
+            "or the remote environment",
         )
     _live = weakref.ref(env)
-
-
-def check_live(env: object) -> None:
-    """``UserError`` when ``env`` was closed."""
-    if _live is None or _live() is not env:
-        raise UserError(
-            "env", got="a closed environment", wanted="an open one", fix="make a new one with gymnasium.make"
-        )
 
 
 def release(env: object) -> None:
