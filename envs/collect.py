@@ -139,6 +139,9 @@ class Collector:
         else:
             info, label = self._run_policy(env, job, recorder)
         assert self._writer is not None
+        if env.unwrapped.diverged:
+            message = f"a body's pose was no number any more after {len(recorder)} frames"
+            return Outcome(task=job.task, seed=job.seed, kind="diverged", message=message)
         recorder.write(self._writer, key=episode_key(job, config.policy), policy=label, info=info)
         return Outcome(
             task=job.task,

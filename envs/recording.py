@@ -135,20 +135,19 @@ class EpisodeRecorder:
         )
 
 
-def hold(env: Any, recorder: EpisodeRecorder, frames: int) -> dict[str, Any]:
+def hold(env: Any, recorder: EpisodeRecorder, frames: int) -> None:
     """Hold the last drive targets for ``frames`` control steps, so that a model sees how the episode ends."""
-    info: dict[str, Any] = env._info()
     for _ in range(frames):
-        observation, _, _, _, info = env.step(recorder.states[-1])
+        observation, *_ = env.step(recorder.states[-1])
         recorder.frame(env, observation)
-    return info
 
 
 def record_expert(env: Any, seed: int, recorder: EpisodeRecorder, *, hold_frames: int = 4) -> dict[str, Any]:
-    """Reset to ``seed``, play the expert and hold. Returns the final info. ``UnstableSceneError`` comes from the reset."""
-    env.reset(seed=seed, options={"observe": False})
+    """Reset to ``seed``, play the expert and hold. Returns the reset's info; ``UnstableSceneError`` comes from there."""
+    _, info = env.reset(seed=seed, options={"observe": False})
     env.play_expert(lambda _: recorder.frame(env, env.observe()))
-    return hold(env, recorder, hold_frames)
+    hold(env, recorder, hold_frames)
+    return info
 
 
 def record_noisy_expert(
@@ -162,16 +161,17 @@ def record_noisy_expert(
     env.reset(seed=seed, options={"observe": False})
     targets: list[NDArray[np.float32]] = []
     env.play_expert(lambda _: targets.append(env._numbers()["state"]))
-    observation, _ = env.reset(seed=seed)
+    observation, info = env.reset(seed=seed)
     recorder.frame(env, observation)
     clean_PA = np.stack(targets)[1:]
     noisy_PA = clean_PA + joint_noise(
         len(clean_PA), clean_PA.shape[1], np.random.default_rng([seed, 0x6E6F]), noise_rad
     )
     for target_A in np.clip(noisy_PA, env.action_spec.low, env.action_spec.high).astype(np.float32):
-        observation, _, _, _, _ = env.step(target_A)
+        observation, *_ = env.step(target_A)
         recorder.frame(env, observation)
-    return hold(env, recorder, hold_frames)
+    hold(env, recorder, hold_frames)
+    return info
 
 
 def joint_noise(length: int, dim: int, generator: np.random.Generator, scale: float) -> NDArray[np.float64]:

@@ -41,8 +41,9 @@ class Job:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """``kind``: ``recorded`` counts; ``unstable`` (the scene does not come to rest), ``rejected`` (the handler does not want
-    it) and ``crashed`` are skipped and listed."""
+    """``kind``: ``recorded`` counts. Skipped and listed are ``unstable`` (the scene does not come to rest), ``diverged``
+    (the physics lost a body), ``rejected`` (the handler does not want it) and ``crashed``.
+    """
 
     task: str
     seed: int
