@@ -184,7 +184,7 @@ def cup(radius: float, height: float, outside: Color, inside: Color) -> ModelObj
         lathe([(0, 0), (foot, 0), (foot, floor), (0, floor)], 12, outside),
         *ring_pieces([(foot - wall, foot, 0.001), (radius - wall, radius, height)], 12),
     ]
-    grip, reach = 0.93 * height, radius * 0.95 - wall / 2
+    grip, reach = 0.88 * height, radius * 0.95 - wall / 2
     contacts = [
         frame((sign, 0, 0), (0, 1, 0), (0, 0, sign), (0, grip, side * reach)) for side in (1, -1) for sign in (1, -1)
     ]
@@ -239,7 +239,7 @@ def all_objects() -> dict[str, dict[int, ModelObject]]:
     return {
         "001_bottle": bottles,
         "019_coaster": {0: coaster(0.066, 0.006, (0.62, 0.42, 0.22), (0.20, 0.13, 0.08))},
-        "021_cup": {0: cup(0.0430, 0.0880, (0.16, 0.36, 0.70), (0.95, 0.95, 0.92))},
+        "021_cup": {0: cup(0.0430, 0.0800, (0.16, 0.36, 0.70), (0.95, 0.95, 0.92))},
         "048_stapler": staplers,
         "050_bell": {
             0: bell(0.056, 0.066, (0.93, 0.68, 0.12), (0.80, 0.12, 0.10)),
