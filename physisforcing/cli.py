@@ -25,6 +25,7 @@ VERBS: dict[str, Verb] = {
     "demo": Verb("physisforcing.demo", "the whole way once: collect, fine-tune, plan, report"),
     "tasks": Verb("physisforcing.envs.robotwin.tasks", "list the tasks, or describe one"),
     "data collect": Verb("physisforcing.envs.collect", "record demonstrations with exact ground truth"),
+    "data manifest": Verb("physisforcing.envs.manifest", "freeze the scenes of an evaluation"),
     "data inspect": Verb("physisforcing.core.inspect", "check a dataset and summarise it"),
     "data targets": Verb("physisforcing.worldmodel.data.targets", "compute and cache teacher targets"),
     "train vae": Verb("physisforcing.worldmodel.training.command", "train the video autoencoder"),
