@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from physisforcing import cli
+from physisforcing.core.config import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,6 +49,34 @@ def test_every_verb_named_in_the_readme_has_help(capsys: pytest.CaptureFixture[s
         text = capsys.readouterr().out
         assert code in (0, None), verb
         assert f"physis {verb}" in text, (verb, text[:200])
+
+
+#: Verb -> YAML, module and dataclass that its settings must fit.
+SCHEMAS = {
+    "demo": ("demo", "physisforcing.demo", "DemoConfig"),
+    "data collect": ("collect", "physisforcing.envs.collect", "CollectConfig"),
+    "data targets": ("data_targets", "physisforcing.worldmodel.data.targets", "TargetsCommand"),
+    "train vae": ("train_vae", "physisforcing.worldmodel.training.config", "TrainVaeConfig"),
+    "train worldmodel": ("train_worldmodel", "physisforcing.worldmodel.training.config", "TrainWorldModelConfig"),
+    "train idm": ("train_idm", "physisforcing.planner.train", "TrainIdmCommand"),
+    "generate": ("generate", "physisforcing.worldmodel.generate", "GenerateConfig"),
+    "eval plan": ("eval_plan", "physisforcing.eval_plan", "EvalPlanConfig"),
+}
+
+
+def test_settings_in_the_readme_fit_their_commands() -> None:
+    checked = 0
+    for words in commands((ROOT / "README.md").read_text(encoding="utf-8")):
+        verb, rest = cli.find_verb(words)
+        settings = [word for word in rest if "=" in word and not word.startswith("-")]
+        if verb in SCHEMAS and settings:
+            config, module, schema = SCHEMAS[verb]
+            made = compose(config, settings, getattr(importlib.import_module(module), schema))
+            check = getattr(made, "check", None)
+            if check is not None:
+                check()
+            checked += 1
+    assert checked >= 8
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
