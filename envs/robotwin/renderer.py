@@ -6,7 +6,7 @@ The runtime is not edited: while it builds its scene, SAPIEN's renderer settings
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ CAMERAS = {"head": "head_camera", "left_wrist": "left_camera", "right_wrist": "r
 #: ``all`` is upstream's choice (one directional and two point lights with 2048-pixel maps). Point-light shadows are
 #: cube maps: six drawings of the scene each, and four fifths of the drawing time on a CPU.
 SHADOWS = ("directional", "all", "none")
+#: Upstream's directional shadow map has 2048 pixels for 20 m. The scene fits into 5 m around the same centre: 512 pixels
+#: of the same size draw the same picture (``tests/sim/test_renderer.py``).
+SHADOW_HALF_SIZE, SHADOW_PIXELS = 2.5, 512
 
 
 _kept: list[Any] = []
@@ -62,6 +65,8 @@ def rasterised(shadows: str) -> Iterator[None]:
     def light(name: str) -> Any:
         def add(self: Any, *args: Any, **kwargs: Any) -> Any:
             kwargs["shadow"] = casts[name]
+            if name == "add_directional_light" and shadows == "directional":
+                kwargs |= {"shadow_scale": SHADOW_HALF_SIZE, "shadow_map_size": SHADOW_PIXELS}
             return lights[name](self, *args, **kwargs)
 
         return add
@@ -132,10 +137,3 @@ class Pictures:
                 )
             )
         return specs
-
-
-def device_summary(sizes: Mapping[str, Any] | None = None) -> str:
-    """Name of the rendering device that SAPIEN picked."""
-    import sapien
-
-    return str(sapien.render.get_device_summary())
