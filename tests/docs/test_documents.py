@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -93,32 +93,23 @@ def test_relative_links_exist(path: Path) -> None:
         assert file or anchor in anchors, target
 
 
-def test_readme_figures_come_from_the_measurements() -> None:
-    """The results table of the README is what the measurements say, row by row."""
-    block = re.search(r"<!-- results:begin -->\n(.*?)<!-- results:end -->", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block
-    rows = [line for line in block[1].splitlines() if line.startswith("| `")]
-    measured = {}
-    for path in sorted((ROOT / "docs" / "results").glob("*.json")):
-        measured |= {line["claim"]: line for line in json.loads(path.read_text(encoding="utf-8"))}
-    for row in rows:
-        claim = row.split("`")[1]
-        assert claim in measured, claim
-        assert result_row(measured[claim]) == row
-    if not rows:
-        assert not any("/success" in claim for claim in measured), "the README leaves recorded measurements out"
-
-
-def result_row(line: dict) -> str:
-    """A measurement as a row of the README's table."""
-    if line["unit"] in ("success", "fraction", "rate"):
-        value, low, high = (f"{100 * line[name]:.0f} %" for name in ("value", "low", "high"))
-    else:
-        value, low, high = (
-            "" if line[name] is None else f"{line[name]:.3g} {line['unit']}" for name in ("value", "low", "high")
-        )
-    interval = f"{low} to {high}" if low else ""
-    return f"| `{line['claim']}` | {value} | {interval} | {line['n']} | {line['against'] or ''} |"
+def test_readme_table_is_what_the_measurements_say() -> None:
+    """``python docs/results/readme_table.py`` writes it."""
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "docs" / "results" / "readme_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.split(module.BEGIN)[1].split(module.END)[0] == module.table()
+    line = {
+        "claim": "a/b/success",
+        "value": 0.8,
+        "low": 0.67,
+        "high": 0.89,
+        "n": 50,
+        "against": {"noop_p": 1e-9, "random_p": 0.5},
+    }
+    assert module.row(line) == "| `a/b/success` | 80 % | 67 to 89 % | 50 | 1e-09, 0.5 |"
 
 
 def test_no_document_names_a_machine() -> None:
