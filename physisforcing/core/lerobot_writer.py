@@ -138,7 +138,7 @@ class LeRobotWriter:
             files[template] = partial / f"attachment-{number}"
             write(files[template])
         stored = {name: np.asarray(columns[name], dtype=self.features[name]["dtype"]) for name in columns}
-        np.savez(partial / "columns.npz", **stored)
+        np.savez(partial / "columns.npz", **stored)  # type: ignore[arg-type]  # the stubs take names for allow_pickle
         stats = {name: fmt.column_stats(value) for name, value in stored.items()}
         stats |= {name: fmt.image_stats(np.asarray(value)) for name, value in frames.items()}
         row = {

@@ -37,7 +37,8 @@ class ResultKey:
 
 def config_hash(config: Mapping[str, Any] | Any) -> str:
     """First 16 hexadecimal digits of the SHA-256 of the canonical JSON of a mapping or dataclass."""
-    value = asdict(config) if is_dataclass(config) and not isinstance(config, type) else dict(config)
+    plain: Any = config
+    value = asdict(plain) if is_dataclass(plain) and not isinstance(plain, type) else dict(plain)
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
 
 

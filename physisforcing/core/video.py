@@ -198,7 +198,7 @@ def read_mp4(path: str | Path, indices: Sequence[int] | None = None) -> NDArray[
         found: dict[int, NDArray[np.uint8]] = {}
         for number, frame in _decode(container, path, keep):
             if keep is None or number in keep:
-                found[number] = to_rgb(frame).to_ndarray()
+                found[number] = np.asarray(to_rgb(frame).to_ndarray(), dtype=np.uint8)
     expected = total if keep is None else len(keep)
     if len(found) < expected or not found:
         raise _truncated(path, got=f"{len(found)} of {expected} frames")
