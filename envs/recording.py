@@ -153,7 +153,7 @@ def record_expert(env: Any, seed: int, recorder: EpisodeRecorder, *, hold_frames
 def record_noisy_expert(
     env: Any, seed: int, recorder: EpisodeRecorder, *, hold_frames: int = 4, noise_rad: float = 0.06
 ) -> dict[str, Any]:
-    """The expert's targets replayed through ``step`` with smooth joint noise that fades out by the middle of the episode.
+    """The expert's targets replayed through ``step`` with smooth joint noise that fades out before the first grasp.
 
     The recorded action is the one executed, noise included, so pictures and joints stay consistent; what a model learns
     from it is how to come back from states beside the expert's path.
@@ -176,7 +176,8 @@ def record_noisy_expert(
 
 def joint_noise(length: int, dim: int, generator: np.random.Generator, scale: float) -> NDArray[np.float64]:
     """Noise [length, dim] in radians: white noise smoothed over about 8 control steps with standard deviation ``scale``,
-    rising from 0 over the first 5 steps, fading to 0 by half of the episode; none on the grippers (columns 6 and 13).
+    rising from 0 over the first 5 steps, fading to 0 by step 32 or half of the episode, whichever is earlier, so that
+    nothing is grasped yet; none on the grippers (columns 6 and 13).
     """
     kernel = np.exp(-0.5 * (np.arange(-12, 13) / 4.0) ** 2)
     kernel /= np.sqrt((kernel**2).sum())
@@ -184,7 +185,8 @@ def joint_noise(length: int, dim: int, generator: np.random.Generator, scale: fl
     smooth = np.stack([np.convolve(white[:, j], kernel, mode="valid") for j in range(dim)], axis=1)[:length]
     t = np.arange(length)
     rise = np.minimum(1.0, (t + 1) / 5)
-    fade = np.clip((0.5 * length - t) / max(1.0, 0.2 * length), 0.0, 1.0)
+    end = min(0.5 * length, 32.0)
+    fade = np.clip((end - t) / max(1.0, 0.4 * end), 0.0, 1.0)
     noise = scale * smooth * (rise * fade)[:, None]
     noise[:, [j for j in (6, 13) if j < dim]] = 0.0
     return noise
