@@ -20,7 +20,7 @@ import gymnasium
 import physisforcing.envs.robotwin  # noqa: F401  (registers the tasks)
 from physisforcing.core.errors import UnstableSceneError
 from physisforcing.core.stats import wilson
-from physisforcing.envs.robotwin.tasks import list_tasks
+from physisforcing.envs.robotwin.tasks import PACK_TASKS
 from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
 
 
@@ -56,7 +56,7 @@ def run_task(task: str, episodes: int, start: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", default=list_tasks())
+    parser.add_argument("--tasks", nargs="+", default=PACK_TASKS)
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--start", type=int, default=0, help="first seed")
     parser.add_argument("--json", type=Path, help="merge measurements into this file")
