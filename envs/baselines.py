@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def _load_index(dataset: LeRobotDataset, path: Path) -> dict[str, NDArray[Any]]:
         index["grey"][row] = grey_cells(dataset.frames(episode.index, [0], HEAD)[0]).reshape(-1)
         index["state"][row] = dataset.columns(episode.index)["observation.state"][0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.npz")
-    np.savez(partial, **index)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.npz")
+    np.savez(partial, **index)  # type: ignore[arg-type]  # numpy's stub takes any keyword for allow_pickle
     partial.replace(path)
     return index

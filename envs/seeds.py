@@ -13,7 +13,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, Protocol
@@ -159,7 +159,7 @@ def _attempt(handler: Handler, job: Job) -> Outcome:
     return outcome
 
 
-def _in_process(make_handler: Callable[[], Handler], next_job: Callable[[], Job | None]) -> Iterator[Outcome]:
+def _in_process(make_handler: Callable[[], Handler], next_job: Callable[[], Job | None]) -> Generator[Outcome]:
     handler = make_handler()
     try:
         while (job := next_job()) is not None:
@@ -202,7 +202,7 @@ class _Worker:
 
 def _spawned(
     make_handler: Callable[[], Handler], next_job: Callable[[], Job | None], workers: int, timeout: float
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """Outcomes of jobs done by ``workers`` processes, in the order in which they finish."""
     crew: list[_Worker] = []
     again: list[Job] = []
