@@ -123,6 +123,11 @@ def bounds(meshes: list[Mesh]) -> tuple[NDArray[np.float64], NDArray[np.float64]
     return (low + high) / 2, high - low
 
 
+def _rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Micrometres: the last bits of sines differ between processors, the file must not."""
+    return (np.round(values.astype(np.float64), 6) + 0.0).astype(np.float32)
+
+
 def _pad(data: bytes, fill: bytes) -> bytes:
     return data + fill * (-len(data) % 4)
 
@@ -160,8 +165,8 @@ def write_glb(path: Path, meshes: list[Mesh]) -> None:
     for index, mesh in enumerate(meshes):
         primitive = {
             "attributes": {
-                "POSITION": accessor(mesh.vertices_V3, "VEC3", _FLOAT, _POSITIONS),
-                "NORMAL": accessor(mesh.normals_V3, "VEC3", _FLOAT, _POSITIONS),
+                "POSITION": accessor(_rounded(mesh.vertices_V3), "VEC3", _FLOAT, _POSITIONS),
+                "NORMAL": accessor(_rounded(mesh.normals_V3), "VEC3", _FLOAT, _POSITIONS),
             },
             "indices": accessor(mesh.faces_F3.reshape(-1), "SCALAR", _UINT32, _INDICES),
             "material": index,
