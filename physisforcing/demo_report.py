@@ -42,7 +42,7 @@ def build(config: DemoConfig, folder: Path, findings: dict[str, Any], records: l
     results = {record.name: record.result for record in records}
     began = time.perf_counter()
     data = ReportData(
-        title="PhysisForcing: from demonstrations to imagined and executed plans",
+        title="PhysisForcing: imagined plans, executed",
         summary=SUMMARY.format(tasks=" and ".join(config.tasks)),
         created=datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         curves=read_curves(folder / "training" / "metrics.jsonl"),
