@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 #: Top of RoboTwin's table and its front edge (world, metres), with a hand's width before the edge.
 TABLE_TOP, TABLE_FRONT = 0.74, -0.40
-#: aloha-agilex's hand in the frame of its last joint, metres: finger tips ahead of it, palm ahead and to both sides.
-FINGERTIP, PALM, PALM_HALF_WIDTH = 0.150, 0.066, 0.085
+#: aloha-agilex's hand in the frame of its last joint, metres: finger tips ahead of it, finger rail ahead and to both sides,
+#: middle of the palm.
+FINGERTIP, PALM, PALM_HALF_WIDTH, PALM_CENTRE = 0.150, 0.066, 0.085, 0.040
 #: Least height above the table (metres) of elbow, wrist, end joint, finger tips, palm ends; tips may press what lies there.
 HEIGHTS = np.array([0.040, 0.035, 0.040, -0.004, 0.015, 0.015])
 #: Length of the forearm's segment and least distance of the hand from it.
@@ -41,7 +42,7 @@ class ArmClearance:
         other_palm = hand + PALM * ahead - PALM_HALF_WIDTH * across
         points_N3 = np.stack([elbow_44[:3, 3], wrist_44[:3, 3], hand, tips, palm, other_palm])
         above_N = np.where(points_N3[:, 1] > TABLE_FRONT, points_N3[:, 2] - TABLE_TOP - HEIGHTS, np.inf)
-        from_wrist_N3 = np.stack([tips, palm, other_palm]) - wrist_44[:3, 3]
+        from_wrist_N3 = np.stack([tips, palm, other_palm, hand + PALM_CENTRE * ahead]) - wrist_44[:3, 3]
         back = -elbow_44[:3, 0]
         along_N = np.clip(from_wrist_N3 @ back, 0.0, FOREARM)
         beside_N = np.linalg.norm(from_wrist_N3 - along_N[:, None] * back, axis=1) - FOREARM_DISTANCE

@@ -66,6 +66,27 @@ def test_robot_holds_its_pose_and_does_not_push_itself(robot):
     assert sum(impulses) < 1e-6
 
 
+def test_clearance_tells_the_branches_apart(robot):
+    """Elbow above the table and hand ahead is clear; hand through the table, or folded into the forearm, is not."""
+    import sapien
+
+    from physisforcing.envs.robotwin.clearance import ArmClearance
+
+    _, arms = robot
+    arms.set_root_pose(sapien.Pose([0, -0.65, 0], [0.5**0.5, 0, 0, 0.5**0.5]))
+    active, links = arms.get_active_joints(), arms.get_links()
+    joints = [arms.find_joint_by_name(f"fl_joint{k}") for k in range(1, 7)]
+    columns = np.array([active.index(joint) for joint in joints])
+    children = [links.index(joint.child_link) for joint in joints]
+    clearance = ArmClearance(arms.create_pinocchio_model(), arms.root_pose, children, columns)
+    home = np.zeros(arms.dof)
+    assert clearance.at(home) > 0.02
+    reaching = np.array([0.0, 1.8, 1.2, -0.9, 0.0, 0.0])
+    assert clearance.along(home, reaching) > 0
+    assert clearance.along(home, np.array([0.0, 2.6, 1.2, -0.9, 0.0, 0.0])) < -0.05
+    assert clearance.along(home, np.array([0.47, 2.78, 2.51, 1.94, -3.09, 2.88])) < -0.03
+
+
 def test_collision_pieces_are_loaded_one_by_one():
     """A cup has to be hollow: SAPIEN must see its floor and twelve wall pieces, not one hull."""
     import sapien
