@@ -11,7 +11,6 @@ measured with those assets' robot.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -23,7 +22,7 @@ import gymnasium
 import numpy as np
 
 import physisforcing.envs.robotwin  # noqa: F401  (registers the tasks)
-from physisforcing.planner.measurements import machine_provenance, measurement
+from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
 
 
 def step_and_time(env: Any, draw: Callable[[], Any], repeats: int) -> list[float]:
@@ -151,8 +150,7 @@ def main() -> None:
             claim = f"env/{options.machine}/{robot}/{name}/ratio"
             lines.append(measurement(claim, value, unit="times", n=options.repeats * options.rounds, **shared))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+        write_measurements(options.json, lines)
 
 
 if __name__ == "__main__":

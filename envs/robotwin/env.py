@@ -108,7 +108,7 @@ class RoboTwinEnv(gymnasium.Env):
         spaces["state"] = box(self._low, self._high, dtype=np.float32)
         # measured joints overshoot their targets, so their bounds are only sanity bounds
         spaces["state_measured"] = box(-20.0, 20.0, (self.action_spec.dim,), np.float32)
-        spaces["instruction"] = gymnasium.spaces.Text(MAX_INSTRUCTION, charset=frozenset(string.printable))
+        spaces["instruction"] = gymnasium.spaces.Text(MAX_INSTRUCTION, charset=string.printable)
         return gymnasium.spaces.Dict(spaces)
 
     # ------------------------------------------------------------------ episode

@@ -1,16 +1,14 @@
-"""Expert success, seconds an episode, and replay of the recorded actions through ``step``, on seeds from 0 upward.
+"""Recorded actions replayed through ``step``: does the demonstration succeed again? And how long resets and episodes take.
 
-    python benchmarks/env_expert.py [--tasks all] [--episodes 20] [--json docs/results/env_expert.json]
+    python benchmarks/env_replay.py [--tasks all] [--episodes 20] [--json docs/results/env_replay.json]
 
-An episode counts as a success when every motion was found and the task's check holds at the end; seeds whose scene does not
-come to rest are listed and not counted. A replay resets to the same seed and executes the expert's drive targets with the
-interpolated control of the recorded time base. No pictures are drawn.
+The expert records its drive targets without pictures; a reset to the same seed executes them with the interpolated control of
+the recorded time base. Expert failures and seeds whose scene does not come to rest are listed and not replayed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -23,7 +21,7 @@ import physisforcing.envs.robotwin  # noqa: F401  (registers the tasks)
 from physisforcing.core.errors import UnstableSceneError
 from physisforcing.core.stats import wilson
 from physisforcing.envs.robotwin.tasks import PACK_TASKS
-from physisforcing.planner.measurements import machine_provenance, measurement
+from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
 
 
 def replay(env: Any, seed: int, targets: list[np.ndarray]) -> bool:
@@ -73,15 +71,24 @@ def report(task: str, found: dict[str, Any]) -> None:
 
 
 def lines(task: str, found: dict[str, Any], shared: dict[str, Any]) -> list[dict[str, Any]]:
-    tried, good, replayed = len(found["seeds"]), len(found["replayed"]), sum(found["replayed"])
-    rows = []
-    for claim, k, n in ((f"expert/{task}/success", good, tried), (f"env/replay/{task}/success", replayed, good)):
-        low, high = wilson(k, n)
-        rows.append(measurement(claim, k / n, unit="share", low=low, high=high, n=n, seeds=found["seeds"], **shared))
+    good, replayed = len(found["replayed"]), sum(found["replayed"])
+    low, high = wilson(replayed, good)
+    seeds = [seed for seed in found["seeds"] if seed not in found["failed"]]
+    rows = [
+        measurement(
+            f"env/replay/{task}/success",
+            replayed / good,
+            unit="rate",
+            low=low,
+            high=high,
+            n=good,
+            seeds=seeds,
+            **shared,
+        )
+    ]
     for name in ("resets", "plays"):
-        value = statistics.median(found[name])
-        claim = f"expert/{task}/{name.removesuffix('s')}_seconds"
-        rows.append(measurement(claim, value, unit="s", n=tried, seeds=found["seeds"], **shared))
+        value, claim = statistics.median(found[name]), f"env/replay/{task}/{name.removesuffix('s')}_seconds"
+        rows.append(measurement(claim, value, unit="s", n=len(found[name]), seeds=found["seeds"], **shared))
     return rows
 
 
@@ -93,7 +100,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write measurements here")
     options = parser.parse_args()
     tasks = list(PACK_TASKS) if options.tasks == ["all"] else options.tasks
-    command = f"python benchmarks/env_expert.py --tasks {' '.join(options.tasks)} --episodes {options.episodes}"
+    command = f"python benchmarks/env_replay.py --tasks {' '.join(options.tasks)} --episodes {options.episodes}"
     shared = {"command": command, "provenance": machine_provenance()}
     rows: list[dict[str, Any]] = []
     for task in tasks:
@@ -101,8 +108,7 @@ def main() -> None:
         report(task, found)
         rows += lines(task, found, shared)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_measurements(options.json, rows)
 
 
 if __name__ == "__main__":
