@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .meshes import Color, Mesh, bounds, box, lathe, prism, ring_pieces, write_glb
 
@@ -35,7 +36,7 @@ class ModelObject:
     stable: bool = True
 
 
-def frame(x_axis, y_axis, z_axis, position) -> Frame:
+def frame(x_axis: ArrayLike, y_axis: ArrayLike, z_axis: ArrayLike, position: ArrayLike) -> Frame:
     """A 4x4 with the given axes as columns, rounded so that files carry no floating point noise."""
     matrix = np.eye(4)
     matrix[:3, :3] = np.stack([x_axis, y_axis, z_axis], axis=1)
@@ -43,7 +44,7 @@ def frame(x_axis, y_axis, z_axis, position) -> Frame:
     return (np.round(matrix, 6) + 0.0).tolist()
 
 
-def upright(position) -> Frame:
+def upright(position: ArrayLike) -> Frame:
     """The model's own axes at ``position``: the gripper comes from above, fingers close along z."""
     return frame((1, 0, 0), (0, 1, 0), (0, 0, 1), position)
 
@@ -281,6 +282,6 @@ def write_objects(root: Path) -> None:
             write_glb(folder / name / "collision" / f"base{index}.glb", item.collision)
             write_glb(folder / name / "visual" / f"base{index}.glb", item.visual)
     (folder / "objaverse").mkdir()
-    empty = {"item_names": [], "list_of_items": {}, "radius": {}, "z_max": {}, "z_offset": {}}
+    empty: dict[str, object] = {"item_names": [], "list_of_items": {}, "radius": {}, "z_max": {}, "z_offset": {}}
     _write_json(folder / "objaverse" / "list.json", empty)
     _write_json(folder / "same.json", {})
