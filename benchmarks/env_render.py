@@ -95,7 +95,47 @@ def measure_once(task: str, seed: int, repeats: int, assets: str | None) -> dict
                 times["ours, four cameras, shadows=directional"] = step_and_time(
                     env, upstream_four(env), max(3, repeats // 3)
                 )
+            else:
+                hide_everything(env)
+                times["nothing to see, head, shadows=none"] = step_and_time(env, ours, repeats)
         env.close()
+    return times | remedies(task, seed, repeats, assets)
+
+
+def hide_everything(env: Any) -> None:
+    """Leave only what a picture of nothing costs: the passes over all pixels and reading them back."""
+    import sapien
+
+    for entity in env._task.scene.entities:
+        body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+        if body is not None:
+            body.visibility = 0.0
+
+
+def remedies(task: str, seed: int, repeats: int, assets: str | None) -> dict[str, Times]:
+    """What was tried to make a picture cheaper: a smaller shadow map (kept) and half-precision pictures (not kept)."""
+    import sapien
+
+    from physisforcing.envs.robotwin import renderer
+
+    times: dict[str, Times] = {}
+    small = renderer.SHADOW_HALF_SIZE, renderer.SHADOW_PIXELS
+    for case in ("directional, upstream's shadow map", "directional, half precision"):
+        if case.endswith("map"):
+            renderer.SHADOW_HALF_SIZE, renderer.SHADOW_PIXELS = 10.0, 2048
+        else:
+            sapien.render.set_picture_format("Color", "r16g16b16a16sfloat")
+        env = gymnasium.make(f"RoboTwin/{task}-v0", assets=assets, disable_env_checker=True).unwrapped
+        env.reset(seed=seed)
+
+        def take(env: Any = env) -> Any:
+            env._pictures.draw()
+            return env._pictures.rgb("head")
+
+        times[f"tried, head, {case}"] = step_and_time(env, take, repeats)
+        env.close()
+        renderer.SHADOW_HALF_SIZE, renderer.SHADOW_PIXELS = small
+        sapien.render.set_picture_format("Color", "r32g32b32a32sfloat")
     return times
 
 
@@ -147,7 +187,7 @@ def main() -> None:
         ratios = report(robot, times)
         shared: dict[str, Any] = {"seeds": [options.seed], "command": command, "provenance": provenance}
         for name, values in times.items():
-            case = name.replace(", ", "/").replace(" ", "_").replace("shadows=", "shadow_")
+            case = name.replace(", ", "/").replace(" ", "_").replace("shadows=", "shadow_").replace("'", "")
             for k, clock in enumerate(("", "_cpu")):
                 picked = [pair[k] for pair in values]
                 low, high = median_interval(picked)
