@@ -142,7 +142,10 @@ class Collector:
         if env.unwrapped.diverged:
             message = f"a body's pose was no number any more after {len(recorder)} frames"
             return Outcome(task=job.task, seed=job.seed, kind="diverged", message=message)
-        recorder.write(self._writer, key=episode_key(job, config.policy), policy=label, info=info)
+        key = episode_key(job, config.policy)
+        # A worker that outlived an interrupted run may have written this seed since the plan was made.
+        if key not in self._writer.keys():
+            recorder.write(self._writer, key=key, policy=label, info=info)
         return Outcome(
             task=job.task,
             seed=job.seed,

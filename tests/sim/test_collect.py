@@ -12,9 +12,10 @@ from physisforcing.core.errors import UserError
 from physisforcing.core.ground_truth import load as load_ground_truth
 from physisforcing.core.lerobot import HEAD, LeRobotDataset
 from physisforcing.envs.baselines import Replay
-from physisforcing.envs.collect import CollectConfig, collect
+from physisforcing.envs.collect import CollectConfig, Collector, collect
 from physisforcing.envs.recording import EpisodeRecorder, record_expert, record_noisy_expert
 from physisforcing.envs.rollout import run_episode
+from physisforcing.envs.seeds import Job
 
 pytestmark = pytest.mark.sim
 TASK, SEEDS = "click_bell", (0, 1)
@@ -179,3 +180,16 @@ def test_wrong_cameras_for_a_dataset_are_refused(collected):
     with pytest.raises(UserError, match=r"observation\.images\.left_wrist"):
         collect(values, progress=False)
     assert LeRobotDataset(root).video_keys == [HEAD]
+
+
+def test_a_seed_that_a_surviving_worker_wrote_meanwhile_is_kept(tmp_path):
+    """A killed collection can leave a worker that finishes its seed; the run that continues must accept that seed."""
+    job = Job(task=TASK, seed=SEEDS[0])
+    config = CollectConfig(output=str(tmp_path / "data"), tasks=[TASK], ground_truth="none")
+    for _ in range(2):
+        collector = Collector(config)
+        outcome = collector.handle(job)
+        collector.close()
+        assert outcome.kind == "recorded"
+    collect(CollectConfig(output=config.output, tasks=[TASK], episodes=1, ground_truth="none", workers=0), progress=False)
+    assert LeRobotDataset(config.output).num_episodes == 1
