@@ -144,7 +144,8 @@ class Collector:
             return Outcome(task=job.task, seed=job.seed, kind="diverged", message=message)
         key = episode_key(job, config.policy)
         # A worker that outlived an interrupted run may have written this seed since the plan was made.
-        if key not in self._writer.keys():
+        recorded = self._writer.keys()
+        if key not in recorded:
             recorder.write(self._writer, key=key, policy=label, info=info)
         return Outcome(
             task=job.task,

@@ -191,5 +191,7 @@ def test_a_seed_that_a_surviving_worker_wrote_meanwhile_is_kept(tmp_path):
         outcome = collector.handle(job)
         collector.close()
         assert outcome.kind == "recorded"
-    collect(CollectConfig(output=config.output, tasks=[TASK], episodes=1, ground_truth="none", workers=0), progress=False)
+    collect(
+        CollectConfig(output=config.output, tasks=[TASK], episodes=1, ground_truth="none", workers=0), progress=False
+    )
     assert LeRobotDataset(config.output).num_episodes == 1
