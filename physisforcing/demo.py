@@ -31,7 +31,7 @@ same."""
 
 @dataclass(slots=True, kw_only=True)
 class DemoConfig:
-    """``demonstrations``: expert episodes a task, of which ``heldout`` altogether are kept from training. ``steps``, ``batch``,
+    """``demonstrations``: perturbed expert episodes a task, of which ``heldout`` altogether are kept from training. ``steps``, ``batch``,
     ``lr``: of the fine-tuning. ``episodes``: closed-loop episodes of the shipped model for each task, in order;
     ``baselines``: policies that run on the same scenes. ``max_steps``: control steps after which an episode counts as a failure
     (the tasks' own limit is 400, the expert needs about 70 and 120). ``workers``: simulator processes.
@@ -39,12 +39,12 @@ class DemoConfig:
 
     output: str = "runs/demo"
     tasks: list[str] = field(default_factory=lambda: ["click_bell", "adjust_bottle"])
-    demonstrations: int = 8
+    demonstrations: int = 7
     heldout: int = 4
     heldout_windows: int = 8
-    steps: int = 60
+    steps: int = 40
     batch: int = 4
-    lr: float = 2e-4
+    lr: float = 5e-5
     episodes: list[int] = field(default_factory=lambda: [5, 3])
     max_steps: int = 200
     baselines: list[str] = field(default_factory=lambda: ["noop", "random", "retrieval"])

@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from .demo import DemoConfig, StageRecord
 
 SUMMARY = (
-    "Expert demonstrations of {tasks} were recorded in RoboTwin 2.0. A video diffusion transformer was fine-tuned on them "
-    "with the two physics losses of PhysisForcing. Then the model as shipped imagined what to do in scenes it had never "
-    "seen, an inverse dynamics model read joint targets out of the imagined video, and the simulator executed them. "
-    "Everything below was computed in this run."
+    "Expert demonstrations of {tasks}, perturbed so that the arm has to find back to its path, were recorded in RoboTwin "
+    "2.0. A video diffusion transformer was fine-tuned on them with the two physics losses of PhysisForcing. Then the model "
+    "as shipped imagined what to do in scenes it had never seen, an inverse dynamics model read joint targets out of the "
+    "imagined video, and the simulator executed them. Everything below was computed in this run."
 )
 LIMITS = [
     "A handful of episodes says little about a success rate: read the intervals. The larger evaluation is in the "
     "repository's results.",
     "The closed loop uses the weights as shipped, not those fine-tuned here: a few minutes on a CPU show that training "
     "works, they do not make a better planner.",
-    "A loss that goes down on held-out windows is no proof of better plans.",
+    "A loss that goes down on held-out windows is no proof of better plans. The demonstrations here are perturbed because "
+    "that is new to the shipped model: on undisturbed ones of these tasks it has converged, and so short a fine-tuning "
+    "does not improve it.",
     "Robot and objects are the self-made pack unless provenance says otherwise; scores are not comparable with published "
     "RoboTwin results.",
     "Retrieval is strong on easy tasks: success there shows little by itself.",
@@ -75,7 +77,7 @@ def build(config: DemoConfig, folder: Path, findings: dict[str, Any], records: l
 
 WHAT = {
     "doctor": "what this machine has",
-    "collect": "expert demonstrations in the simulator, with ground truth",
+    "collect": "perturbed expert demonstrations in the simulator, with ground truth",
     "targets": "point tracks and features of the frozen encoder",
     "train": "fine-tuning with the physics losses; held-out losses before and after",
     "closed loop": "planning and baselines on test scenes",

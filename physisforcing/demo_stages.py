@@ -34,7 +34,11 @@ def doctor() -> dict[str, Any]:
 
 
 def collect(stages: Stages, config: DemoConfig, folder: Path) -> dict[str, Any]:
-    """Expert demonstrations of both tasks with ground truth, in ``<output>/demonstrations``."""
+    """Perturbed expert demonstrations of both tasks with ground truth, in ``<output>/demonstrations``.
+
+    The expert's arm is pushed off its path and comes back. The shipped model has learned the plain expert's motion of these
+    tasks to the end, so there is little left to learn from more of it; how the arm recovers is new to it.
+    """
     from physisforcing.envs.collect import CollectConfig
     from physisforcing.envs.collect import collect as record
 
@@ -42,6 +46,7 @@ def collect(stages: Stages, config: DemoConfig, folder: Path) -> dict[str, Any]:
         output=str(data_root(folder)),
         tasks=list(config.tasks),
         episodes=config.demonstrations,
+        policy="expert+noise",
         start_seed=TRAIN_SEED,
         workers=config.workers,
     )
@@ -58,7 +63,7 @@ def collect(stages: Stages, config: DemoConfig, folder: Path) -> dict[str, Any]:
             print(f"    {task}: {row['successes']} of {row['recorded']} demonstrations succeed, {row['frames']} frames")
         return summary
 
-    what = f"{config.demonstrations} expert demonstrations each of {' and '.join(config.tasks)}"
+    what = f"{config.demonstrations} perturbed expert demonstrations each of {' and '.join(config.tasks)}"
     inputs = {"settings": dataclasses.asdict(settings), "source": source_hash("core", "envs")}
     return stages.run("collect", what, inputs, work, [data_root(folder) / "meta" / "info.json"])
 
