@@ -15,7 +15,7 @@ HEAD = "| claim | success | 95 % interval | episodes | p against no-op, random |
 NOTE = (
     "\n`planner/<control>/model` is the shipped world model with the shipped decoder; `noop`, `random`, `retrieval` (the nearest "
     "training\ndemonstration replayed) and `retrieval_video` (its video decoded) are baselines; `planner/oracle` decodes real videos "
-    "of held-out\ndemonstrations; `expert` is the scripted expert. Intervals: Wilson. p: two-sided Fisher exact test. Commands, seeds, "
+    "of held-out\ndemonstrations; `expert` is the scripted expert and `env/replay` its recorded\nactions replayed. Intervals: Wilson. p: two-sided Fisher exact test. Commands, seeds, "
     "hardware and versions\nof every line, and all other measurements: [docs/results](docs/results).\n"
 )
 
