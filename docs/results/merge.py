@@ -1,0 +1,35 @@
+"""Gather the measurements of runs into one file of this folder: ``python docs/results/merge.py planner runs/bell runs/oracle``.
+
+Each run folder holds the ``measurements.json`` that ``physis eval plan`` wrote. Folders named in a command are written as
+``runs/<name>``, so that no path of one machine is kept. Then run ``readme_table.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def main(topic: str, runs: list[str]) -> None:
+    lines = []
+    for run in runs:
+        lines += json.loads((Path(run) / "measurements.json").read_text(encoding="utf-8"))
+    for line in lines:
+        line["command"] = re.sub(r"=\S*/([^/\s]+)", r"=runs/\1", line["command"])
+    lines.sort(key=lambda line: line["claim"])
+    claims = [line["claim"] for line in lines]
+    twice = {claim for claim in claims if claims.count(claim) > 1}
+    if twice:
+        sys.exit(f"claims measured in more than one run: {sorted(twice)[:3]}; name each run once")
+    (FOLDER / f"{topic}.json").write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(lines)} measurements in docs/results/{topic}.json")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(sys.argv[1], sys.argv[2:])
