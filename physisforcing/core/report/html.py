@@ -75,7 +75,7 @@ def _glance(data: ReportData) -> Markup:
         )
     if data.stages:
         spent = sum(stage.seconds for stage in data.stages)
-        cards.append(fill("<div><b>{t}</b><span>of computing, all stages</span></div>", t=duration(spent)))
+        cards.append(fill("<div><b>{t}</b><span>on the clock, all stages</span></div>", t=duration(spent)))
     return fill('<div class="glance">{cards}</div>', cards=join(cards)) if cards else Markup("")
 
 
