@@ -189,6 +189,7 @@ class InverseKinematicsPlanner:
         return {"num_step": steps, "per_step": (target - now) / steps, "result": np.linspace(now, target, steps)}
 
     def update_point_cloud(self, *_: object, **__: object) -> None:
+        """Part of cuRobo's interface that this planner cannot serve; refusing is better than planning through obstacles."""
         raise NotImplementedError(
             "the CPU inverse-kinematics planner does not avoid obstacles, so it takes no point cloud"
         )
