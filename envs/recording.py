@@ -6,7 +6,7 @@ Time base: frame t is taken after 15 t physics steps; ``observation.state[t]`` =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ PICTURES = {"240x320": 1, "120x160": 2}
 
 
 class EpisodeRecorder:
-    """Collects frames of one episode. ``frame(env, observation)`` is called once a control step, frame 0 first.
+    """Collects frames of one episode. ``frame(env, observation)`` is called once a control step, frame 0 first, ``finish()``
+    after the last.
 
     ``ground_truth`` is one of ``GROUND_TRUTH``, ``pictures`` one of ``PICTURES``; the ground truth keeps the drawn size.
     """
@@ -56,23 +57,45 @@ class EpisodeRecorder:
         self._intrinsics_V33: NDArray[np.float64] | None = None
         self._body_ids: NDArray[np.uint16] | None = None
         self._body_names: dict[int, str] = {}
+        self._under_way: Callable[[], None] | None = None
 
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self.success)
 
-    def frame(self, env: Any, observation: dict[str, Any]) -> None:
-        """Record this moment. ``observation`` is the one just drawn by ``env`` (a ``RoboTwinEnv``, unwrapped)."""
+    def frame(self, env: Any, observation: dict[str, Any] | None = None) -> None:
+        """Record this moment of ``env`` (a ``RoboTwinEnv``, unwrapped). ``observation``: the one just drawn; None has it drawn
+        here and fetched before the next frame, so that the GPU draws while physics goes on.
+        """
+        self.finish()
         number = len(self)
-        for name in self.cameras:
-            drawn = observation[f"{name}_rgb"]
-            self._size = drawn.shape[:2]
-            self.images[name].append(shrink_area(drawn, self._factor))
-        self.states.append(observation["state"])
-        self.measured.append(observation["state_measured"])
+        seen = env.begin_observe() if observation is None else lambda: observation
         self.success.append(bool(env.success))
-        self.instruction = observation["instruction"]
         if self.level != "none":
             self._truth(env, number)
+        self._under_way = lambda: self._keep(env, number, seen())
+        if observation is not None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Fetch the pictures that are still being drawn."""
+        fetch, self._under_way = self._under_way, None
+        if fetch is not None:
+            fetch()
+
+    def _keep(self, env: Any, number: int, seen: dict[str, Any]) -> None:
+        for name in self.cameras:
+            drawn = seen[f"{name}_rgb"]
+            self._size = drawn.shape[:2]
+            self.images[name].append(shrink_area(drawn, self._factor))
+        self.states.append(seen["state"])
+        self.measured.append(seen["state_measured"])
+        self.instruction = seen["instruction"]
+        if self.level == "full" or (self.level == "sparse" and number % STORED_STRIDE == 0):
+            self._stored.append(number)
+            for name in self.cameras:
+                depth, ids = env.depth_and_ids(name)
+                self._depth.append(depth)
+                self._ids.append(ids)
 
     def _truth(self, env: Any, number: int) -> None:
         specs = env.cameras()
@@ -85,12 +108,6 @@ class EpisodeRecorder:
         self._body_ids = ids_K
         self._poses.append(poses_K7)
         self._contacts += [(number, a, b, impulse) for a, b, impulse in env.contacts()]
-        if self.level == "full" or (self.level == "sparse" and number % STORED_STRIDE == 0):
-            self._stored.append(number)
-            for name in self.cameras:
-                depth, ids = env.depth_and_ids(name)
-                self._depth.append(depth)
-                self._ids.append(ids)
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """Dataset columns; row t of ``next.success`` says whether the task's check has succeeded by frame t+1."""
@@ -153,15 +170,18 @@ class EpisodeRecorder:
 
 def hold(env: Any, recorder: EpisodeRecorder, frames: int) -> None:
     """Hold the last drive targets for ``frames`` control steps, so that a model sees how the episode ends."""
+    recorder.finish()
+    target_A = recorder.states[-1]
     for _ in range(frames):
-        observation, *_ = env.step(recorder.states[-1])
-        recorder.frame(env, observation)
+        env.step_blind(target_A)
+        recorder.frame(env)
+    recorder.finish()
 
 
 def record_expert(env: Any, seed: int, recorder: EpisodeRecorder, *, hold_frames: int = 4) -> dict[str, Any]:
     """Reset to ``seed``, play the expert and hold. Returns the reset's info; ``UnstableSceneError`` comes from there."""
     _, info = env.reset(seed=seed, options={"observe": False})
-    env.play_expert(lambda _: recorder.frame(env, env.observe()))
+    env.play_expert(lambda _: recorder.frame(env))
     hold(env, recorder, hold_frames)
     return info
 
@@ -177,15 +197,15 @@ def record_noisy_expert(
     env.reset(seed=seed, options={"observe": False})
     targets: list[NDArray[np.float32]] = []
     env.play_expert(lambda _: targets.append(env.observe(pictures=False)["state"]))
-    observation, info = env.reset(seed=seed)
-    recorder.frame(env, observation)
+    _, info = env.reset(seed=seed, options={"observe": False})
+    recorder.frame(env)
     clean_PA = np.stack(targets)[1:]
     grippers = [k for k, name in enumerate(env.action_spec.names) if name.endswith("gripper")]
     generator = np.random.default_rng([seed, 0x6E6F])
     noisy_PA = clean_PA + joint_noise(len(clean_PA), clean_PA.shape[1], generator, noise_rad, grippers)
     for target_A in np.clip(noisy_PA, env.action_spec.low, env.action_spec.high).astype(np.float32):
-        observation, *_ = env.step(target_A)
-        recorder.frame(env, observation)
+        env.step_blind(target_A)
+        recorder.frame(env)
     hold(env, recorder, hold_frames)
     return info
 

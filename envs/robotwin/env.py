@@ -25,7 +25,7 @@ from .expert import PlannerConfig, robot_class
 from .fork import SimulatorState, capture, restore
 from .instructions import check_instruction, instruction_for
 from .live import claim, release
-from .observation import drawn, drive_targets, measured_joints, observation_space
+from .observation import drive_targets, measured_joints, observation_space, read_pictures
 from .randomization import check_randomization, drawn_randomization, randomization_label
 from .renderer import CAMERAS, Pictures, check_shadows, keep_renderer
 from .runtime import load_runtime
@@ -217,11 +217,21 @@ class RoboTwinEnv(gymnasium.Env):
 
     def observe(self, *, pictures: bool = True) -> dict[str, Any]:
         """The observation of this moment; draws the requested cameras unless ``pictures`` is False."""
+        return self.begin_observe()() if pictures else self._seen_joints()
+
+    def begin_observe(self) -> Callable[[], dict[str, Any]]:
+        """Start drawing this moment. The function given waits for the pictures and returns the observation.
+
+        Physics may go on meanwhile, which hides the wait for the GPU. To be called before anything is drawn again.
+        """
+        joints = self._seen_joints()
+        self._pictures.draw()
+        return lambda: read_pictures(self._pictures, depth=self.depth, body_ids=self.body_ids) | joints
+
+    def _seen_joints(self) -> dict[str, Any]:
         self._check_ready()
-        seen = drawn(self._pictures, depth=self.depth, body_ids=self.body_ids) if pictures else {}
         robot = self._task.robot
         return {
-            **seen,
             "state": np.clip(drive_targets(robot).astype(np.float32), self._low, self._high),
             "state_measured": measured_joints(robot).astype(np.float32),
             "instruction": self._instruction,

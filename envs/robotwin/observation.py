@@ -36,11 +36,9 @@ def observation_space(
     return gymnasium.spaces.Dict(spaces)
 
 
-def drawn(pictures: Pictures, *, depth: bool, body_ids: bool) -> dict[str, NDArray]:
-    """Draw the requested cameras and read them."""
+def read_pictures(pictures: Pictures, *, depth: bool, body_ids: bool) -> dict[str, NDArray]:
+    """What the requested cameras saw at the last ``draw``."""
     observation: dict[str, NDArray] = {}
-    if pictures.cameras:
-        pictures.draw()
     for name in pictures.cameras:
         observation[f"{name}_rgb"] = pictures.rgb(name)
         if depth:

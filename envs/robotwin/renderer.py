@@ -143,7 +143,9 @@ class Pictures:
         self.cameras = {name: found[CAMERAS[name]] for name in cameras}
 
     def draw(self) -> None:
-        """Bring the render scene up to date and take one picture with every requested camera."""
+        """Bring the render scene up to date and start one picture with every requested camera; reading one waits for it."""
+        if not self.cameras:
+            return
         task = self._task
         if any(name != "head" for name in self.cameras):
             task.cameras.update_wrist_camera(task.robot.left_camera.get_pose(), task.robot.right_camera.get_pose())

@@ -10,15 +10,19 @@ pictures, ``templates/`` one small MP4 for each encoder setting.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +51,38 @@ SCHEMA = "physisforcing.archive/1"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 FIX = "copy the archive again from its source"
 _MAX_ENTRY = 1 << 31
+#: Episodes that are worth the start of a process which encodes them (it takes about as long as 50).
+_EPISODES_PER_PROCESS = 100
 
 
-def pack(path: str | Path, roots: Mapping[str, str | Path]) -> dict[str, Any]:
-    """Write datasets (part name -> folder) to one archive, which appears complete or not at all. Returns a summary."""
+def pack(path: str | Path, roots: Mapping[str, str | Path], *, workers: int | None = None) -> dict[str, Any]:
+    """Write datasets (part name -> folder) to one archive, which appears complete or not at all. Returns a summary.
+
+    ``workers`` processes encode (0: this one; None: up to 16, as cores and episodes allow); the archive does not depend on it.
+    """
     path = Path(path)
     entries: dict[str, bytes] = {}
     parts: dict[str, Any] = {}
     for name in sorted(roots):
         if not NAME.fullmatch(name):
             raise UserError("part", got=name, wanted="letters, digits, . _ + -", fix="rename the dataset's folder")
-        parts[name] = _pack_part(name, LeRobotDataset(roots[name]), entries)
-    if not parts:
+    if not roots:
         raise UserError("datasets", got="none", wanted="at least one", fix="physis data pack <FILE> <DATASET>")
+    datasets = {name: LeRobotDataset(roots[name]) for name in sorted(roots)}
+    if workers is None:
+        workers = min(16, os.cpu_count() or 1, sum(map(len, datasets.values())) // _EPISODES_PER_PROCESS)
+    with _encoder(workers) as encode, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # LZMA lets other threads run; each holds some 100 MB. The streams of one part are compressed while the next is encoded.
+        waiting: list[tuple[str, Future[tuple[bytes, Any]], dict[str, Any]]] = []
+        for name, dataset in datasets.items():
+            parts[name], streams = _pack_part(name, dataset, entries, encode)
+            for number, (stream, values) in enumerate(sorted(streams.items())):
+                about = {"entry": f"{number:02d}.bin", "episodes": [index for index, _ in values]}
+                parts[name]["streams"][stream] = about
+                future = pool.submit(compress, [array for _, array in values])
+                waiting.append((f"{name}/{about['entry']}", future, about))
+        for entry, future, about in waiting:
+            entries[entry], about["shapes"] = future.result()
     entries["archive.json"] = json.dumps(
         {"schema": SCHEMA, "parts": parts}, sort_keys=True, separators=(",", ":")
     ).encode()
@@ -94,58 +117,105 @@ def _content(entries: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def _pack_part(name: str, dataset: LeRobotDataset, entries: dict[str, bytes]) -> dict[str, Any]:
-    features = {key: value for key, value in dataset.features.items() if key not in fmt.INDEX_FEATURES}
-    stats, rows, abouts = episode_stats(dataset), [], []
-    streams: dict[str, list[tuple[int, Any]]] = {}
-    pictures: dict[str, list[bytes]] = {key: [] for key in dataset.video_keys}
+@dataclass(slots=True)
+class _Encoded:
+    """One episode's numbers by stream, its packets by camera, and what the archive says about its ground truth once
+    (``about``) and for each episode (``extra``)."""
+
+    found: dict[str, Any]
+    packets: dict[str, Packets]
+    about: dict[str, Any] | None
+    extra: dict[str, Any] | None
+
+
+Encode = Callable[[LeRobotDataset], Iterable[_Encoded]]
+
+
+@contextlib.contextmanager
+def _encoder(workers: int) -> Iterator[Encode]:
+    """A function that encodes all episodes of a dataset in order, with so many processes."""
+    if workers < 2:
+        yield lambda dataset: (_encode(dataset, episode.index) for episode in dataset.episodes)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+        def encode(dataset: LeRobotDataset) -> Iterable[_Encoded]:
+            indices = [episode.index for episode in dataset.episodes]
+            return pool.map(functools.partial(_encode_at, str(dataset.root)), indices, chunksize=8)
+
+        yield encode
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(root: str) -> LeRobotDataset:
+    """A process of ``_encoder`` opens a dataset once."""
+    return LeRobotDataset(root)
+
+
+def _encode_at(root: str, index: int) -> _Encoded:
+    return _encode(_opened(root), index)
+
+
+def _encode(dataset: LeRobotDataset, index: int) -> _Encoded:
+    features = _stored_features(dataset)
+    columns = {k: v for k, v in dataset.columns(index).items() if k in features}
+    found: dict[str, Any] = encode_columns(columns)
+    about = extra = None
+    truth_path = dataset.ground_truth_path(index)
+    if truth_path is not None:
+        joints = decode_columns(found, features)[MEASURED].astype(np.float64)
+        more, about = encode_truth(load_truth(truth_path), joints)
+        found |= more
+        extra = about.pop("extra")
+    packets = {key: read_packets(dataset.video_path(index, key)) for key in dataset.video_keys}
+    return _Encoded(found | {f"packets/{key}": p.table_N4 for key, p in packets.items()}, packets, about, extra)
+
+
+def _stored_features(dataset: LeRobotDataset) -> dict[str, Any]:
+    return {key: value for key, value in dataset.features.items() if key not in fmt.INDEX_FEATURES}
+
+
+def _pack_part(
+    name: str, dataset: LeRobotDataset, entries: dict[str, bytes], encode: Encode
+) -> tuple[dict[str, Any], dict[str, list[tuple[int, Any]]]]:
+    """What the archive says about a part, and its numbers: stream -> (episode, array) pairs. Pictures go to ``entries``."""
     for episode in dataset.episodes:
         if not episode.key or any(word in episode.key for word in "/\\"):
             fix = f"convert it first: physis data prepare <OUT> {dataset.root}"
             raise DatasetError(str(dataset.root), got="episodes without keys", wanted="a dataset written here", fix=fix)
-        columns = {k: v for k, v in dataset.columns(episode.index).items() if k in features}
-        found: dict[str, Any] = encode_columns(columns)
+    stats, rows, abouts = episode_stats(dataset), [], []
+    streams: dict[str, list[tuple[int, Any]]] = {}
+    pictures: dict[str, list[bytes]] = {key: [] for key in dataset.video_keys}
+    for episode, encoded in zip(dataset.episodes, encode(dataset), strict=True):
         row = {field: getattr(episode, field) for field in fmt.EPISODE_COLUMNS if field != "content_sha256"}
         row |= {"length": episode.length, "instruction": episode.instruction}
         row["pictures"] = {key: _rounded(stats[episode.index][key]) for key in dataset.video_keys}
-        truth_path = dataset.ground_truth_path(episode.index)
-        if truth_path is not None:
-            joints = decode_columns(found, features)[MEASURED].astype(np.float64)
-            more, about = encode_truth(load_truth(truth_path), joints)
-            found |= more
-            row["extra"] = about.pop("extra")
-            if about not in abouts:
-                abouts.append(about)
-            row["truth"] = abouts.index(about)
+        if encoded.about is not None:
+            row["extra"] = encoded.extra
+            if encoded.about not in abouts:
+                abouts.append(encoded.about)
+            row["truth"] = abouts.index(encoded.about)
         row["settings"] = {}
-        for key in dataset.video_keys:
-            packets = read_packets(dataset.video_path(episode.index, key))
+        for key, packets in encoded.packets.items():
             template = f"templates/{packets.setting}.mp4"
             if template not in entries:
                 entries[template] = make_template(packets, dataset.video_path(episode.index, key))
             row["settings"][key] = packets.setting
-            found[f"packets/{key}"] = packets.table_N4
             pictures[key].append(packets.data)
-        for stream, values in found.items():
+        for stream, values in encoded.found.items():
             streams.setdefault(stream, []).append((episode.index, values))
         rows.append(row)
-    table = {}
-    ordered = sorted(streams.items())
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each holds some 100 MB; it lets other threads run
-        packed = list(pool.map(compress, [[array for _, array in values] for _, values in ordered]))
-    for number, ((stream, values), (data, shapes)) in enumerate(zip(ordered, packed, strict=True)):
-        entries[f"{name}/{number:02d}.bin"] = data
-        table[stream] = {"entry": f"{number:02d}.bin", "episodes": [index for index, _ in values], "shapes": shapes}
     for key, data_parts in pictures.items():
         entries[f"{name}/{key}.h264"] = b"".join(data_parts)
-    return {
+    about = {
         "fps": dataset.fps,
         "robot_type": dataset.info.get("robot_type") or "",
-        "features": features,
+        "features": _stored_features(dataset),
         "episodes": rows,
         "truths": abouts,
-        "streams": table,
+        "streams": {},
     }
+    return about, streams
 
 
 def _rounded(stats: dict[str, Any]) -> dict[str, Any]:

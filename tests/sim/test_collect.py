@@ -28,7 +28,7 @@ TASK, SEEDS = "click_bell", (0, 1)
 class CountingRecorder(EpisodeRecorder):
     """Notes the physics steps that the scene had made at each frame."""
 
-    def frame(self, env, observation):
+    def frame(self, env, observation=None):
         self.physics = [*getattr(self, "physics", []), env._task.clock.steps]
         super().frame(env, observation)
 
@@ -48,6 +48,25 @@ def env():
     env = gymnasium.make(f"RoboTwin/{TASK}-v0", disable_env_checker=True)
     yield env
     env.close()
+
+
+@pytest.mark.parametrize("level", ["full", "sparse"])
+def test_pictures_drawn_while_physics_goes_on_are_the_same(env, level):
+    """Fetched a frame later against at once: pictures, joints, depth, body ids and poses, bit for bit."""
+    plain, late = EpisodeRecorder(ground_truth=level), EpisodeRecorder(ground_truth=level)
+    env.reset(seed=1, options={"observe": False})
+    env.unwrapped.play_expert(lambda _: plain.frame(env.unwrapped, env.unwrapped.observe()))
+    env.reset(seed=1, options={"observe": False})
+    env.unwrapped.play_expert(lambda _: late.frame(env.unwrapped))
+    assert len(late.images["head"]) == len(late) - 1, "the last picture is still being drawn"
+    late.finish()
+    assert len(plain) == len(late) > 20
+    np.testing.assert_array_equal(np.stack(plain.images["head"]), np.stack(late.images["head"]))
+    for name, column in plain.columns().items():
+        np.testing.assert_array_equal(column, late.columns()[name], err_msg=name)
+    one, two = plain.ground_truth(), late.ground_truth()
+    for name in ("body_poses_TK7", "world_to_camera_TV44", "stored_frames_D", "depth_png", "ids_png"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
 
 
 def test_frames_stand_at_multiples_of_15_physics_steps(env):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -206,6 +207,18 @@ def test_packing_is_repeatable_and_small(datasets, there_and_back, tmp_path) -> 
         np.testing.assert_array_equal(one.frames(index), two.frames(index))
         for name, values in one.columns(index).items():
             np.testing.assert_array_equal(values, two.columns(index)[name], err_msg=name)
+
+
+def test_processes_that_encode_change_nothing_and_name_what_is_missing(datasets, there_and_back, tmp_path) -> None:
+    packed, _, folder = there_and_back
+    again = pack(tmp_path / "b.zip", datasets, workers=2)
+    assert (tmp_path / "b.zip").read_bytes() == (folder / "a.zip").read_bytes()
+    assert again == packed | {"archive": str(tmp_path / "b.zip")}
+    broken = Path(shutil.copytree(datasets["train"], tmp_path / "broken"))
+    LeRobotDataset(broken).video_path(1).write_bytes(b"no video")
+    with pytest.raises(DatasetError, match="video"):
+        pack(tmp_path / "c.zip", {"broken": broken}, workers=2)
+    assert not (tmp_path / "c.zip").exists() and not list(tmp_path.glob("*.partial"))
 
 
 def rewrite(source: Path, target: Path, change) -> Path:
