@@ -18,6 +18,7 @@ from expert_success import run_tasks
 
 from physisforcing.core.stats import wilson
 from physisforcing.envs.robotwin.assets import ensure_pack
+from physisforcing.envs.robotwin.tasks import PACK_TASKS
 from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
 
 PACK: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -34,6 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--variants", nargs="+", default=[*PACK, *OFFICIAL], choices=[*PACK, *OFFICIAL])
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], help="instead of each variant's own; all: every task of the pack"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes (0: this one)")
     parser.add_argument("--json", type=Path, help="merge measurements into this file")
     options = parser.parse_args()
@@ -43,7 +47,8 @@ def main() -> None:
     variants = [(name, str(ensure_pack()), *of) for name, of in PACK.items()]
     variants += [(name, official, *of) for name, of in OFFICIAL.items()] if official else []
     for name, assets, settings, tasks in [v for v in variants if v[0] in options.variants]:
-        results = run_tasks(list(tasks), options.episodes, 0, workers=options.workers, assets=assets, **settings)
+        chosen = list(PACK_TASKS) if options.tasks == ["all"] else options.tasks or list(tasks)
+        results = run_tasks(chosen, options.episodes, 0, workers=options.workers, assets=assets, **settings)
         for task, result in results.items():
             n, k = options.episodes, result["successes"]
             low, high = wilson(k, n)
@@ -60,8 +65,12 @@ def main() -> None:
                 high=high,
                 n=n,
                 seeds=result["seeds"],
-                against={"variant": name, "assets": "RoboTwin's own" if assets == official else "self-made pack"},
-                command=f"python benchmarks/expert_variants.py --episodes {n}",
+                against={
+                    "variant": name,
+                    "assets": "RoboTwin's own" if assets == official else "self-made pack",
+                    "failures": dict(result["failures"]),
+                },
+                command=f"python benchmarks/expert_variants.py --episodes {n} --variants '{name}' --tasks {task}",
                 provenance=provenance,
             )
             if options.json:
