@@ -49,8 +49,11 @@ def rate(line: dict[str, Any]) -> str:
 
 
 def why(line: dict[str, Any]) -> str:
-    """What the failed episodes of an expert failed of."""
-    failures = (line["against"] or {}).get("failures", {}) if isinstance(line["against"], dict) else {}
+    """What the failed episodes of an expert failed of; of a replay, the seeds that it did not repeat."""
+    against = line["against"] if isinstance(line["against"], dict) else {}
+    if missed := against.get("seeds_not_repeated"):
+        return f"seeds {', '.join(map(str, missed))}"
+    failures = against.get("failures", {})
     return ", ".join(f"{name}: {count}" for name, count in sorted(failures.items(), key=lambda item: -item[1]))
 
 
