@@ -156,7 +156,8 @@ def run(options: argparse.Namespace, official: str) -> dict[str, dict[int, dict[
         for entry in manifests[task].entries[: options.episodes]
     ]
     todo = [job for job in jobs if not results.done(key(job), retry_errors=True)]
-    run_seeds(FixedJobs(todo), partial(Player, official), workers=options.workers, on_outcome=on_outcome)
+    limit = {"time_limit_s": options.time_limit}
+    run_seeds(FixedJobs(todo), partial(Player, official), workers=options.workers, on_outcome=on_outcome, **limit)
     table: dict[str, dict[int, dict[str, bool]]] = {job.task: {} for job in jobs}
     for job in jobs:
         row = results.get(key(job))
@@ -234,6 +235,7 @@ def main() -> int:
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--manifest", default="validation", help="set of frozen scenes; the same seeds in every arm")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--time-limit", type=float, default=0.0, help="seconds after which no scene is begun (0: none)")
     parser.add_argument("--json")
     options = parser.parse_args()
     official = os.environ.pop("ROBOTWIN_ASSETS", "")
