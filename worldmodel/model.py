@@ -70,7 +70,10 @@ def load_heads(forcing: PhysisForcing, folder: Path) -> None:
             wanted="a model with physics heads",
             fix="start from a model trained with physics losses",
         )
-    forcing.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    # what is measured of gradients belongs to the run that measured it
+    measured = {name: value for name, value in forcing.state_dict().items() if name.startswith("meter.")}
+    found = {name: value.float() for name, value in load_file(path).items() if not name.startswith("meter.")}
+    forcing.load_state_dict(found | measured)
 
 
 class FlowWorldModel:

@@ -37,6 +37,7 @@ def bank(seed: int) -> WindowBank:
         select_WN=torch.rand(count, 6, generator=generator) > 0.5,
         mask_WFhw=torch.rand(count, *shape, generator=generator) > 0.5,
         teacher_WF=torch.randint(5, (count, 3), generator=generator),
+        body_WFhw=torch.zeros(count, 0, *shape[1:], dtype=torch.int32),
         teacher_EhwC=torch.randn(5, 4, 5, 8, generator=generator).half(),
     )
     return WindowBank(

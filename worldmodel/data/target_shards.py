@@ -2,7 +2,7 @@
 
 A shard holds, for W windows of T frames with N points: int16 track coordinates in 1/64 pixel of the recorded picture
 (float16 would lose a quarter of a pixel at the right border), packed visibility, the depth in mm under
-each query, and the encoder's features (float16) of the frames that windows need: frame ``start + stride * 4k``, the
+each query, the rigid body that it lies on, and the encoder's features (float16) of the frames that windows need: frame ``start + stride * 4k``, the
 last one of each latent frame. All windows of an episode share these, since starts and latent frames are both 8
 control steps apart.
 """
@@ -28,7 +28,7 @@ from ..teachers import ground_truth as tracker
 if TYPE_CHECKING:
     from physisforcing.core.lerobot import LeRobotDataset
 
-SCHEMA = "physisforcing.targets/2"
+SCHEMA = "physisforcing.targets/3"
 #: Track coordinates are stored in this fraction of a pixel.
 SUBPIXELS = 64
 #: Pictures of more pixels a side have coordinates that the stored format cannot hold; tracks outside a picture are clipped.
@@ -92,12 +92,13 @@ class TargetRecipe:
 
 @dataclass(slots=True, kw_only=True)
 class EpisodeTargets:
-    """A shard in memory. ``size``: (H, W) of the pixels. ``teacher_EChw``: float16."""
+    """A shard in memory. ``size``: (H, W) of the pixels. ``body_WN``: -1 unknown. ``teacher_EChw``: float16."""
 
     starts_W: NDArray[np.int32]
     points_WTN2: NDArray[np.int16]
     visible_WTN: NDArray[np.bool_]
     depth_WN: NDArray[np.uint16]
+    body_WN: NDArray[np.int32]
     encoded_steps_E: NDArray[np.int32]
     teacher_EChw: NDArray[np.float16]
     size: tuple[int, int]
@@ -121,6 +122,7 @@ def write_shard(path: Path, targets: EpisodeTargets, recipe: TargetRecipe, conte
         "points_WTN2": targets.points_WTN2,
         "visible_WTb": np.packbits(targets.visible_WTN, axis=-1),
         "depth_WN": targets.depth_WN,
+        "body_WN": targets.body_WN,
         "encoded_steps_E": targets.encoded_steps_E,
         "teacher_EChw": targets.teacher_EChw,
     }
@@ -176,6 +178,7 @@ def _check(targets: EpisodeTargets, recipe: TargetRecipe) -> None:
         "points_WTN2": (windows, frames, points, 2),
         "visible_WTN": (windows, frames, points),
         "depth_WN": (windows, points),
+        "body_WN": (windows, points),
     }
     for name, shape in expected.items():
         if getattr(targets, name).shape != shape:

@@ -130,6 +130,7 @@ def _tracks_and_frames(dataset: LeRobotDataset, index: int, recipe: TargetRecipe
         points_WTN2=np.clip(np.rint(points.astype(np.float64) * SUBPIXELS), -limit, limit).astype(np.int16),
         visible_WTN=np.stack([t.visible_TN for t in tracks]),
         depth_WN=np.rint(np.stack([t.depth_N for t in tracks]) / ground_truth.METRES_PER_COUNT).astype(np.uint16),
+        body_WN=np.stack([t.body_N for t in tracks]),
         encoded_steps_E=steps.astype(np.int32),
         teacher_EChw=np.zeros(0, np.float16),
         size=truth.size,

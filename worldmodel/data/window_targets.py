@@ -19,20 +19,21 @@ from physisforcing.core.errors import DatasetError
 from physisforcing.core.lerobot import LeRobotDataset
 
 from ..physics.config import PhysicsConfig
-from ..physics.regions import in_frame, informative_points, normalise_points, token_mask
+from ..physics.regions import in_frame, informative_points, normalise_points, token_bodies, token_mask
 from ..physics.trajectory import latent_targets
 from .target_shards import SUBPIXELS, EpisodeTargets, TargetRecipe, read_shard
 from .targets import build
 
-_PER_WINDOW = ("points_WFN2", "visible_WFN", "select_WN", "mask_WFhw", "teacher_WF")
+_PER_WINDOW = ("points_WFN2", "visible_WFN", "select_WN", "mask_WFhw", "teacher_WF", "body_WFhw")
 
 
 @dataclass(slots=True, kw_only=True)
 class WindowTargets:
     """Targets of W windows.
 
-    ``points_WFN2`` float32 in [0,1], ``visible_WFN``, ``select_WN``, ``mask_WFhw`` bool, ``teacher_WF`` int64 rows of
-    ``teacher_EhwC`` float16: windows that overlap share encoded frames.
+    ``points_WFN2`` float32 in [0,1], ``visible_WFN`` bool or a weight, ``select_WN``, ``mask_WFhw`` bool, ``teacher_WF`` int64
+    rows of ``teacher_EhwC`` float16: windows that overlap share encoded frames. ``body_WFhw`` int32: the rigid body in each
+    token, where relations are made from bodies ([W,0,h,w] otherwise).
     """
 
     points_WFN2: Tensor
@@ -40,6 +41,7 @@ class WindowTargets:
     select_WN: Tensor
     mask_WFhw: Tensor
     teacher_WF: Tensor
+    body_WFhw: Tensor
     teacher_EhwC: Tensor
 
     def __len__(self) -> int:
@@ -60,13 +62,15 @@ class WindowTargets:
 
     def batch(self, rows_B: Tensor) -> dict[str, Tensor]:
         """The ``targets`` dictionary of ``physics.forcing`` for these rows."""
-        return {
+        targets = {
             "points_BFN2": self.points_WFN2[rows_B],
             "visible_BFN": self.visible_WFN[rows_B],
             "select_BN": self.select_WN[rows_B],
             "token_mask_BFhw": self.mask_WFhw[rows_B],
-            "teacher_BFhwC": self.teacher_EhwC[self.teacher_WF[rows_B]].float(),
         }
+        if self.body_WFhw.shape[1]:
+            return targets | {"body_BFhw": self.body_WFhw[rows_B]}
+        return targets | {"teacher_BFhwC": self.teacher_EhwC[self.teacher_WF[rows_B]].float()}
 
 
 def load_window_targets(
@@ -128,14 +132,19 @@ def reduce_shard(
     visible = torch.from_numpy(shard.visible_WTN[take]) & in_frame(points)
     depth = torch.from_numpy(shard.depth_WN[take].astype(np.float32))
     select = informative_points(points, visible, depth, shard.size, physics)
-    at_latents, seen = latent_targets(points, visible)
+    at_latents, seen = latent_targets(points, visible, time=physics.time, visibility=physics.visibility)
     teacher = torch.from_numpy(shard.teacher_EChw).permute(0, 2, 3, 1).contiguous()
+    grid = teacher.shape[1], teacher.shape[2]
+    bodies = torch.zeros(len(take), 0, *grid, dtype=torch.int32)
+    if physics.relations == "rigid":
+        bodies = token_bodies(points, visible, torch.from_numpy(shard.body_WN[take]).long(), grid).int()
     steps = {int(step): place for place, step in enumerate(shard.encoded_steps_E)}
     return WindowTargets(
         points_WFN2=at_latents,
         visible_WFN=seen,
         select_WN=select,
-        mask_WFhw=token_mask(points, visible, select, (teacher.shape[1], teacher.shape[2])),
+        mask_WFhw=token_mask(points, visible, select, grid, kind=physics.mask, size=shard.size),
+        body_WFhw=bodies,
         teacher_WF=torch.tensor([[steps[int(s)] for s in recipe.latent_steps(start, length)] for start in starts]),
         teacher_EhwC=teacher,
     )

@@ -11,29 +11,55 @@ Use in a trainer::
 ``targets`` is a dictionary of tensors on the device of ``hidden_BLD`` (``data.batches.BankTargets.batch`` makes it):
 
 ``points_BFN2``    float, tracks at latent times, (x + 0.5) / W and (y + 0.5) / H in [0,1]; latent 0 holds the queries
-``visible_BFN``    bool, seen in at least one pixel frame of the latent frame
+``visible_BFN``    bool or weight in [0,1]: how far the point is seen in the latent frame
 ``select_BN``      bool, physics-informative points, eq. (3)
 ``token_mask_BFhw``  bool, physics-informative tokens, eq. (4)
+
+and what tokens are alike, one of
+
 ``teacher_BFhwC``  float, features of the frozen encoder at the same tokens, eq. (9)
+``body_BFhw``      int, rigid body of each token, -1 unknown (``relations="rigid"``)
+``relation_BKK``   int8, cached cosines times 127, with ``relation_index_BK`` (int, tokens) and ``relation_valid_BK`` (bool)
 
 A sample without targets has ``select_BN`` and ``token_mask_BFhw`` all False: it adds exactly zero. The heads are
 trained with the model (``training.worldmodel`` puts them into the same optimiser, at the same learning rate) and saved
 beside it, never inside it: nothing of this is needed to generate. Both losses are computed in float32 outside autocast.
+
+With several processes (``torch.distributed``) the means run over the points and samples of all of them, so that averaged
+gradients are those of one large batch also where some processes have no targets: every process must call this module
+at every step.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import PhysicsConfig
-from .relation import even_order, gather_tokens, relation_loss, select_tokens
-from .trajectory import clamp_to_hull, end_point_error, match_logits, trajectory_loss
+from .gradients import GradientMeter
+from .relation import (
+    even_order,
+    gather_tokens,
+    relation_errors,
+    relation_matrix,
+    rigid_relation,
+    select_tokens,
+    valid_pairs,
+)
+from .trajectory import clamp_to_hull, end_point_error, in_hull, match_logits, trajectory_errors
+from .views import Rect, cut
 
 #: Pixels in which the end-point error is reported, (H, W), whatever the resolution of the video.
 REPORT_SIZE = (240, 320)
+#: What a learnable temperature stays within.
+TEMPERATURES = (0.02, 0.2)
+
+Targets = dict[str, Tensor]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,7 +70,8 @@ class PhysicsOutput:
     ``epe_cells``, ``epe_px``: end-point error of the soft-argmax in tokens and in pixels of 240x320;
     ``epe_uniform_px`` and ``epe_still_px``: the same for a uniform map and for points that stay where they were;
     ``valid``: fraction of (point, latent frame) pairs in the loss; ``tokens``: mean number of selected tokens a
-    sample.
+    sample; where gradients are measured, ``share_pix`` and ``share_sem``: norm of the weighted loss's gradient at the features
+    over that of flow matching, as of the step before; ``lambda_pix``, ``lambda_sem``: weights, where they are set from gradients.
     """
 
     loss: Tensor
@@ -58,79 +85,181 @@ class PhysisForcing(nn.Module):
 
     phi: LayerNorm, three linear layers with SiLU, and a norm without parameters, which makes eq. (6) a cosine with
     temperature 1/sqrt(C). psi: LayerNorm and three linear layers.
+
+    ``measure`` (attribute): measure gradient shares in the next backward passes too where weights are fixed. ``group``
+    (attribute): the processes over which means run (None: all).
     """
 
     def __init__(self, config: PhysicsConfig, *, width: int, teacher_dim: int) -> None:
         super().__init__()
         self.config, self.width, self.teacher_dim = config, width, teacher_dim
+        self.measure, self.group = False, None
         self.phi = _mlp(width, config.phi_hidden, config.feature_dim)
         self.psi = _mlp(width, config.psi_hidden, teacher_dim)
+        self.meter = GradientMeter(persistent=config.weights == "gradient")
+        self.log_temperature: nn.Parameter | None = None
+        if config.temperature == "learnable":
+            self.log_temperature = nn.Parameter(torch.tensor(-0.5 * math.log(config.feature_dim)))
 
     def forward(
         self,
         hidden_BLD: Tensor,
         grid: tuple[int, int, int],
-        targets: dict[str, Tensor],
+        targets: Targets | Sequence[Targets],
         order_BL: Tensor | None = None,
+        *,
+        sigma_B: Tensor | None = None,
+        views: Sequence[Rect] | None = None,
     ) -> PhysicsOutput:
-        """``order_BL``: from ``token_order``; None takes a fixed, evenly spread choice (evaluation)."""
-        frames, height, width = grid
-        assert hidden_BLD.shape[1] == frames * height * width, (hidden_BLD.shape, grid)
+        """``order_BL``: from ``token_order``; None takes a fixed, evenly spread choice (evaluation). ``sigma_B``: noise levels
+        in [0,1], needed by ``sigma_weight``. ``views``: for a collage the tokens of each camera (``views.token_rects``), with
+        one dictionary of targets each.
+        """
+        config = self.config
+        assert hidden_BLD.shape[1] == math.prod(grid), (hidden_BLD.shape, grid)
+        assert sigma_B is not None or config.sigma_weight == "none", "sigma_weight needs the noise levels"
+        weights_2 = self._weights(hidden_BLD)
+        measured = (self.measure or config.weights == "gradient") and torch.is_grad_enabled()
+        for_pix = for_sem = hidden_BLD
+        if measured and hidden_BLD.requires_grad:
+            for_pix, for_sem = self.meter.split(hidden_BLD, weights_2, self.group)
         with torch.autocast(hidden_BLD.device.type, enabled=False):
-            hidden = hidden_BLD.float()
-            pix, metrics = self._trajectory(hidden.unflatten(1, grid), targets)
-            sem, tokens = self._relation(hidden, targets, order_BL)
+            trust_B = None if config.sigma_weight == "none" or sigma_B is None else 1 - sigma_B.float()
+            if order_BL is None:
+                order_BL = even_order(*hidden_BLD.shape[:2], device=hidden_BLD.device)
+            maps = [part.float().unflatten(1, grid) for part in (for_pix, for_sem)] + [order_BL.unflatten(1, grid)]
+            parts = [(maps, targets)] if isinstance(targets, dict) else []
+            if not isinstance(targets, dict):
+                assert views is not None, "targets of several views need the tokens of each"
+                parts = [([cut(one, rect) for one in maps], t) for rect, t in zip(views, targets, strict=True)]
+            pix, metrics = self._trajectory([(m[0], t) for m, t in parts], trust_B)
+            sem, metrics["tokens"] = self._relation([(m[1], m[2], t) for m, t in parts], trust_B)
             # The last term keeps every parameter and the feature map in the graph whatever the masks are.
-            loss = self.config.lambda_pix * pix + self.config.lambda_sem * sem + 0.0 * hidden.sum()
-        return PhysicsOutput(loss=loss, pix=pix.detach(), sem=sem.detach(), metrics={**metrics, "tokens": tokens})
+            loss = weights_2[0] * pix + weights_2[1] * sem + 0.0 * hidden_BLD.float().sum()
+        if measured:
+            metrics |= {name: value.clone() for name, value in self.meter.shares().items()}
+        if config.weights == "gradient":
+            metrics |= {"lambda_pix": weights_2[0], "lambda_sem": weights_2[1]}
+        return PhysicsOutput(loss=loss, pix=pix.detach(), sem=sem.detach(), metrics=metrics)
+
+    def _weights(self, like: Tensor) -> Tensor:
+        """Weights [2] of the two losses, on the device."""
+        config = self.config
+
+        def two(a: float, b: float) -> Tensor:  # filled there: copying from the host would wait for the device
+            return torch.stack([torch.full((), v, device=like.device, dtype=torch.float32) for v in (a, b)])
+
+        start_2 = two(config.lambda_pix, config.lambda_sem)
+        if config.weights == "fixed":
+            return start_2
+        return self.meter.weights(start_2, two(config.ratio_pix, config.ratio_sem))
 
     def features(self, hidden: Tensor) -> Tensor:
         """phi(H^l) of eq. (5): [...,D] -> [...,C] with root mean square 1."""
         mapped = self.phi(hidden)
         return mapped * torch.rsqrt(mapped.square().mean(-1, keepdim=True) + 1e-6)
 
-    def _trajectory(self, hidden_BFhwD: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        config, (height, width) = self.config, hidden_BFhwD.shape[2:4]
-        grid = (height, width)
-        points, visible = targets["points_BFN2"].float(), targets["visible_BFN"]
-        logits = match_logits(self.features(hidden_BFhwD), points[:, 0])
-        target = clamp_to_hull(points[:, 1:], grid)
-        weight = (targets["select_BN"][:, None] & visible[:, 1:]).float()
-        loss, prediction = trajectory_loss(
-            logits,
-            target,
-            weight,
-            grid,
-            kind=config.trajectory_loss,
-            huber_delta=config.huber_delta,
-            gauss_sigma=config.gauss_sigma,
-        )
-        with torch.no_grad():
-            cells, pixels = end_point_error(prediction, target, weight, grid, REPORT_SIZE)
-            uniform = end_point_error(torch.full_like(target, 0.5), target, weight, grid, REPORT_SIZE)[1]
-            still = clamp_to_hull(points[:, :1], grid).expand_as(target)
-            metrics = {
-                "epe_cells": cells,
-                "epe_px": pixels,
-                "epe_uniform_px": uniform,
-                "epe_still_px": end_point_error(still, target, weight, grid, REPORT_SIZE)[1],
-                "valid": weight.mean(),
-            }
-        return loss, metrics
+    def temperature(self) -> Tensor | None:
+        """The learnable temperature, or None for 1/sqrt(C)."""
+        return None if self.log_temperature is None else self.log_temperature.exp().clamp(*TEMPERATURES)
 
-    def _relation(
-        self, hidden_BLD: Tensor, targets: dict[str, Tensor], order_BL: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        mask, teacher = targets["token_mask_BFhw"], targets["teacher_BFhwC"]
-        batch, tokens = hidden_BLD.shape[:2]
-        if order_BL is None:
-            order_BL = even_order(batch, tokens, device=hidden_BLD.device)
-        index, valid = select_tokens(mask, order_BL, self.config.max_tokens)
-        with torch.no_grad():
-            reference = gather_tokens(teacher.reshape(batch, tokens, self.teacher_dim), index).float()
-        # psi of the selected tokens only: it acts token by token, and the student's grid is the teacher's.
-        student = self.psi(gather_tokens(hidden_BLD, index))
-        return relation_loss(student, reference, valid), valid.sum(1).float().mean()
+    def _mean(self, total: Tensor, count: Tensor) -> Tensor:
+        """``total / count`` over all processes, such that the mean of what they get is the mean of the whole batch."""
+        if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size(self.group)) > 1:
+            count = count.detach().clone()
+            dist.all_reduce(count, group=self.group)
+            total = total * world
+        return total / count.clamp(min=1)
+
+    def _trajectory(
+        self, parts: list[tuple[Tensor, Targets]], trust_B: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config, temperature = self.config, self.temperature()
+        totals: dict[str, Tensor] = {}
+
+        def add(name: str, value: Tensor) -> None:
+            totals[name] = totals[name] + value if name in totals else value
+
+        for hidden_BFhwD, targets in parts:
+            grid = (hidden_BFhwD.shape[2], hidden_BFhwD.shape[3])
+            fine = (grid[0] * config.upsample, grid[1] * config.upsample)
+            points, visible = targets["points_BFN2"].float(), targets["visible_BFN"].float()
+            features = self.features(hidden_BFhwD)
+            target = clamp_to_hull(points[:, 1:], fine)
+            counted = targets["select_BN"][:, None].float() * visible[:, 1:]
+            if config.border == "drop":
+                counted = counted * in_hull(points[:, 1:], fine)
+            for query in config.query_frames:
+                logits = match_logits(
+                    features, points[:, query], query_frame=query, upsample=config.upsample, temperature=temperature
+                )
+                errors, prediction = trajectory_errors(
+                    logits,
+                    target,
+                    fine,
+                    kind=config.trajectory_loss,
+                    huber_delta=config.huber_delta,
+                    gauss_sigma=config.gauss_sigma,
+                )
+                weight = counted
+                if query:  # a point can be looked up only where it is seen, and its own frame teaches nothing
+                    other = torch.arange(1, points.shape[1], device=weight.device) != query
+                    weight = counted * (visible[:, query] > 0)[:, None] * other[None, :, None]
+                add("total", (errors * (weight if trust_B is None else weight * trust_B[:, None, None])).sum())
+                add("count", weight.sum())
+                add("places", weight.new_full((), weight.numel()))
+                with torch.no_grad():
+                    still = clamp_to_hull(points[:, query : query + 1], fine).expand_as(target)
+                    for name, guess in (
+                        ("epe", prediction),
+                        ("uniform", torch.full_like(target, 0.5)),
+                        ("still", still),
+                    ):
+                        cells, pixels = end_point_error(guess, target, weight, grid, REPORT_SIZE)
+                        add(f"{name}_cells", cells * weight.sum())
+                        add(f"{name}_px", pixels * weight.sum())
+        count = totals["count"].clamp(min=1)
+        metrics = {
+            "epe_cells": totals["epe_cells"] / count,
+            "epe_px": totals["epe_px"] / count,
+            "epe_uniform_px": totals["uniform_px"] / count,
+            "epe_still_px": totals["still_px"] / count,
+            "valid": totals["count"] / totals["places"],
+        }
+        if temperature is not None:
+            metrics["temperature"] = temperature.detach()
+        return self._mean(totals["total"], totals["count"]), metrics
+
+    def _relation(self, parts: list[tuple[Tensor, Tensor, Targets]], trust_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        config = self.config
+        total = count = tokens = parts[0][0].new_zeros(())
+        for hidden_BFhwD, order_BFhw, targets in parts:
+            hidden_BLD = hidden_BFhwD.flatten(1, 3)
+            if "relation_BKK" in targets:
+                index, valid = targets["relation_index_BK"], targets["relation_valid_BK"]
+            else:
+                mask = targets["token_mask_BFhw"]
+                if config.relations == "rigid":
+                    mask = mask & (targets["body_BFhw"] >= 0)
+                index, valid = select_tokens(mask, order_BFhw.flatten(1), config.max_tokens)
+            common = valid if config.common == "remove" and config.relations == "features" else None
+            with torch.no_grad():
+                if "relation_BKK" in targets:
+                    reference = targets["relation_BKK"].float() / 127
+                elif config.relations == "rigid":
+                    reference, _ = rigid_relation(targets["body_BFhw"].flatten(1).gather(1, index))
+                else:
+                    features = targets["teacher_BFhwC"].flatten(1, 3)
+                    reference = relation_matrix(gather_tokens(features, index).float(), common)
+            # psi of the selected tokens only: it acts token by token, and the student's grid is the teacher's.
+            student = relation_matrix(self.psi(gather_tokens(hidden_BLD, index)), common)
+            errors_B = relation_errors(
+                student, reference, valid_pairs(valid), kind=config.relation_loss, margin=config.relation_margin
+            )
+            total = total + (errors_B if trust_B is None else errors_B * trust_B).sum()
+            count = count + (valid.sum(1) >= 2).sum()
+            tokens = tokens + valid.sum(1).float().mean()
+        return self._mean(total, count.float()), tokens
 
 
 def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:

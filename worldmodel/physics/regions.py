@@ -48,27 +48,42 @@ def motion_magnitude(
     *,
     kind: str = "path",
     dead_zone: float = 0.0,
+    visible_steps: bool = True,
 ) -> Tensor:
     """Eq. (1): how far each point moves, in pixels of ``size`` (H, W): [B,N].
 
-    Points normalised to [0,1]. Only steps between two frames in which the point is visible count; steps below
-    ``dead_zone`` (a fraction of the diagonal) are jitter. ``net``: distance between the first and the last frame in
-    which it is visible.
+    Points normalised to [0,1]. With ``visible_steps`` only steps between two frames in which the point is visible count;
+    steps below ``dead_zone`` (a fraction of the diagonal) are jitter. ``net``: distance between the first and the last frame
+    (in which it is visible).
     """
     position = to_pixels(points_BTN2, size)
+    counted = visible_BTN if visible_steps else torch.ones_like(visible_BTN)
     floor = dead_zone * (size[0] ** 2 + size[1] ** 2) ** 0.5
     if kind == "path":
         step = torch.linalg.vector_norm(position[:, 1:] - position[:, :-1], dim=-1)
-        seen = visible_BTN[:, 1:] & visible_BTN[:, :-1]
+        seen = counted[:, 1:] & counted[:, :-1]
         return (step * (seen & (step >= floor))).sum(1)
     assert kind == "net", kind
-    frames = torch.arange(visible_BTN.shape[1], device=position.device)[None, :, None]
-    first = torch.where(visible_BTN, frames, visible_BTN.shape[1] - 1).amin(1)
-    last = torch.where(visible_BTN, frames, 0).amax(1)
+    frames = torch.arange(counted.shape[1], device=position.device)[None, :, None]
+    first = torch.where(counted, frames, counted.shape[1] - 1).amin(1)
+    last = torch.where(counted, frames, 0).amax(1)
     index = torch.stack([first, last], 1)[..., None].expand(-1, -1, -1, 2)
     ends = position.gather(1, index)
     distance = torch.linalg.vector_norm(ends[:, 1] - ends[:, 0], dim=-1)
-    return distance * (visible_BTN.any(1) & (distance >= floor))
+    return distance * (counted.any(1) & (distance >= floor))
+
+
+def without_camera_motion(points_BTN2: Tensor, visible_BTN: Tensor) -> Tensor:
+    """Tracks as a camera that follows the background would see them: [B,T,N,2].
+
+    The median over the visible points of each step is taken out (per axis), on the ground that most points are background.
+    Only translation in the picture is compensated.
+    """
+    step = points_BTN2[:, 1:] - points_BTN2[:, :-1]
+    seen = (visible_BTN[:, 1:] & visible_BTN[:, :-1])[..., None]
+    median = torch.where(seen, step, torch.nan).nanmedian(2, keepdim=True).values.nan_to_num(0.0)
+    drift = torch.cat([torch.zeros_like(median[:, :1]), median.cumsum(1)], 1)
+    return points_BTN2 - drift
 
 
 def foreground_weight(depth_BN: Tensor, *, kind: str = "metric", eps: float = 0.1) -> Tensor:
@@ -99,26 +114,37 @@ def foreground_weight(depth_BN: Tensor, *, kind: str = "metric", eps: float = 0.
 def select_points(
     score_BN: Tensor, motion_BN: Tensor, valid_BN: Tensor, *, kind: str, min_motion: float, top_k: int
 ) -> Tensor:
-    """Eq. (3): ``q_i >= mean_j q_j`` (``mean``) or the ``top_k`` highest (``topk``): bool [B,N].
+    """Eq. (3): ``q_i >= mean_j q_j`` (``mean``), the ``top_k`` highest (``topk``), or both: bool [B,N].
 
     Points that moved less than ``min_motion`` pixels, or are not ``valid`` (hidden in the first frame), are never
     selected: a static clip has an empty mask. The mean runs over valid points.
     """
-    moving = valid_BN & (motion_BN >= min_motion)
-    if kind == "mean":
+    chosen = valid_BN & (motion_BN >= min_motion)
+    if kind in ("mean", "both"):
         mean = (score_BN * valid_BN).sum(1, keepdim=True) / valid_BN.sum(1, keepdim=True).clamp(min=1)
-        return moving & (score_BN >= mean)
-    assert kind == "topk", kind
-    order = torch.where(moving, score_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    best = torch.zeros_like(moving).scatter_(1, order[:, :top_k], True)
-    return moving & best
+        chosen = chosen & (score_BN >= mean)
+    if kind in ("topk", "both"):
+        order = torch.where(chosen, score_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        chosen = chosen & torch.zeros_like(chosen).scatter_(1, order[:, :top_k], True)
+    else:
+        assert kind == "mean", kind
+    return chosen
 
 
 def informative_points(
     points_BTN2: Tensor, visible_BTN: Tensor, depth_BN: Tensor, size: tuple[int, int], config: PhysicsConfig
 ) -> Tensor:
     """Eq. (1)-(3): the points that the losses look at, bool [B,N]. ``size``: (H, W) in pixels."""
-    motion = motion_magnitude(points_BTN2, visible_BTN, size, kind=config.motion, dead_zone=config.dead_zone)
+    if config.camera_motion == "median":
+        points_BTN2 = without_camera_motion(points_BTN2, visible_BTN)
+    motion = motion_magnitude(
+        points_BTN2,
+        visible_BTN,
+        size,
+        kind=config.motion,
+        dead_zone=config.dead_zone,
+        visible_steps=config.visible_steps,
+    )
     score = motion * foreground_weight(depth_BN, kind=config.depth, eps=config.depth_eps)
     diagonal = (size[0] ** 2 + size[1] ** 2) ** 0.5
     return select_points(
@@ -144,20 +170,59 @@ def token_mask(
     grid: tuple[int, int],
     *,
     temporal_stride: int = 4,
+    kind: str = "max",
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Eq. (4) in token coordinates: the tokens that a selected, visible point passes through, bool [B,F,h,w].
 
-    Equals marking ``round(p)`` in a mask of full resolution and max-pooling it onto the tokens, in time too, without
-    the mask.
+    ``max`` equals marking ``round(p)`` in a mask of full resolution and max-pooling it onto the tokens, in time too,
+    without the mask. ``nearest`` equals resizing that mask of ``size`` (H, W) by nearest neighbour: a token is marked only
+    where a point stands on the one pixel, in the one frame, that the resize reads.
     """
     batch, frames, points = visible_BTN.shape
     height, width = grid
     latents = (frames - 1) // temporal_stride + 1
     cell = torch.floor(points_BTN2 * pair(points_BTN2, width, height)).long()
     marked = visible_BTN & select_BN[:, None] & in_frame(points_BTN2)
-    row, column = cell[..., 1].clamp(0, height - 1), cell[..., 0].clamp(0, width - 1)
     latent = latent_frame(frames, temporal_stride=temporal_stride, device=cell.device)[None, :, None]
+    if kind == "nearest":
+        assert size is not None, "nearest needs the size of the picture"
+        pixel = torch.floor(to_pixels(points_BTN2, size) + 0.5).long()
+        read = torch.floor(cell * pair(points_BTN2, size[1] / width, size[0] / height)).long()
+        frame = torch.arange(frames, device=cell.device)[None, :, None]
+        latent = ((frame * latents + frames - 1) // frames).clamp(max=latents - 1)
+        marked = marked & (pixel == read).all(-1) & (frame == (latent * frames) // latents)
+    else:
+        assert kind == "max", kind
+    row, column = cell[..., 1].clamp(0, height - 1), cell[..., 0].clamp(0, width - 1)
     total = latents * height * width
     index = torch.where(marked, (latent * height + row) * width + column, total).reshape(batch, frames * points)
     mask = torch.zeros(batch, total + 1, dtype=torch.bool, device=cell.device).scatter_(1, index, True)
     return mask[:, :total].reshape(batch, latents, height, width)
+
+
+def token_bodies(
+    points_BTN2: Tensor, visible_BTN: Tensor, body_BN: Tensor, grid: tuple[int, int], *, temporal_stride: int = 4
+) -> Tensor:
+    """The rigid body that each token shows, from exact tracks: int64 [B,F,h,w], -1 where no visible point passes.
+
+    ``body_BN``: body id of each point (below 2^20), -1 unknown. Of several points in a token the one nearest to its centre
+    decides.
+    """
+    batch, frames, points = visible_BTN.shape
+    height, width = grid
+    latents = (frames - 1) // temporal_stride + 1
+    position = points_BTN2 * pair(points_BTN2, width, height)
+    cell = torch.floor(position).long()
+    known = visible_BTN & in_frame(points_BTN2) & (body_BN >= 0)[:, None]
+    row, column = cell[..., 1].clamp(0, height - 1), cell[..., 0].clamp(0, width - 1)
+    latent = latent_frame(frames, temporal_stride=temporal_stride, device=cell.device)[None, :, None]
+    total = latents * height * width
+    index = torch.where(known, (latent * height + row) * width + column, total).reshape(batch, frames * points)
+    distance = ((position - cell - 0.5).square().sum(-1) * (1 << 20)).long()
+    # Distance and id in one integer, so that the minimum carries the id of the nearest point along.
+    key = ((distance << 20) | body_BN[:, None].clamp(min=0)).reshape(batch, frames * points)
+    empty = torch.iinfo(torch.int64).max
+    best = torch.full((batch, total + 1), empty, dtype=torch.int64, device=cell.device)
+    best = best.scatter_reduce_(1, index, key, "amin")[:, :total].reshape(batch, latents, height, width)
+    return torch.where(best == empty, -1, best & ((1 << 20) - 1))

@@ -43,27 +43,70 @@ def gather_tokens(tokens_BLC: Tensor, index_BK: Tensor) -> Tensor:
     return tokens_BLC.gather(1, index_BK[..., None].expand(-1, -1, tokens_BLC.shape[-1]))
 
 
-def relation_matrix(tokens_BKC: Tensor, *, eps: float = 1e-6) -> Tensor:
+def relation_matrix(tokens_BKC: Tensor, valid_BK: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
     """Eq. (11): cosines between all pairs of tokens over space and time, [B,K,K].
 
-    No mean is taken out first: tokens of EfficientNet-Lite0 have a mean cosine of 0.16-0.26 on demonstrations, far
-    from the near-one of encoders with a large common component.
+    With ``valid_BK`` the mean of each sample's valid tokens is taken out first: encoders whose features share a large
+    common component (V-JEPA 2) find everything alike otherwise. EfficientNet-Lite0 does not need it: its tokens
+    have a mean cosine of 0.16-0.26 on demonstrations.
     """
+    if valid_BK is not None:
+        weight = valid_BK[..., None].to(tokens_BKC.dtype)
+        tokens_BKC = tokens_BKC - (tokens_BKC * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
     unit = tokens_BKC / torch.linalg.vector_norm(tokens_BKC, dim=-1, keepdim=True).clamp(min=eps)
     return unit @ unit.transpose(1, 2)
 
 
-def relation_loss(student_BKC: Tensor, teacher_BKC: Tensor, valid_BK: Tensor) -> Tensor:
-    """Eq. (12): mean absolute difference of the two relation matrices, over the samples with two tokens or more.
+def rigid_relation(body_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Relations from the simulator: 1 for two tokens on the same rigid body, 0 for two bodies: [B,K,K] float32; and which
+    pairs are known, bool [B,K,K] (both bodies known, -1 is not).
+    """
+    known = body_BK >= 0
+    same = body_BK[:, :, None] == body_BK[:, None, :]
+    return same.to(torch.float32), known[:, :, None] & known[:, None, :]
+
+
+def relation_errors(
+    student_BKK: Tensor, teacher_BKK: Tensor, pair_BKK: Tensor, *, kind: str = "l1", margin: float = 0.1
+) -> Tensor:
+    """Eq. (12) sample by sample, [B]: mean over the pairs of the difference of the two relation matrices.
+
+    ``l1`` the absolute difference, ``margin`` what exceeds ``margin`` of it, ``mse`` its square. Exactly 0, with zero
+    gradients, where no pair counts.
+    """
+    difference = (student_BKK - teacher_BKK).abs()
+    if kind == "margin":
+        difference = (difference - margin).clamp(min=0)
+    elif kind == "mse":
+        difference = difference.square()
+    else:
+        assert kind == "l1", kind
+    weight = pair_BKK.to(difference.dtype)
+    return (difference * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1)
+
+
+def valid_pairs(valid_BK: Tensor) -> Tensor:
+    """Pairs of valid tokens, in samples that have two or more: bool [B,K,K]."""
+    return valid_BK[:, :, None] & valid_BK[:, None, :] & (valid_BK.sum(1) >= 2)[:, None, None]
+
+
+def relation_loss(
+    student_BKC: Tensor,
+    teacher_BKC: Tensor,
+    valid_BK: Tensor,
+    *,
+    kind: str = "l1",
+    margin: float = 0.1,
+    remove_common: bool = False,
+) -> Tensor:
+    """Eq. (12): mean difference of the two relation matrices, over the samples with two tokens or more.
 
     Each sample is divided by the square of its own number of valid tokens. Exactly 0, with zero gradients, when no
     sample has two.
     """
+    valid = valid_BK if remove_common else None
+    pairs = valid_pairs(valid_BK)
     with torch.no_grad():
-        teacher = relation_matrix(teacher_BKC)
-        count = valid_BK.sum(1)
-        usable = count >= 2
-        pair = (valid_BK[:, :, None] & valid_BK[:, None, :] & usable[:, None, None]).to(student_BKC.dtype)
-    difference = (relation_matrix(student_BKC) - teacher).abs() * pair
-    per_sample = difference.sum((1, 2)) / count.clamp(min=1).square()
-    return per_sample.sum() / usable.sum().clamp(min=1)
+        teacher = relation_matrix(teacher_BKC, valid)
+    errors = relation_errors(relation_matrix(student_BKC, valid), teacher, pairs, kind=kind, margin=margin)
+    return errors.sum() / (valid_BK.sum(1) >= 2).sum().clamp(min=1)

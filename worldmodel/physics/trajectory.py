@@ -22,11 +22,15 @@ def cell_centres(grid: tuple[int, int], *, device: torch.device | str | None = N
     return torch.stack([x[None].expand(height, width), y[:, None].expand(height, width)], -1).reshape(-1, 2)
 
 
-def latent_targets(points_BTN2: Tensor, visible_BTN: Tensor, *, temporal_stride: int = 4) -> tuple[Tensor, Tensor]:
+def latent_targets(
+    points_BTN2: Tensor, visible_BTN: Tensor, *, temporal_stride: int = 4, time: str = "mean", visibility: str = "any"
+) -> tuple[Tensor, Tensor]:
     """Tracks at the times of the latent frames of a causal autoencoder: points [B,F,N,2], visible [B,F,N].
 
-    Latent 0 is frame 0; latent k is the mean over the visible ones of the frames 4k-3..4k. Where none is visible the
-    plain mean stands there and ``visible`` is False.
+    Latent 0 is frame 0. ``mean``: latent k is the mean over the visible ones of the frames 4k-3..4k (where none is visible the
+    plain mean stands there); ``last``: frame 4k; ``uniform``: the clip resampled to F frames, whatever the autoencoder does.
+    ``visibility``: ``any`` gives bool, whether a frame of the group shows the point; ``share`` gives float, the share of
+    the frames that do; ``off`` gives True everywhere.
     """
     frames = visible_BTN.shape[1]
     latents = (frames - 1) // temporal_stride + 1
@@ -34,16 +38,32 @@ def latent_targets(points_BTN2: Tensor, visible_BTN: Tensor, *, temporal_stride:
     member_FT = (group[None] == torch.arange(latents, device=group.device)[:, None]).to(points_BTN2.dtype)
     weight_BTN = visible_BTN.to(points_BTN2.dtype)
     seen = torch.einsum("ft,btn->bfn", member_FT, weight_BTN)
+    if visibility == "share":
+        visible = seen / member_FT.sum(1)[:, None]
+    else:
+        visible = seen > 0 if visibility == "any" else torch.ones_like(seen, dtype=torch.bool)
+    if time == "last":
+        return points_BTN2[:, ::temporal_stride], visible
+    if time == "uniform":
+        place = ((torch.arange(latents, device=group.device) + 0.5) * frames / latents - 0.5).clamp(0, frames - 1)
+        low = place.floor().long().clamp(max=frames - 2)
+        share = (place - low).to(points_BTN2.dtype)[:, None, None]
+        return points_BTN2[:, low] * (1 - share) + points_BTN2[:, low + 1] * share, visible
+    assert time == "mean", time
     mean_seen = torch.einsum("ft,btn,btnc->bfnc", member_FT, weight_BTN, points_BTN2) / seen.clamp(min=1)[..., None]
     mean_all = torch.einsum("ft,btnc->bfnc", member_FT / member_FT.sum(1, keepdim=True), points_BTN2)
-    visible = seen > 0
-    return torch.where(visible[..., None], mean_seen, mean_all), visible
+    return torch.where((seen > 0)[..., None], mean_seen, mean_all), visible
 
 
 def clamp_to_hull(points: Tensor, grid: tuple[int, int]) -> Tensor:
     """An expectation over cell centres cannot leave their hull: move targets [...,2] outside it onto its border."""
     margin = pair(points, 0.5 / grid[1], 0.5 / grid[0])
     return torch.minimum(torch.maximum(points, margin), 1 - margin)
+
+
+def in_hull(points: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Whether targets [...,2] lie inside the hull of cell centres: bool [...]."""
+    return (clamp_to_hull(points, grid) == points).all(-1)
 
 
 def bilinear_weights(points_BN2: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -60,16 +80,30 @@ def bilinear_weights(points_BN2: Tensor, grid: tuple[int, int]) -> Tensor:
     return (hat_y[..., :, None] * hat_x[..., None, :]).flatten(-2)
 
 
-def match_logits(features_BFhwC: Tensor, query_BN2: Tensor) -> Tensor:
-    """Eq. (5), (6): ``Q(p_i)^T K_t(x) / sqrt(C)`` for every later latent frame and token: [B,F-1,N,L].
+def match_logits(
+    features_BFhwC: Tensor,
+    query_BN2: Tensor,
+    *,
+    query_frame: int = 0,
+    upsample: int = 1,
+    temperature: Tensor | None = None,
+) -> Tensor:
+    """Eq. (5), (6): ``Q(p_i)^T K_t(x) / sqrt(C)`` for every latent frame after 0 and every token: [B,F-1,N,L].
 
-    Q is latent frame 0 sampled bilinearly at the query points, K_t the latent frames 1..F-1. Under first-frame
-    conditioning Q comes from clean tokens (timestep 0) and K_t from noisy ones.
+    Q is latent frame ``query_frame`` sampled bilinearly at the query points, K_t the latent frames 1..F-1. Under first-frame
+    conditioning Q of frame 0 comes from clean tokens (timestep 0) and K_t from noisy ones. ``upsample``: the logits are
+    enlarged bilinearly by this factor, L = upsample^2 h w (enlarging the keys would give the same at more cost).
+    ``temperature`` (scalar) replaces 1/sqrt(C): features of root mean square 1 make Q^T K / C a cosine, which is divided by it.
     """
     batch, frames, height, width, channels = features_BFhwC.shape
     tokens_BFLC = features_BFhwC.reshape(batch, frames, height * width, channels)
-    query_BNC = bilinear_weights(query_BN2, (height, width)) @ tokens_BFLC[:, 0]
-    return torch.einsum("bnc,bflc->bfnl", query_BNC * channels**-0.5, tokens_BFLC[:, 1:])
+    query_BNC = bilinear_weights(query_BN2, (height, width)) @ tokens_BFLC[:, query_frame]
+    scale = channels**-0.5 if temperature is None else 1 / (channels * temperature)
+    logits = torch.einsum("bnc,bflc->bfnl", query_BNC * scale, tokens_BFLC[:, 1:])
+    if upsample == 1:
+        return logits
+    fine = cell_centres((height * upsample, width * upsample), device=logits.device).to(logits)
+    return logits @ bilinear_weights(fine[None], (height, width))[0].T
 
 
 def soft_argmax(logits_BFNL: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -92,8 +126,26 @@ def trajectory_loss(
 
     ``target_BFN2``: latent frames 1.., inside the hull of cell centres. ``weight_BFN``: m_i * v_{i,t}; where it is
     all zero the loss is exactly 0 with zero gradients. Returns (scalar loss, prediction [B,F,N,2]). A uniform map
-    scores 1/6 on targets spread evenly. ``huber`` is quadratic below ``huber_delta`` (same curvature as the MSE),
-    linear above.
+    scores 1/6 on targets spread evenly.
+    """
+    error, prediction = trajectory_errors(
+        logits_BFNL, target_BFN2, grid, kind=kind, huber_delta=huber_delta, gauss_sigma=gauss_sigma
+    )
+    return (weight_BFN * error).sum() / weight_BFN.sum().clamp(min=1), prediction
+
+
+def trajectory_errors(
+    logits_BFNL: Tensor,
+    target_BFN2: Tensor,
+    grid: tuple[int, int],
+    *,
+    kind: str = "mse",
+    huber_delta: float = 0.05,
+    gauss_sigma: float = 0.7,
+) -> tuple[Tensor, Tensor]:
+    """The error of each point in each latent frame, [B,F,N], and the prediction [B,F,N,2]. ``grid``: that of the logits.
+
+    ``huber`` is quadratic below ``huber_delta`` (same curvature as the MSE), linear above.
     """
     prediction = soft_argmax(logits_BFNL, grid)
     if kind == "ce_gauss":
@@ -110,7 +162,7 @@ def trajectory_loss(
         else:
             assert kind == "mse", kind
         error = squared
-    return (weight_BFN * error).sum() / weight_BFN.sum().clamp(min=1), prediction
+    return error, prediction
 
 
 def end_point_error(
