@@ -99,7 +99,8 @@ class PhysisForcing(nn.Module):
         self.meter = GradientMeter(persistent=config.weights == "gradient")
         self.log_temperature: nn.Parameter | None = None
         if config.temperature == "learnable":
-            self.log_temperature = nn.Parameter(torch.tensor(-0.5 * math.log(config.feature_dim)))
+            # one element, not a scalar: fully_shard refuses scalars
+            self.log_temperature = nn.Parameter(torch.full((1,), -0.5 * math.log(config.feature_dim)))
 
     def forward(
         self,
@@ -119,7 +120,7 @@ class PhysisForcing(nn.Module):
         assert hidden_BLD.shape[1] == math.prod(grid), (hidden_BLD.shape, grid)
         assert sigma_B is not None or config.sigma_weight == "none", "sigma_weight needs the noise levels"
         weights_2 = self._weights(hidden_BLD)
-        measured = (self.measure or config.weights == "gradient") and torch.is_grad_enabled()
+        measured = self.measures and torch.is_grad_enabled()
         for_pix = for_sem = hidden_BLD
         if measured and hidden_BLD.requires_grad:
             for_pix, for_sem = self.meter.split(hidden_BLD, weights_2, self.group)
@@ -142,6 +143,20 @@ class PhysisForcing(nn.Module):
             metrics |= {"lambda_pix": weights_2[0], "lambda_sem": weights_2[1]}
         return PhysicsOutput(loss=loss, pix=pix.detach(), sem=sem.detach(), metrics=metrics)
 
+    @property
+    def measures(self) -> bool:
+        """Whether the next backward pass measures gradients."""
+        return self.measure or self.config.weights == "gradient"
+
+    def watch(self, hidden_BLD: Tensor) -> None:
+        """Name the tensor that the blocks above read, before this module is called with it.
+
+        Only needed where something wraps this module (``fully_shard``, ``DistributedDataParallel``) and gradients are
+        measured: the wrapper hands in a tensor of its own, at which flow matching's gradient does not pass.
+        """
+        if self.measures and hidden_BLD.requires_grad:
+            self.meter.watch(hidden_BLD, self.group)
+
     def _weights(self, like: Tensor) -> Tensor:
         """Weights [2] of the two losses, on the device."""
         config = self.config
@@ -161,7 +176,7 @@ class PhysisForcing(nn.Module):
 
     def temperature(self) -> Tensor | None:
         """The learnable temperature, or None for 1/sqrt(C)."""
-        return None if self.log_temperature is None else self.log_temperature.exp().clamp(*TEMPERATURES)
+        return None if self.log_temperature is None else self.log_temperature[0].exp().clamp(*TEMPERATURES)
 
     def _mean(self, total: Tensor, count: Tensor) -> Tensor:
         """``total / count`` over all processes, such that the mean of what they get is the mean of the whole batch."""

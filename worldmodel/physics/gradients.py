@@ -29,28 +29,40 @@ class GradientMeter(nn.Module):
 
     def __init__(self, *, persistent: bool) -> None:
         super().__init__()
+        self._seen: dict[str, Tensor] | None = None
         self.register_buffer("norms_3", torch.zeros(3), persistent=False)
         self.register_buffer("average_3", torch.zeros(3), persistent=persistent)
         self.register_buffer("steps_3", torch.zeros(3), persistent=persistent)
 
-    def split(self, hidden: Tensor, weights_2: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-        """Two views of the features, one for each loss; the next backward pass measures. ``weights_2``: those of the losses."""
+    def watch(self, hidden: Tensor, group: dist.ProcessGroup | None) -> None:
+        """Measure the next backward pass at this tensor, which the blocks above read too."""
         seen: dict[str, Tensor] = {}
-        views = hidden.view_as(hidden), hidden.view_as(hidden)
-        for name, view in zip(("pix", "sem"), views, strict=True):
-            view.register_hook(lambda gradient, name=name: seen.__setitem__(name, gradient))
-        weights_2 = weights_2.detach().clone()
+        self._seen = seen
 
         def total(gradient: Tensor) -> None:
+            if "weights" not in seen:  # the losses were not asked in this pass
+                return
             with torch.no_grad():
                 parts = [seen.pop(name, torch.zeros_like(gradient)).float() for name in ("pix", "sem")]
                 rest = gradient.float() - parts[0] - parts[1]
                 squares_3 = torch.stack([part.square().sum() for part in (rest, *parts)])
                 if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
                     dist.all_reduce(squares_3, group=group)
-                self._note(squares_3.sqrt(), weights_2)
+                self._note(squares_3.sqrt(), seen["weights"])
 
         hidden.register_hook(total)
+
+    def split(self, hidden: Tensor, weights_2: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        """Two views of the features, one for each loss. ``weights_2``: those of the losses. Watches ``hidden`` itself unless
+        another tensor is watched for this pass."""
+        if self._seen is None:
+            self.watch(hidden, group)
+        seen, self._seen = self._seen, None
+        assert seen is not None
+        seen["weights"] = weights_2.detach().clone()
+        views = hidden.view_as(hidden), hidden.view_as(hidden)
+        for name, view in zip(("pix", "sem"), views, strict=True):
+            view.register_hook(lambda gradient, name=name: seen.__setitem__(name, gradient))
         return views
 
     def _note(self, norms_3: Tensor, weights_2: Tensor) -> None:

@@ -50,6 +50,7 @@ def objective(
     terms = {"loss": fm, "fm": fm.detach()}
     if physics:
         assert tapped is not None and forcing is not None
+        forcing.watch(tapped)
         out = forcing(tapped, tuple(x0.shape[2:]), batch["targets"], order, sigma_B=sigma)
         terms["loss"] = fm + out.loss
         terms |= {"pix": out.pix, "sem": out.sem, **out.metrics}
