@@ -18,8 +18,8 @@ from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.teachers import depth_anything, frame_encoder, preprocess, registry, vjepa2
 from physisforcing.worldmodel.teachers.depth_anything import DepthAnything
 from physisforcing.worldmodel.teachers.dino import Dino
-from physisforcing.worldmodel.teachers.protocols import DepthEstimator, TeacherInfo, VideoEncoder
-from physisforcing.worldmodel.teachers.registry import TeacherConfig, make_depth, make_encoder
+from physisforcing.worldmodel.teachers.protocols import DepthEstimator, PointTracker, TeacherInfo, VideoEncoder
+from physisforcing.worldmodel.teachers.registry import TeacherConfig, make_depth, make_encoder, make_tracker
 from physisforcing.worldmodel.teachers.vjepa2 import VJepa2
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -491,6 +491,7 @@ def test_folders_of_other_models_and_configs_that_reach_out_are_refused(
 def test_unknown_names_and_settings_that_would_be_ignored() -> None:
     with pytest.raises(UserError, match="did you mean 'vjepa2'"):
         make_encoder(TeacherConfig(name="vjepa"))
+    assert isinstance(make_tracker(TeacherConfig(name="classical"), permissive_only=True), PointTracker)
     with pytest.raises(UserError, match="did you mean 'depth_anything'"):
         make_depth(TeacherConfig(name="depth-anything"))
     with pytest.raises(UserError, match=r"efficientnet_lite0\.path"):
@@ -516,7 +517,7 @@ def test_permissive_only(folders: dict[str, Path], monkeypatch: pytest.MonkeyPat
 
 
 def test_every_name_of_the_registry_stands_in_its_docstring() -> None:
-    for entries in (registry.DEPTHS, registry.ENCODERS):
+    for entries in (registry.TRACKERS, registry.DEPTHS, registry.ENCODERS):
         assert all(f" {name} " in (registry.__doc__ or "") for name in entries)
 
 

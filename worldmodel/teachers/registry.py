@@ -1,8 +1,9 @@
-"""Teachers by name: settings in, a depth estimator or encoder out.
+"""Teachers by name: settings in, a tracker, depth estimator or encoder out.
 
 ============  ====================  =============================================  =========================
 kind          name                  weights                                        licence of the weights
 ============  ====================  =============================================  =========================
+tracker       classical             none (optical flow)                            Apache-2.0 (OpenCV)
 depth         depth_anything        ``path``, version 2: ViT-S / larger            Apache-2.0 / CC-BY-NC-4.0
 encoder       efficientnet_lite0    of a package from PyPI                         Apache-2.0
 encoder       vjepa2                ``path``                                       MIT
@@ -20,7 +21,7 @@ from typing import Any
 
 from physisforcing.core.errors import UserError, unknown_name
 
-from .protocols import PERMISSIVE, DepthEstimator, VideoEncoder
+from .protocols import PERMISSIVE, DepthEstimator, PointTracker, VideoEncoder
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,6 +48,11 @@ class _Entry:
     make: Callable[[TeacherConfig], Any]
     licence: str | Callable[[TeacherConfig], str]
     permissive: str = ""
+
+
+def make_tracker(config: TeacherConfig, *, permissive_only: bool = False) -> PointTracker:
+    """A point tracker. Errors as ``make_depth``."""
+    return _make("tracker", TRACKERS, config, permissive_only)
 
 
 def make_depth(config: TeacherConfig, *, permissive_only: bool = False) -> DepthEstimator:
@@ -83,6 +89,13 @@ def _check_permissive(kind: str, entries: Mapping[str, _Entry], config: TeacherC
             wanted=f"weights under {', '.join(PERMISSIVE)}",
             fix=f"choose {', '.join(entry.permissive for entry in entries.values() if entry.permissive)}",
         )
+
+
+def _classical(config: TeacherConfig) -> PointTracker:
+    _refuse(config, "path", "checksum", "dtype")
+    from .classical import ClassicalTracker
+
+    return ClassicalTracker()
 
 
 def _depth_anything(config: TeacherConfig) -> DepthEstimator:
@@ -152,6 +165,7 @@ def _refuse(config: TeacherConfig, *fields: str) -> None:
             )
 
 
+TRACKERS: Mapping[str, _Entry] = {"classical": _Entry(_classical, "Apache-2.0", "classical")}
 DEPTHS: Mapping[str, _Entry] = {
     "depth_anything": _Entry(_depth_anything, _depth_anything_licence, "depth_anything with the weights of ViT-S"),
 }
