@@ -3,7 +3,8 @@
     python benchmarks/trackers.py [--tasks click_bell stack_blocks_two adjust_bottle] [--seeds 0 1] [--json docs/results/teachers.json]
 
 Windows of 17 frames at stride 2 (as in training) at 240x320, 25x25 queries. Errors are of visible points, apart for those that move
-(by 2 % of the diagonal or more, as the losses select) and those that stand; the first frame, which every tracker is given, is left
+(by 2 % of the diagonal or more, as the losses select), for those of them that the tracker says are visible (``claimed``), and for
+those that stand; the first frame, which every tracker is given, is left
 out. ``classical`` sees the pictures; ``degraded`` is the truth with the errors of ``teachers.degraded``.
 """
 
@@ -59,7 +60,7 @@ def spoiled(window: Window, number: int) -> Found:
 
 
 def compare(found: Found, truth: PointTracks) -> dict[str, NDArray]:
-    """Errors in pixels of visible points, ``moving`` and ``still``, and where visibility agrees; queries on nothing are left out."""
+    """Errors in pixels of visible points, ``moving``, ``claimed`` and ``still``, and where visibility agrees; queries on nothing are left out."""
     points, visible = found
     error = np.linalg.norm(points - truth.points_TN2, axis=-1)[1:]
     seen, known = truth.visible_TN[1:], truth.visible_TN[0]
@@ -69,6 +70,7 @@ def compare(found: Found, truth: PointTracks) -> dict[str, NDArray]:
     return {
         "moving": error[seen & (known & moves)],
         "still": error[seen & (known & ~moves)],
+        "claimed": error[seen & visible[1:] & (known & moves)],
         "agrees": agrees.ravel(),
         "agrees_moving": (visible[1:] == seen)[:, known & moves].ravel(),
     }
@@ -88,7 +90,7 @@ def lines(name: str, parts: list[dict[str, NDArray]], shared: dict[str, Any]) ->
             measurement(f"teachers/{name}/{claim}", middle, unit=unit, low=float(low), high=float(high), **shared)
         )
 
-    for which in ("moving", "still"):
+    for which in ("moving", "claimed", "still"):
         for word, quantile in (("median", 50), ("p95", 95)):
             add(
                 f"{which}/{word}_px",

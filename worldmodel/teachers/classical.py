@@ -1,7 +1,8 @@
 """A point tracker without a network: OpenCV's pyramidal Lucas-Kanade from frame to frame, checked by tracking back.
 
-Runs anywhere in a few milliseconds a frame, knows nothing it did not see: a point that is lost stays hidden. How far it is from the
-simulator's exact tracks is measured by ``benchmarks/trackers.py``.
+Runs anywhere in a few milliseconds a frame, knows nothing it did not see: a point that is lost stays hidden. Where the picture does not
+change a point stands still, also on plain surfaces, which have nothing to follow. How far it is from the simulator's exact tracks
+is measured by ``benchmarks/trackers.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .protocols import TeacherInfo, Tracks
 
 #: Side of the patch that is compared, in pixels, and levels of the pyramid above full size.
 WINDOW, LEVELS = 15, 3
+#: A patch that changes by less than this on average (grey levels of 255) from one frame to the next has not moved.
+UNCHANGED = 0.5
 
 
 class ClassicalTracker:
@@ -36,7 +39,7 @@ class ClassicalTracker:
 
     @property
     def info(self) -> TeacherInfo:
-        version = f"lk{WINDOW}x{LEVELS}/{self.tolerance_px:g}/{self.correction_px:g}"
+        version = f"lk{WINDOW}x{LEVELS}/{UNCHANGED:g}/{self.tolerance_px:g}/{self.correction_px:g}"
         return TeacherInfo(name="classical", version=version, licence="Apache-2.0")
 
     def track(self, video_BTHWC: Tensor, queries_BN2: Tensor) -> Tracks:
@@ -64,9 +67,11 @@ class ClassicalTracker:
         for before, now in zip(frames, frames[1:], strict=False):
             moved = _flow(cv2, before, now, place)
             back = _flow(cv2, now, before, moved)
+            same = _change(cv2, before, now, place) < UNCHANGED
+            moved, back = np.where(same[:, None], place, moved), np.where(same[:, None], place, back)
             miss = np.linalg.norm(back - place, axis=1)
             fixed = _flow(cv2, frames[0], now, query_N2.astype(np.float32), start=moved)
-            near = np.linalg.norm(fixed - moved, axis=1) < self.correction_px
+            near = (np.linalg.norm(fixed - moved, axis=1) < self.correction_px) & ~same
             moved = np.where(near[:, None], fixed, moved)
             alive = alive & (miss < self.tolerance_px) & _inside(moved, size)
             # A lost point stays where it was last seen: whatever its patch matches now is something else.
@@ -89,6 +94,13 @@ def _flow(
     found, status, _ = cv2.calcOpticalFlowPyrLK(before, now, place_N2[:, None], guess, **options)
     # Far away where the patch was not found, so that the way back misses.
     return np.where(status.astype(bool), found[:, 0], np.float32(1e6)).astype(np.float32)
+
+
+def _change(cv2: Any, before: NDArray, now: NDArray, place_N2: NDArray) -> NDArray[np.float32]:
+    """Mean absolute difference of the patches at these places, [N]."""
+    difference = cv2.blur(cv2.absdiff(before, now).astype(np.float32), (WINDOW, WINDOW))
+    column, row = np.clip(np.rint(place_N2).astype(int), 0, [now.shape[1] - 1, now.shape[0] - 1]).T
+    return difference[row, column]
 
 
 def _inside(points_N2: NDArray, size: NDArray) -> NDArray[np.bool_]:
