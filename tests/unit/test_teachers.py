@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DepthAnythingConfig, Dinov2Config, DINOv3ViTConfig, VJEPA2Config, VJEPA2Model
 
 from physisforcing.core.errors import UserError
-from physisforcing.worldmodel.teachers import depth_anything, frame_encoder, preprocess, registry, vjepa2
+from physisforcing.worldmodel.teachers import depth_anything, dino, frame_encoder, preprocess, registry, vjepa2
 from physisforcing.worldmodel.teachers.depth_anything import DepthAnything
 from physisforcing.worldmodel.teachers.dino import Dino
 from physisforcing.worldmodel.teachers.protocols import DepthEstimator, PointTracker, TeacherInfo, VideoEncoder
@@ -506,7 +506,8 @@ def test_permissive_only(folders: dict[str, Path], monkeypatch: pytest.MonkeyPat
     for name in ("dinov2", "vjepa2"):
         teacher = make_encoder(TeacherConfig(name=name, path=str(folders[name])), permissive_only=True)
         assert teacher.info.permissive
-    monkeypatch.setattr(preprocess, "load_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    for module in (dino, depth_anything):
+        monkeypatch.setattr(module, "load_pretrained", lambda *a, **k: pytest.fail("weights were read"))
     with pytest.raises(UserError) as refused:
         make_encoder(TeacherConfig(name="dinov3", path=str(folders["dinov3"])), permissive_only=True)
     assert "LicenseRef-DINOv3" in str(refused.value)
