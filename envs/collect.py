@@ -16,12 +16,13 @@ from typing import Any
 from physisforcing.core.errors import IncompleteCoverageError, UserError, check_at_least, unknown_name
 from physisforcing.core.lerobot import LeRobotDataset, LeRobotWriter
 from physisforcing.core.lerobot_format import write_json
+from physisforcing.core.shards import parse_shard
 from physisforcing.core.stats import wilson
 
 from .collector import JointCollector, episode_key
 from .recording import GROUND_TRUTH, PICTURES
 from .seeds import Job, Outcome, run_seeds, split_of
-from .shards import ShardPlan, parse_shard
+from .shards import ShardPlan
 
 HELP = """Record demonstrations in RoboTwin.
 

@@ -11,8 +11,9 @@ import pytest
 from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.lerobot import GROUND_TRUTH_PATH, HEAD, LeRobotDataset, LeRobotWriter, robot_features
 from physisforcing.core.merge import main, merge
+from physisforcing.core.shards import parse_shard
 from physisforcing.envs.seeds import Job, Outcome, SeedPlan, run_seeds
-from physisforcing.envs.shards import ShardPlan, parse_shard
+from physisforcing.envs.shards import ShardPlan
 
 JOINTS = [f"joint{i}" for i in range(14)]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ..codec import VideoCodec
 from ..physics.config import PhysicsConfig
+from ..teachers.online import OnlineTeachers
+from ..teachers.selection import TeachersConfig
 from ..text import TextEmbedder
-from .targets import TargetRecipe
+from .targets import resolve_recipe
 from .window_targets import WindowTargets, load_window_targets
 from .windows import Episode, FrameStore, WindowTable, lagged_states
 
@@ -47,11 +49,51 @@ def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> 
     return torch.Generator(device=device).manual_seed(mixed)
 
 
+class Targets(Protocol):
+    """Physics targets of a window table."""
+
+    @property
+    def teacher_dim(self) -> int:
+        """Width of the features that relations are made of; 0 where there are none."""
+        ...
+
+    def available_rows(self) -> Tensor:
+        """Rows of the windows that have targets, int64 on the CPU."""
+        ...
+
+    def batch(self, rows_B: Tensor) -> dict[str, Tensor]:
+        """The ``targets`` dictionary of ``physics.forcing`` for rows of the table, on the training device."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class OnlineTargets:
+    """Targets made by teachers that look at the pictures of each batch. ``grid``: (F, h, w) tokens."""
+
+    store: FrameStore
+    table: WindowTable
+    teachers: OnlineTeachers
+    grid: tuple[int, int, int]
+
+    @property
+    def teacher_dim(self) -> int:
+        return self.teachers.channels
+
+    def available_rows(self) -> Tensor:
+        return torch.arange(len(self.table))
+
+    def batch(self, rows_B: Tensor) -> dict[str, Tensor]:
+        rows = rows_B.to(self.table.episode_W.device)
+        home = self.store.frames_MHWC.device
+        video = self.store.windows(self.table.episode_W[rows].to(home), self.table.start_W[rows].to(home))
+        return self.teachers(video, self.grid)
+
+
 @dataclass(slots=True, kw_only=True)
 class BankTargets:
-    """Physics targets of a window table: ``row_W`` is a window's row in ``targets``, -1 where it has none.
+    """Cached targets: ``row_W`` is a window's row in ``targets``, -1 where it has none.
 
-    Ground truth is stored for every 8th step, so windows that start between have no targets and add nothing to the losses.
+    Targets are stored for every 8th step, so windows that start between have none and add nothing to the losses.
     """
 
     row_W: Tensor
@@ -65,12 +107,15 @@ class BankTargets:
         physics: PhysicsConfig,
         device: torch.device,
         *,
+        teachers: TeachersConfig | None = None,
         cache: str | Path | None = None,
         workers: int,
     ) -> BankTargets:
         """Read the targets of the windows of ``episodes`` from ``cache`` (None: the folder ``targets`` of each dataset); what is
         missing is computed first and kept there."""
-        recipe = TargetRecipe()
+        roots = dict.fromkeys(episode.root for episode in episodes)
+        folders = [Path(cache)] if cache else [Path(root) / "targets" for root in roots]
+        recipe = resolve_recipe(teachers or TeachersConfig(), folders)
         chosen = torch.nonzero(table.start_W % recipe.start_stride == 0).flatten()
         windows = [
             (episodes[place].root, episodes[place].index, start)
@@ -78,7 +123,9 @@ class BankTargets:
         ]
         row = torch.full((len(table),), -1)
         row[chosen] = torch.arange(len(chosen))
-        found = load_window_targets(windows, physics, recipe=recipe, cache=cache, device=device, workers=workers)
+        found = load_window_targets(
+            windows, physics, recipe=recipe, teachers=teachers, cache=cache, device=device, workers=workers
+        )
         return cls(row_W=row.to(device), targets=found)
 
     @property
@@ -93,6 +140,8 @@ class BankTargets:
         found, present = self.targets.batch(row.clamp(min=0)), row >= 0
         found["select_BN"] = found["select_BN"] & present[:, None]
         found["token_mask_BFhw"] = found["token_mask_BFhw"] & present[:, None, None, None]
+        if "relation_valid_BK" in found:
+            found["relation_valid_BK"] = found["relation_valid_BK"] & present[:, None]
         return found
 
 
@@ -109,7 +158,7 @@ class WindowBank:
     text_SLD: Tensor
     sentence_W: Tensor
     proprioception_WKA: Tensor
-    targets: BankTargets | None = None
+    targets: Targets | None = None
 
     def physics_rows(self) -> Tensor:
         """Rows of the windows that have physics targets, on the CPU."""

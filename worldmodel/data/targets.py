@@ -1,64 +1,71 @@
 """Teacher targets of every window of a dataset, computed once and cached on disk: ``physis data targets``.
 
 One safetensors shard an episode, ``<cache>/<recipe>/<content>.safetensors``; the cache is the dataset's own folder
-``targets`` unless another is named. The folder's name is a digest of the recipe (window geometry, query grid,
-teachers with
-their versions), the file's a digest of the episode's own content, so a shard is found by what it was computed from:
-renumbered or merged datasets keep theirs, changed ones do not find a stale one. Shards are written aside and renamed; a
-killed run continues where it stopped.
+``targets`` unless another is named. The folder's name is a digest of the recipe (window geometry, query grid, teachers with
+their versions, licences and checksums), the file's a digest of the episode's own content, so a shard is found by what it was
+computed from: renumbered or merged datasets keep theirs, changed ones do not find a stale one. Shards are written aside and
+renamed; a killed run continues where it stopped, and machines that share a folder may work on one dataset.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+from physisforcing.core.errors import UserError
+from physisforcing.core.shards import parse_shard
 
-from physisforcing.core import ground_truth
-from physisforcing.core.errors import DatasetError
-
-from ..teachers import ground_truth as tracker
-from .target_shards import (
-    MAX_SIDE,
-    SUBPIXELS,
-    EpisodeTargets,
-    TargetRecipe,
-    content_digest,
-    shard_path,
-    write_shard,
-)
+from ..teachers.selection import Teachers, TeachersConfig
+from .target_shards import Geometry, TargetRecipe, cache_folder, find_recipe, shard_path, write_shard
 
 if TYPE_CHECKING:
-    from physisforcing.core.lerobot import LeRobotDataset
-
-    from ..teachers.frame_encoder import FrameEncoder
+    from physisforcing.core.episodes import EpisodeSource
 
 USAGE = """usage: physis data targets data=[FOLDER,...] [field=value ...]
 
-Computes point tracks (exact, from the simulator's ground truth) and encoder features of every training window, and
-caches them in FOLDER/targets. What is there already is kept. Training does this by itself for what is missing.
+Computes point tracks, depth and encoder features of every training window, and caches them in FOLDER/targets. What is there
+already is kept. Training does this by itself for what is missing.
 
 examples:
   physis data targets data=[runs/bell]
-  physis data targets data=[runs/bell,runs/blocks] device=cuda workers=8
+  physis data targets data=[runs/bell,runs/blocks] device=cuda processes=4
+  physis data targets data=[runs/bell] teacher=permissive
+  physis data targets data=[runs/bell] teacher=paper teacher.tracker.path=scaled_offline.pth \\
+      teacher.tracker.source=co-tracker teacher.depth.path=depth-anything-v2-large teacher.encoder.path=vjepa2-vitl
 
-fields: data, cache (folder instead of FOLDER/targets, for datasets that are read-only; training finds it with
-data.targets_cache), device (auto, cpu, cuda), workers"""
+teachers (teacher=NAME sets all three; teacher.tracker.name=..., teacher.depth.name=..., teacher.encoder.name=... one):
+  simulator    exact tracks and depth, EfficientNet-Lite0 features (default; needs ground truth in the dataset)
+  degraded     the same, with the errors of a learned tracker in the tracks
+  permissive   classical tracker, no depth, EfficientNet-Lite0; refuses weights under any but permissive licences
+  paper        CoTracker3, Depth-Anything V2, V-JEPA 2: your own copies, by path; relations of 512 tokens a window
+Any dataset of a known layout will do for the last two. Training takes the same words (physis train worldmodel teacher=...).
+
+fields:
+  data, cache     datasets; a folder instead of FOLDER/targets, for datasets that are read-only (training: data.targets_cache)
+  device          auto, cpu, cuda, cuda:1
+  workers=2       threads that read and decode, of each process
+  processes=1     with device=cuda spread over the machine's GPUs
+  shard=0/1       this machine's part of the episodes, where several machines share the folder
+  ray=false       episodes as Ray tasks in the cluster that RAY_ADDRESS names, or on this machine (needs the extra ray)
+  recipe.*        window geometry (frames, stride, start_stride, grid_rows, grid_columns, token_rows, token_columns)"""
 
 
 @dataclass(slots=True, kw_only=True)
 class TargetsCommand:
-    """Settings of ``physis data targets``: the targets of training's windows (the default ``TargetRecipe``)."""
+    """Settings of ``physis data targets`` (see ``USAGE``)."""
 
     data: list[str]
     cache: str | None = None
     device: str = "auto"
     workers: int = 2
+    processes: int = 1
+    shard: str = "0/1"
+    ray: bool = False
+    teacher: TeachersConfig = field(default_factory=TeachersConfig)
+    recipe: Geometry = field(default_factory=Geometry)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,87 +78,124 @@ class Coverage:
 
 
 def build(
-    dataset: LeRobotDataset,
+    dataset: EpisodeSource,
     recipe: TargetRecipe,
     *,
+    teachers: TeachersConfig | None = None,
     cache: str | Path | None = None,
     episodes: Sequence[int] | None = None,
     device: str = "cpu",
     workers: int = 2,
+    processes: int = 1,
+    ray: bool = False,
     progress: bool = False,
 ) -> Coverage:
-    """Compute the shards that are missing. Tracks are made in ``workers`` threads, features on ``device``."""
+    """Compute the shards that are missing.
+
+    Pictures and exact tracks are read in ``workers`` threads, networks run on ``device``; ``processes`` of them, on the GPUs in
+    turn, or as Ray tasks. ``recipe`` must be that of the ``teachers``. A process that dies loses its current episode only: its
+    error is raised, and the next call continues.
+    """
     from tqdm import tqdm
 
-    from ..teachers.frame_encoder import FrameEncoder
-
-    wanted = list(range(dataset.num_episodes)) if episodes is None else list(episodes)
+    config = teachers or TeachersConfig()
+    wanted = list(range(dataset.num_episodes)) if episodes is None else sorted(set(episodes))
     missing = [index for index in wanted if not shard_path(dataset, index, recipe, cache).is_file()]
-    coverage = Coverage(computed=len(missing), cached=len(wanted) - len(missing))
     if missing:
-        encoder = FrameEncoder().to(device)
-        with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
-            made = _bounded_map(pool, lambda index: _tracks_and_frames(dataset, index, recipe), missing, workers + 2)
-            label = f"targets {dataset.root.name}"
-            for index, (targets, frames) in tqdm(made, total=len(missing), desc=label, disable=not progress):
-                targets.teacher_EChw = _encode(encoder, frames)
-                write_shard(shard_path(dataset, index, recipe, cache), targets, recipe, content_digest(dataset, index))
-    coverage.windows = sum(len(recipe.starts(dataset.episode(index).length)) for index in wanted)
-    return coverage
+        job = _Job(str(dataset.root), recipe, config, cache, device, workers)
+        label = f"targets {dataset.root.name}"
+        if ray:
+            made = _with_ray(job, missing)
+        elif processes > 1 and len(missing) > 1:
+            made = _with_processes(job, missing, min(processes, len(missing)))
+        else:
+            made = _here(job, dataset, missing)
+        for _ in tqdm(made, total=len(missing), desc=label, disable=not progress):
+            pass
+    windows = sum(len(recipe.starts(dataset.episode(index).length)) for index in wanted)
+    return Coverage(computed=len(missing), cached=len(wanted) - len(missing), windows=windows)
 
 
-def _tracks_and_frames(dataset: LeRobotDataset, index: int, recipe: TargetRecipe) -> tuple[EpisodeTargets, NDArray]:
-    truth_path = dataset.ground_truth_path(index)
-    assert truth_path is not None, "shard_path has checked it"
-    truth, length = ground_truth.load(truth_path), dataset.episode(index).length
-    if truth.num_frames != length:
-        raise DatasetError(
-            str(truth_path),
-            got=f"{truth.num_frames} frames",
-            wanted=f"the {length} of its episode",
-            fix="collect it again",
-        )
-    if max(truth.size) > MAX_SIDE:
-        raise DatasetError(
-            str(dataset.root),
-            got=f"pictures of {truth.size[0]}x{truth.size[1]}",
-            wanted=f"at most {MAX_SIDE} pixels a side (tracks are stored in 16 bits)",
-            fix="record the head camera at 240x320",
-        )
-    starts = recipe.starts(length)
-    grid = (recipe.grid_rows, recipe.grid_columns)
-    maps: tracker.MapCache = {}
-    tracks = [tracker.point_tracks(truth, recipe.steps(int(s), length).tolist(), grid, maps=maps) for s in starts]
-    points = np.stack([t.points_TN2 for t in tracks])
-    limit = np.iinfo(np.int16).max
-    steps = np.unique(np.concatenate([recipe.latent_steps(int(start), length) for start in starts]))
-    targets = EpisodeTargets(
-        starts_W=starts.astype(np.int32),
-        points_WTN2=np.clip(np.rint(points.astype(np.float64) * SUBPIXELS), -limit, limit).astype(np.int16),
-        visible_WTN=np.stack([t.visible_TN for t in tracks]),
-        depth_WN=np.rint(np.stack([t.depth_N for t in tracks]) / ground_truth.METRES_PER_COUNT).astype(np.uint16),
-        body_WN=np.stack([t.body_N for t in tracks]),
-        encoded_steps_E=steps.astype(np.int32),
-        teacher_EChw=np.zeros(0, np.float16),
-        size=truth.size,
-    )
-    frames = dataset.frames(index, steps.tolist())
-    if frames.shape[1:3] != truth.size:
-        raise DatasetError(
-            str(dataset.root),
-            got=f"video {frames.shape[1:3]}",
-            wanted=f"the size {truth.size} of its depth",
-            fix="collect it again",
-        )
-    return targets, frames
+def resolve_recipe(teachers: TeachersConfig, folders: Sequence[Path], geometry: Geometry | None = None) -> TargetRecipe:
+    """The recipe of these teachers. Where weights are their identity and none are named, that of the targets in ``folders``."""
+    geometry = geometry or Geometry()
+    loaded = Teachers(teachers)
+    if loaded.unidentified:
+        return find_recipe(list(folders), teachers, geometry)
+    infos = {kind: loaded.info(kind) for kind in ("tracker", "depth", "encoder")}
+    shape = {item.name: getattr(geometry, item.name) for item in fields(Geometry)}
+    return TargetRecipe(**shape, **infos, names=teachers.names, relations=teachers.relations, common=teachers.common)
 
 
-def _encode(encoder: FrameEncoder, frames_THWC: NDArray[np.uint8], batch: int = 64) -> NDArray[np.float16]:
+@dataclass(slots=True)
+class _Job:
+    """What a process needs to make shards of one dataset; travels to it by value."""
+
+    root: str
+    recipe: TargetRecipe
+    config: TeachersConfig
+    cache: str | Path | None
+    device: str
+    workers: int
+
+    def on(self, number: int) -> _Job:
+        """The job for process ``number``: on the GPUs in turn, where none is named."""
+        import torch
+
+        if self.device != "cuda" or torch.cuda.device_count() < 2:
+            return self
+        return replace(self, device=f"cuda:{number % torch.cuda.device_count()}")
+
+
+def _here(job: _Job, dataset: EpisodeSource, missing: Sequence[int]) -> Iterator[int]:
+    from .target_maker import TargetMaker
+
+    maker = TargetMaker(job.recipe, Teachers(job.config, job.device))
+    with ThreadPoolExecutor(max_workers=max(job.workers, 1)) as pool:
+        for index, prepared in _bounded_map(pool, lambda i: maker.prepare(dataset, i), missing, job.workers + 2):
+            path = shard_path(dataset, index, job.recipe, job.cache)
+            write_shard(path, maker.finish(prepared), job.recipe, prepared.content)
+            yield index
+
+
+def _work(job: _Job, episodes: Sequence[int]) -> list[int]:
+    """What a process or Ray task runs."""
     import torch
 
-    device = next(encoder.parameters()).device
-    parts = [torch.from_numpy(frames_THWC[i : i + batch]).to(device) for i in range(0, len(frames_THWC), batch)]
-    return torch.cat([encoder(part).half().cpu() for part in parts]).numpy()
+    from physisforcing.core.readers import open_dataset
+
+    torch.set_num_threads(1 if job.device == "cpu" else 2)
+    return list(_here(job, open_dataset(job.root), episodes))
+
+
+def _with_processes(job: _Job, missing: Sequence[int], processes: int) -> Iterator[int]:
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
+    # Each process takes its share at once, so that it loads its teachers once. CUDA does not survive a fork.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        shares = [pool.submit(_work, job.on(k), missing[k::processes]) for k in range(processes)]
+        for share in as_completed(shares):
+            yield from share.result()
+
+
+def _with_ray(job: _Job, missing: Sequence[int]) -> Iterator[int]:
+    try:
+        import ray
+    except ImportError as error:
+        fix = "pip install 'physisforcing[ray]', or processes=N"
+        raise UserError("ray", got="not installed", wanted="Ray 2.40 or newer", fix=fix) from error
+    if not ray.is_initialized():
+        ray.init()
+    gpu = job.device.startswith("cuda")
+    task = ray.remote(num_cpus=max(1, job.workers), num_gpus=1 if gpu else 0)(_work)
+    units = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))
+    shares = max(1, min(len(missing), units if gpu else units // max(1, job.workers)))
+    waiting = [task.remote(job, missing[k::shares]) for k in range(shares)]
+    while waiting:
+        ready, waiting = ray.wait(waiting)
+        for one in ready:
+            yield from ray.get(one)
 
 
 def _bounded_map(
@@ -174,18 +218,28 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from physisforcing.core.config import compose
-    from physisforcing.core.lerobot import LeRobotDataset
+    from physisforcing.core.readers import open_dataset
 
     command = compose("data_targets", list(argv), TargetsCommand)
+    part, parts = parse_shard(command.shard)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if command.device == "auto" else command.device
-    for root in command.data:
+    datasets = [open_dataset(root) for root in command.data]
+    folders = [cache_folder(dataset, command.cache) for dataset in datasets]
+    recipe = resolve_recipe(command.teacher, folders, command.recipe)
+    for kind, info in recipe.teachers.items():
+        print(f"{kind:8} {info.key} ({info.licence})")
+    for dataset in datasets:
         done = build(
-            LeRobotDataset(root),
-            TargetRecipe(),
+            dataset,
+            recipe,
+            teachers=command.teacher,
             cache=command.cache,
+            episodes=range(part, dataset.num_episodes, parts),
             device=device,
             workers=command.workers,
+            processes=command.processes,
+            ray=command.ray,
             progress=True,
         )
-        print(f"{root}: {done.windows} windows, {done.computed} episodes computed, {done.cached} cached")
+        print(f"{dataset.root}: {done.windows} windows, {done.computed} episodes computed, {done.cached} cached")
     return 0

@@ -2,7 +2,7 @@
 window.
 
 Tracks are reduced to latent times and masks once, when they are loaded; batches are then mere gathers. The options of
-eq. (1)-(4) in ``PhysicsConfig`` may change without any target being computed again.
+eq. (1)-(8) in ``PhysicsConfig`` may change without any target being computed again.
 """
 
 from __future__ import annotations
@@ -15,16 +15,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from physisforcing.core.errors import DatasetError
-from physisforcing.core.lerobot import LeRobotDataset
+from physisforcing.core.episodes import EpisodeSource
+from physisforcing.core.errors import DatasetError, UserError
+from physisforcing.core.readers import open_dataset
 
 from ..physics.config import PhysicsConfig
-from ..physics.regions import in_frame, informative_points, normalise_points, token_bodies, token_mask
-from ..physics.trajectory import latent_targets
-from .target_shards import SUBPIXELS, EpisodeTargets, TargetRecipe, read_shard
+from ..physics.regions import in_frame, normalise_points, token_bodies
+from ..physics.targets import point_targets
+from ..teachers.selection import TeachersConfig
+from .augmentation import Crop
+from .target_shards import EpisodeTargets, TargetRecipe, read_shard
 from .targets import build
 
-_PER_WINDOW = ("points_WFN2", "visible_WFN", "select_WN", "mask_WFhw", "teacher_WF", "body_WFhw")
+#: Rows of a window's own; the rest is shared by windows.
+_PER_WINDOW = (
+    "points_WFN2",
+    "visible_WFN",
+    "select_WN",
+    "mask_WFhw",
+    "body_WFhw",
+    "teacher_WF",
+    "token_WK",
+    "relation_WR",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,16 +46,20 @@ class WindowTargets:
 
     ``points_WFN2`` float32 in [0,1], ``visible_WFN`` bool or a weight, ``select_WN``, ``mask_WFhw`` bool, ``teacher_WF`` int64
     rows of ``teacher_EhwC`` float16: windows that overlap share encoded frames. ``body_WFhw`` int32: the rigid body in each
-    token, where relations are made from bodies ([W,0,h,w] otherwise).
+    token, where relations are made from bodies ([W,0,h,w] otherwise). ``token_WK`` int16 (-1: no token) and ``relation_WR`` int8:
+    compact relations (``target_shards``), where a recipe has them. ``channels``: width of the encoder's features.
     """
 
     points_WFN2: Tensor
     visible_WFN: Tensor
     select_WN: Tensor
     mask_WFhw: Tensor
-    teacher_WF: Tensor
     body_WFhw: Tensor
+    teacher_WF: Tensor
+    token_WK: Tensor
+    relation_WR: Tensor
     teacher_EhwC: Tensor
+    channels: int
 
     def __len__(self) -> int:
         return len(self.select_WN)
@@ -55,10 +72,11 @@ class WindowTargets:
 
     @property
     def teacher_dim(self) -> int:
-        return self.teacher_EhwC.shape[-1]
+        return self.channels
 
     def to(self, device: str | torch.device) -> WindowTargets:
-        return WindowTargets(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+        moved = {item.name: getattr(self, item.name) for item in fields(self)}
+        return WindowTargets(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
     def batch(self, rows_B: Tensor) -> dict[str, Tensor]:
         """The ``targets`` dictionary of ``physics.forcing`` for these rows."""
@@ -70,7 +88,25 @@ class WindowTargets:
         }
         if self.body_WFhw.shape[1]:
             return targets | {"body_BFhw": self.body_WFhw[rows_B]}
+        if self.token_WK.shape[1]:
+            token = self.token_WK[rows_B].long()
+            index = token.clamp(min=0)
+            selected = targets["token_mask_BFhw"].flatten(1).gather(1, index)
+            return targets | {
+                "relation_BKK": whole_relations(self.relation_WR[rows_B], token.shape[1]),
+                "relation_index_BK": index,
+                "relation_valid_BK": selected & (token >= 0),
+            }
         return targets | {"teacher_BFhwC": self.teacher_EhwC[self.teacher_WF[rows_B]].float()}
+
+
+def whole_relations(pairs_BR: Tensor, tokens: int) -> Tensor:
+    """Cosines times 127 of the pairs i < j, row by row -> int8 [B,K,K], symmetric, 127 on the diagonal."""
+    row, column = torch.triu_indices(tokens, tokens, 1, device=pairs_BR.device)
+    matrix = pairs_BR.new_full((len(pairs_BR), tokens, tokens), 127)
+    matrix[:, row, column] = pairs_BR
+    matrix[:, column, row] = pairs_BR
+    return matrix
 
 
 def load_window_targets(
@@ -78,6 +114,8 @@ def load_window_targets(
     physics: PhysicsConfig,
     *,
     recipe: TargetRecipe | None = None,
+    teachers: TeachersConfig | None = None,
+    crops: Sequence[Crop | None] | None = None,
     cache: str | Path | None = None,
     device: str | torch.device = "cpu",
     build_missing: bool = True,
@@ -86,36 +124,65 @@ def load_window_targets(
 ) -> WindowTargets:
     """Targets of windows (dataset folder, episode index, start), row for row.
 
-    ``build_missing``: compute what is not cached (as ``physis data targets`` does). Raises ``DatasetError`` for a
-    start without targets (starts are multiples of ``recipe.start_stride``), for missing ground truth and for damaged
-    shards.
+    ``recipe``, ``teachers``: what made them (exact truth by default). ``crops``: an augmentation for each row, replayed on its
+    targets. ``build_missing``: compute what is not cached (as ``physis data targets`` does). Raises ``DatasetError`` for a start
+    without targets (starts are multiples of ``recipe.start_stride``), for missing ground truth and for damaged shards, and
+    ``UserError`` for options that these targets cannot serve.
     """
     recipe = recipe or TargetRecipe()
-    datasets = {root: LeRobotDataset(root) for root in dict.fromkeys(root for root, _, _ in windows)}
+    check_served(recipe, physics)
+    datasets: dict[str, EpisodeSource] = {
+        root: open_dataset(root) for root in dict.fromkeys(root for root, _, _ in windows)
+    }
     rows: dict[tuple[str, int], list[int]] = {}
     for row, (root, episode, _) in enumerate(windows):
         rows.setdefault((root, episode), []).append(row)
     for root, dataset in datasets.items() if build_missing else ():
         wanted = [episode for where, episode in rows if where == root]
-        build(dataset, recipe, cache=cache, episodes=wanted, device=str(device), workers=workers, progress=progress)
+        options = {"cache": cache, "device": str(device), "workers": workers, "progress": progress}
+        build(dataset, recipe, teachers=teachers, episodes=wanted, **options)  # type: ignore[arg-type]
     per_window: dict[str, Tensor] = {}
     encoded: list[Tensor] = []
+    channels = 0
     for (root, episode), places in rows.items():
         shard = read_shard(datasets[root], episode, recipe, cache)
         starts = [windows[place][2] for place in places]
-        part = reduce_shard(shard, starts, datasets[root].episode(episode).length, recipe, physics)
+        some = [crops[place] for place in places] if crops is not None else None
+        part = reduce_shard(shard, starts, datasets[root].episode(episode).length, recipe, physics, crops=some)
         part.teacher_WF += sum(map(len, encoded))
         encoded.append(part.teacher_EhwC)
+        channels = part.channels
         for name in _PER_WINDOW:
             value = getattr(part, name)
             if name not in per_window:
                 per_window[name] = value.new_empty((len(windows), *value.shape[1:]))
             per_window[name][torch.tensor(places)] = value
-    return WindowTargets(**per_window, teacher_EhwC=torch.cat(encoded)).to(device)
+    return WindowTargets(**per_window, teacher_EhwC=torch.cat(encoded), channels=channels).to(device)
+
+
+def check_served(recipe: TargetRecipe, physics: PhysicsConfig) -> None:
+    """``UserError`` where targets of this recipe have not what the options ask for: a loss of exactly 0 would look like success."""
+    if physics.relations == "rigid" and not recipe.exact_points:
+        fix = "physics.relations=features, or teacher=simulator"
+        raise UserError(
+            "physics.relations", got="rigid", wanted=f"features: {recipe.tracker.name} knows no bodies", fix=fix
+        )
+    if physics.relations == "features" and physics.lambda_sem > 0 and recipe.encoder.name == "none":
+        fix = "physics.lambda_sem=0, physics.relations=rigid, or name an encoder (teacher.encoder.name=...)"
+        raise UserError("teacher.encoder.name", got="none", wanted="an encoder for the relation loss", fix=fix)
+    if recipe.relations and physics.relations == "features" and physics.common != recipe.common:
+        fix = f"teacher.common={physics.common} (computed again), or physics.common={recipe.common}"
+        raise UserError("physics.common", got=physics.common, wanted=f"{recipe.common}, as stored", fix=fix)
 
 
 def reduce_shard(
-    shard: EpisodeTargets, starts: Sequence[int], length: int, recipe: TargetRecipe, physics: PhysicsConfig
+    shard: EpisodeTargets,
+    starts: Sequence[int],
+    length: int,
+    recipe: TargetRecipe,
+    physics: PhysicsConfig,
+    *,
+    crops: Sequence[Crop | None] | None = None,
 ) -> WindowTargets:
     """Tracks of an episode's windows -> targets at latent times and masks, on the CPU."""
     found = {int(start): place for place, start in enumerate(shard.starts_W)}
@@ -128,23 +195,53 @@ def reduce_shard(
             fix=f"set data.start_stride to a multiple of {recipe.start_stride}",
         )
     take = np.array([found[start] for start in starts])
-    points = normalise_points(torch.from_numpy(shard.points_WTN2[take]).float() / SUBPIXELS, shard.size)
-    visible = torch.from_numpy(shard.visible_WTN[take]) & in_frame(points)
-    depth = torch.from_numpy(shard.depth_WN[take].astype(np.float32))
-    select = informative_points(points, visible, depth, shard.size, physics)
-    at_latents, seen = latent_targets(points, visible, time=physics.time, visibility=physics.visibility)
-    teacher = torch.from_numpy(shard.teacher_EChw).permute(0, 2, 3, 1).contiguous()
-    grid = teacher.shape[1], teacher.shape[2]
+    crops = list(crops) if crops is not None else [None] * len(take)
+    points = normalise_points(torch.from_numpy(shard.points_WTN2[take]).float() / shard.subpixels, shard.size)
+    visible = torch.from_numpy(shard.visible_WTN[take])
+    size = shard.size
+    for place, crop in enumerate(crops):
+        if crop is not None:
+            crop.check(size)
+            points[place] = crop.points(points[place], size)
+    depth, grid = torch.from_numpy(shard.depth_WN[take]), recipe.tokens[1:]
+    made = point_targets(points, visible, depth, size, grid, physics, depth_kind=shard.depth_kind)
     bodies = torch.zeros(len(take), 0, *grid, dtype=torch.int32)
     if physics.relations == "rigid":
-        bodies = token_bodies(points, visible, torch.from_numpy(shard.body_WN[take]).long(), grid).int()
-    steps = {int(step): place for place, step in enumerate(shard.encoded_steps_E)}
+        body = torch.from_numpy(shard.body_WN[take]).long()
+        bodies = token_bodies(points, visible & in_frame(points), body, grid).int()
+    features, rows = _features(shard, take, crops)
+    token = torch.from_numpy(shard.token_WK[take].astype(np.int16))
+    if token.shape[1]:
+        if any(crop is not None for crop in crops):
+            raise UserError(
+                "crops", got="compact relations", wanted="features", fix="use targets with teacher.relations=0"
+            )
+        used = torch.from_numpy(shard.count_W[take])
+        token = torch.where(torch.arange(token.shape[1]) < used[:, None], token, -1)
     return WindowTargets(
-        points_WFN2=at_latents,
-        visible_WFN=seen,
-        select_WN=select,
-        mask_WFhw=token_mask(points, visible, select, grid, kind=physics.mask, size=shard.size),
+        points_WFN2=made["points_BFN2"],
+        visible_WFN=made["visible_BFN"],
+        select_WN=made["select_BN"],
+        mask_WFhw=made["token_mask_BFhw"],
         body_WFhw=bodies,
-        teacher_WF=torch.tensor([[steps[int(s)] for s in recipe.latent_steps(start, length)] for start in starts]),
-        teacher_EhwC=teacher,
+        teacher_WF=rows,
+        token_WK=token,
+        relation_WR=torch.from_numpy(shard.relation_WR[take]),
+        teacher_EhwC=features,
+        channels=shard.channels,
     )
+
+
+def _features(shard: EpisodeTargets, take: np.ndarray, crops: Sequence[Crop | None]) -> tuple[Tensor, Tensor]:
+    """-> features [E,h,w,C] of these windows, each window's rows int64 [W,F]. Cropped windows have rows of their own."""
+    wanted = shard.rows_WF[take]
+    plain = np.array([place for place, crop in enumerate(crops) if crop is None], dtype=np.int64)
+    used, rows = np.unique(wanted[plain], return_inverse=True)
+    parts, at = [torch.from_numpy(shard.features_EhwC[used])], torch.zeros(wanted.shape, dtype=torch.long)
+    at[torch.from_numpy(plain)] = torch.from_numpy(rows.reshape(wanted[plain].shape))
+    for place, crop in enumerate(crops):
+        if crop is not None and wanted.shape[1]:
+            own = crop.features(torch.from_numpy(shard.features_EhwC[wanted[place]]), shard.size)
+            at[place] = torch.arange(len(own)) + sum(map(len, parts))
+            parts.append(own)
+    return torch.cat(parts), at

@@ -10,7 +10,7 @@ from physisforcing.core.errors import UserError, unknown_name
 CHOICES = {
     "motion": ("path", "net"),
     "camera_motion": ("none", "median"),
-    "depth": ("metric", "disparity", "off"),
+    "depth": ("teacher", "metric", "disparity", "off"),
     "select": ("mean", "topk", "both"),
     "mask": ("max", "nearest"),
     "time": ("mean", "last", "uniform"),
@@ -39,8 +39,8 @@ class PhysicsConfig:
     ``camera_motion``: ``median`` takes the median step of all points out first (a moving camera).
     ``dead_zone``: steps shorter than this fraction of the diagonal count as zero (tracker jitter; 0.00025 is 0.1 px at
     240x320, below anything the simulator's exact tracks need).
-    ``depth``: ``metric`` distances, ``disparity`` (larger is nearer, as Depth-Anything predicts; used as 1 -
-    disparity, because the formula wants small for near), ``off``. ``depth_eps``: epsilon of (2), not in the paper.
+    ``depth``: what the depth values are: as the ``teacher`` says that made them, ``metric`` distances, ``disparity`` (larger is
+    nearer, as Depth-Anything predicts; used as 1 - disparity, because the formula wants small for near), or ``off``. ``depth_eps``: epsilon of (2), not in the paper.
     ``select``: ``mean`` is the threshold of (3), ``topk`` the variant of the paper's appendix with ``top_k`` points, ``both``
     the best ``top_k`` of those above the mean.
     ``min_motion``: a point that moved less than this fraction of the diagonal is never selected, so that a static
@@ -79,7 +79,7 @@ class PhysicsConfig:
     visible_steps: bool = True
     camera_motion: str = "none"
     dead_zone: float = 0.00025
-    depth: str = "metric"
+    depth: str = "teacher"
     depth_eps: float = 0.1
     select: str = "mean"
     top_k: int = 128

@@ -131,10 +131,19 @@ def select_points(
     return chosen
 
 
-def informative_points(
-    points_BTN2: Tensor, visible_BTN: Tensor, depth_BN: Tensor, size: tuple[int, int], config: PhysicsConfig
-) -> Tensor:
-    """Eq. (1)-(3): the points that the losses look at, bool [B,N]. ``size``: (H, W) in pixels."""
+def point_scores(
+    points_BTN2: Tensor,
+    visible_BTN: Tensor,
+    depth_BN: Tensor,
+    size: tuple[int, int],
+    config: PhysicsConfig,
+    *,
+    depth_kind: str = "metric",
+) -> tuple[Tensor, Tensor]:
+    """The two factors of the score ``q = m r``: motion in pixels of ``size`` (H, W), eq. (1), and the weight of nearness, eq. (2): [B,N].
+
+    ``depth_kind``: what the teacher says of its depth (``metric``, ``disparity``, or ``off`` where there is none).
+    """
     if config.camera_motion == "median":
         points_BTN2 = without_camera_motion(points_BTN2, visible_BTN)
     motion = motion_magnitude(
@@ -145,10 +154,24 @@ def informative_points(
         dead_zone=config.dead_zone,
         visible_steps=config.visible_steps,
     )
-    score = motion * foreground_weight(depth_BN, kind=config.depth, eps=config.depth_eps)
+    kind = depth_kind if config.depth == "teacher" else config.depth
+    return motion, foreground_weight(depth_BN, kind=kind, eps=config.depth_eps)
+
+
+def informative_points(
+    points_BTN2: Tensor,
+    visible_BTN: Tensor,
+    depth_BN: Tensor,
+    size: tuple[int, int],
+    config: PhysicsConfig,
+    *,
+    depth_kind: str = "metric",
+) -> Tensor:
+    """Eq. (1)-(3): the points that the losses look at, bool [B,N]. ``size``: (H, W) in pixels; ``depth_kind`` as in ``point_scores``."""
+    motion, weight = point_scores(points_BTN2, visible_BTN, depth_BN, size, config, depth_kind=depth_kind)
     diagonal = (size[0] ** 2 + size[1] ** 2) ** 0.5
     return select_points(
-        score,
+        motion * weight,
         motion,
         visible_BTN[:, 0],
         kind=config.select,

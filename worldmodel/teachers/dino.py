@@ -88,6 +88,10 @@ class Dino:
     def channels(self) -> int:
         return self.model.config.hidden_size
 
+    @property
+    def per_frame(self) -> bool:
+        return True
+
     @torch.no_grad()
     def encode(self, video_BTHWC: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """uint8 [B,T,H,W,3] with T = 1 + 4 (F - 1) -> float32 [B,F,h,w,C] for ``grid`` (F, h, w), on the network's device.

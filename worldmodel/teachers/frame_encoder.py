@@ -151,6 +151,10 @@ class FrameEncoder(nn.Module):
     def channels(self) -> int:
         return CHANNELS
 
+    @property
+    def per_frame(self) -> bool:
+        return True
+
     @torch.no_grad()
     def encode(self, video_BTHWC: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """uint8 [B,T,H,W,3] with T = 1 + 4 (F - 1) -> float32 [B,F,h,w,112] for ``grid`` (F, h, w), on the network's device.

@@ -90,6 +90,11 @@ class VideoEncoder(Protocol):
     @property
     def channels(self) -> int: ...
 
+    @property
+    def per_frame(self) -> bool:
+        """Whether the features of a latent frame depend on its last picture alone, so that windows which overlap share them."""
+        ...
+
     def encode(self, video_BTHWC: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """uint8 [B,T,H,W,3] with T = 1 + 4 (F - 1) -> float32 [B,F,h,w,C] for ``grid`` (F, h, w)."""
         ...

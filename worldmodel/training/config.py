@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from physisforcing.core.errors import UserError
+
 from ..backbones.wan import ConditionerConfig, WanConfig
 from ..flow_matching import FlowMatchingConfig
 from ..physics.config import PhysicsConfig
+from ..teachers.selection import TeachersConfig
 from .optim import OptimConfig
 
 
@@ -17,7 +20,8 @@ class DataConfig:
     ``start_stride``: control steps between window starts; physics targets exist for starts at multiples of 8.
     ``start_fraction``: share of windows at an episode's first step. ``text_cache``: folder of cached instruction embeddings
     (the cache home's when empty). ``targets_cache``: folder of cached physics targets, as ``cache`` of ``physis data targets``
-    (``targets`` inside each dataset when empty).
+    (``targets`` inside each dataset when empty). ``targets``: ``cache``, or ``online``: the teachers look at each batch (at the
+    pictures that are kept, 120x160), which costs their time at every step and nothing on disk.
     """
 
     roots: list[str] = field(default_factory=list)
@@ -30,6 +34,11 @@ class DataConfig:
     workers: int = 4
     text_cache: str | None = None
     targets_cache: str | None = None
+    targets: str = "cache"
+
+    def __post_init__(self) -> None:
+        if self.targets not in ("cache", "online"):
+            raise UserError("data.targets", got=self.targets, wanted="cache or online", fix="data.targets=cache")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,7 +103,7 @@ class TrainVaeConfig:
 
 @dataclass(slots=True, kw_only=True)
 class TrainWorldModelConfig:
-    """``codec``: folder of the video codec. ``heldout_windows``: windows of the held-out measurement, at fixed noise and timesteps."""
+    """``codec``: folder of the video codec. ``teacher``: who makes the targets of the physics losses. ``heldout_windows``: windows of the held-out measurement, at fixed noise and timesteps."""
 
     codec: str = ""
     heldout_windows: int = 64
@@ -104,4 +113,5 @@ class TrainWorldModelConfig:
     conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
     flow: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     physics: PhysicsConfig = field(default_factory=PhysicsConfig)
+    teacher: TeachersConfig = field(default_factory=TeachersConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -14,11 +14,13 @@ from physisforcing.core.errors import UserError
 
 from ..backbones.wan import WanDenoiser, build_denoiser, load_denoiser
 from ..codec import VideoCodec, load_codec
-from ..data.batches import BankTargets, WindowBank, WindowSampler, build_bank, step_generator
+from ..data.batches import BankTargets, OnlineTargets, WindowBank, WindowSampler, build_bank, step_generator
 from ..data.windows import Episode, FrameStore, WindowTable, read_episodes
 from ..model import load_heads, save_world_model
 from ..physics.forcing import PhysisForcing
 from ..storage import latents_fingerprint
+from ..teachers.online import OnlineTeachers
+from ..teachers.selection import Teachers
 from .checkpoint import binding_settings, restore_training, save_checkpoint, training_tensors
 from .config import TrainWorldModelConfig
 from .evaluate import heldout_losses
@@ -59,11 +61,17 @@ def load_bank(
     """Latents, conditions and, with physics losses, targets of the windows of ``table``."""
     data = config.data
     cache = Path(data.text_cache) if data.text_cache else None
-    bank = build_bank(FrameStore.build(episodes, device), table, codec, config.conditioner.lags, text_cache=cache)
-    if config.physics.lambda_pix > 0 or config.physics.lambda_sem > 0:
-        bank.targets = BankTargets.load(
-            episodes, table, config.physics, device, cache=data.targets_cache, workers=data.workers
-        )
+    store = FrameStore.build(episodes, device)
+    bank = build_bank(store, table, codec, config.conditioner.lags, text_cache=cache)
+    if config.physics.lambda_pix == 0 and config.physics.lambda_sem == 0:
+        return bank
+    if data.targets == "online":
+        teachers = OnlineTeachers(Teachers(config.teacher, str(device)), config.physics)
+        grid = tuple(bank.latents_WCFhw.shape[2:])
+        bank.targets = OnlineTargets(store=store, table=table, teachers=teachers, grid=grid)  # type: ignore[arg-type]
+    else:
+        options = {"teachers": config.teacher, "cache": data.targets_cache, "workers": data.workers}
+        bank.targets = BankTargets.load(episodes, table, config.physics, device, **options)  # type: ignore[arg-type]
     return bank
 
 
@@ -98,8 +106,13 @@ class Trainer:
         return self.bank.batch(rows.to(self.device, non_blocking=True))
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """Update number ``step`` (from 0). Returns loss terms and gradient norm as device scalars."""
+        """Update number ``step`` (from 0). Returns loss terms and gradient norm as device scalars.
+
+        Gradient shares of the physics losses are measured at the steps whose line is logged.
+        """
         begun = time.perf_counter()
+        if self.forcing is not None:
+            self.forcing.measure = (step + 1) % self.config.run.log_every == 0
         batch = self.batch(step)
         generator = step_generator(self.config.run.seed + 1, step, self.device)
         drawn = draw_noise(batch["latents_BCFhw"], self.config.flow, generator)
@@ -170,7 +183,8 @@ def build_modules(config: TrainWorldModelConfig, bank: WindowBank) -> dict[str, 
         denoiser = load_denoiser(init)
     modules: dict[str, nn.Module] = {"denoiser": denoiser}
     if bank.targets is not None:
-        teacher_dim = bank.targets.teacher_dim
+        # without an encoder relations come from bodies, whose psi may have any width
+        teacher_dim = bank.targets.teacher_dim or config.physics.feature_dim
         forcing = PhysisForcing(config.physics, width=config.backbone.dim, teacher_dim=teacher_dim)
         if init is not None:
             load_heads(forcing, init)

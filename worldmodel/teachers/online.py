@@ -1,0 +1,62 @@
+"""Targets computed from the pictures of a batch while training, instead of read from a cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from physisforcing.core.errors import UserError
+
+from ..physics.config import PhysicsConfig
+from ..physics.regions import normalise_points
+from ..physics.targets import point_targets
+from .ground_truth import GRID, query_grid
+from .lookup import at_points
+from .selection import Teachers
+
+
+class OnlineTeachers:
+    """``teachers(video_BTHWC, (F, h, w))`` -> the ``targets`` dictionary of ``physics.forcing``.
+
+    All three teachers look at the video; exact truth is not in it and must come from a cache. ``grid``: rows and columns of the
+    queries. Raises ``UserError`` for teachers that do not see pictures and for relations of rigid bodies.
+    """
+
+    def __init__(self, teachers: Teachers, physics: PhysicsConfig, *, grid: tuple[int, int] = GRID) -> None:
+        for kind in ("tracker", "depth"):
+            name = getattr(teachers.config, kind).name
+            if name in ("ground_truth", "degraded"):
+                fix = "data.targets=cache, or teacher=permissive"
+                raise UserError(f"teacher.{kind}.name", got=name, wanted="a teacher that sees pictures", fix=fix)
+        if physics.relations == "rigid":
+            fix = "physics.relations=features, or data.targets=cache with teacher=simulator"
+            raise UserError("physics.relations", got="rigid", wanted="features: pictures show no bodies", fix=fix)
+        if physics.lambda_sem > 0 and teachers.config.encoder.name == "none":
+            fix = "physics.lambda_sem=0, or name an encoder"
+            raise UserError("teacher.encoder.name", got="none", wanted="an encoder for the relation loss", fix=fix)
+        self.teachers, self.physics, self.grid = teachers, physics, grid
+
+    @property
+    def channels(self) -> int:
+        encoder = self.teachers.encoder
+        return 0 if encoder is None else encoder.channels
+
+    @torch.no_grad()
+    def __call__(self, video_BTHWC: Tensor, tokens: tuple[int, int, int]) -> dict[str, Tensor]:
+        """``video_BTHWC``: uint8, T = 1 + 4 (F - 1). ``tokens``: (F, h, w) of the denoiser. Tensors are on the video's device."""
+        tracker, estimator, encoder = self.teachers.tracker, self.teachers.depth, self.teachers.encoder
+        assert tracker is not None
+        home, size = video_BTHWC.device, (int(video_BTHWC.shape[2]), int(video_BTHWC.shape[3]))
+        queries = torch.from_numpy(query_grid(self.grid, size)).float().to(home).expand(len(video_BTHWC), -1, -1)
+        tracks = tracker.track(video_BTHWC, queries)
+        depth, kind = torch.zeros(queries.shape[:2], device=home), "off"
+        if estimator is not None:
+            depth, kind = at_points(estimator.depth(video_BTHWC[:, 0]).to(home), queries, size), estimator.kind
+        points = normalise_points(tracks.points_BTN2.to(home), size)
+        visible = tracks.visible_BTN.to(home)
+        targets = point_targets(points, visible, depth, size, tokens[1:], self.physics, depth_kind=kind)
+        if encoder is None:
+            features = torch.zeros(len(video_BTHWC), *tokens, 0, device=home)
+        else:
+            features = encoder.encode(video_BTHWC, tokens).to(home)
+        return targets | {"teacher_BFhwC": features}
