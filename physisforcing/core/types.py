@@ -7,10 +7,14 @@ K history entries.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .errors import UserError
 
 #: Physics steps of 1/250 s that one action lasts, and its duration in seconds (one dataset frame).
 PHYSICS_HZ = 250
@@ -47,11 +51,52 @@ class CameraSpec:
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class ViewLayout:
-    """Which cameras make up the V axis, in order."""
+    """Which cameras make up the V axis, in order, or where they stand on one canvas.
+
+    Without ``tiles``: separate streams of ``height`` x ``width``. With them: a collage, one canvas of ``height`` x ``width`` on which
+    camera i fills tile i, (top, left, height, width) in pixels; tiles do not overlap. Raises ``UserError`` for anything else.
+    """
 
     names: tuple[str, ...] = ("head",)
     height: int = 120
     width: int = 160
+    tiles: tuple[tuple[int, int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.tiles:
+            return
+        if len(self.tiles) != len(self.names):
+            got, wanted = f"{len(self.tiles)} tiles", f"one for each of {', '.join(self.names)}"
+            raise UserError("views.tiles", got=got, wanted=wanted, fix="give one tile a camera, or none")
+        taken = np.zeros((self.height, self.width), dtype=bool)
+        for name, (top, left, height, width) in zip(self.names, self.tiles, strict=True):
+            inside = min(top, left) >= 0 and min(height, width) >= 1
+            inside = inside and top + height <= self.height and left + width <= self.width
+            if not inside or taken[top : top + height, left : left + width].any():
+                wanted = f"a part of the {self.height}x{self.width} canvas that no other camera fills"
+                raise UserError(f"views.tiles[{name}]", got=(top, left, height, width), wanted=wanted, fix="move it")
+            taken[top : top + height, left : left + width] = True
+
+    def compose(self, pictures: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """Pictures of each camera [...,h,w,3], of its tile's size -> the canvas [...,H,W,3], black where no camera is."""
+        assert self.tiles, "separate streams have no canvas"
+        lead = next(iter(pictures.values())).shape[:-3]
+        canvas = np.zeros((*lead, self.height, self.width, 3), np.uint8)
+        for name, (top, left, height, width) in zip(self.names, self.tiles, strict=True):
+            if name not in pictures or pictures[name].shape != (*lead, height, width, 3):
+                got = list(pictures[name].shape) if name in pictures else "none"
+                fix = "resize each camera's picture to its tile"
+                raise UserError(f"pictures[{name}]", got=got, wanted=[*lead, height, width, 3], fix=fix)
+            canvas[..., top : top + height, left : left + width, :] = pictures[name]
+        return canvas
+
+    def split(self, canvas: Any) -> dict[str, Any]:
+        """A canvas [...,H,W,C] (array or tensor) -> the part of each camera, by name, without a copy."""
+        assert self.tiles, "separate streams have no canvas"
+        return {
+            name: canvas[..., top : top + height, left : left + width, :]
+            for name, (top, left, height, width) in zip(self.names, self.tiles, strict=True)
+        }
 
 
 @dataclass(slots=True, kw_only=True)

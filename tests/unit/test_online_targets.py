@@ -14,9 +14,11 @@ from physisforcing.core.config import compose
 from physisforcing.core.errors import UserError
 from physisforcing.core.lerobot import LeRobotDataset
 from physisforcing.core.paths import weights_root
+from physisforcing.core.types import ViewLayout
 from physisforcing.worldmodel.data.targets import TargetsCommand, resolve_recipe
 from physisforcing.worldmodel.data.window_targets import load_window_targets
 from physisforcing.worldmodel.physics.config import PhysicsConfig
+from physisforcing.worldmodel.physics.forcing import PhysisForcing
 from physisforcing.worldmodel.teachers.online import OnlineTeachers
 from physisforcing.worldmodel.teachers.selection import Teachers, TeachersConfig
 from physisforcing.worldmodel.text import _key, _store
@@ -89,6 +91,47 @@ def test_training_with_teachers_that_look_at_each_batch(root: Path, tmp_path: Pa
     values = trainer.heldout(heldout)
     assert values["heldout_sem"] > 0
     assert not list(root.glob("**/*.part")) and not (root / "targets").exists()
+
+
+def test_a_collage_and_separate_streams_have_the_same_targets(root: Path) -> None:
+    """A head picture over two wrist pictures; each camera's targets and losses are those of its own stream."""
+    layout = ViewLayout(
+        names=("head", "left_wrist", "right_wrist"),
+        height=192,
+        width=160,
+        tiles=((0, 0, 112, 160), (112, 0, 80, 80), (112, 80, 80, 80)),
+    )
+    frames = LeRobotDataset(root).frames(0, [0, 2, 4, 6, 8])
+    streams = {
+        name: np.ascontiguousarray(frames[:, k * 20 : k * 20 + height, 60 + 30 * k : 60 + 30 * k + width])
+        for k, (name, (_, _, height, width)) in enumerate(zip(layout.names, layout.tiles, strict=True))
+    }
+    canvas = layout.compose(streams)
+    for name, part in layout.split(canvas).items():
+        np.testing.assert_array_equal(part, streams[name])
+    teachers = OnlineTeachers(Teachers(permissive()), PhysicsConfig(), grid=(9, 12))
+    targets, rects = teachers.views(torch.from_numpy(canvas)[None], (2, 12, 10), layout)
+    assert rects == [(0, 0, 7, 10), (7, 0, 5, 5), (7, 5, 5, 5)]
+    for (name, stream), made, rect in zip(streams.items(), targets, rects, strict=True):
+        alone = teachers(torch.from_numpy(stream)[None], (2, *rect[2:]))
+        for key, value in alone.items():
+            torch.testing.assert_close(made[key], value, rtol=0, atol=0, msg=f"{name} {key}")
+    heads = PhysisForcing(PhysicsConfig(phi_hidden=16, psi_hidden=16), width=8, teacher_dim=teachers.channels)
+    out = heads(torch.randn(1, 240, 8), (2, 12, 10), targets, views=rects)
+    assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("tiles", "field"),
+    [
+        (((0, 0, 10, 20),), r"views\.tiles:"),
+        (((0, 0, 10, 20), (5, 0, 15, 20)), r"views\.tiles\[wrist\]"),
+        (((0, 0, 10, 20), (10, 0, 11, 20)), r"views\.tiles\[wrist\]"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(tiles: tuple, field: str) -> None:
+    with pytest.raises(UserError, match=field):
+        ViewLayout(names=("head", "wrist"), height=20, width=20, tiles=tiles)
 
 
 def test_what_cannot_be_seen_in_pictures_is_refused() -> None:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from physisforcing.core.errors import UserError
+from physisforcing.core.types import ViewLayout
 
 from ..physics.config import PhysicsConfig
 from ..physics.regions import normalise_points
 from ..physics.targets import point_targets
+from ..physics.views import Rect, token_rects
 from .ground_truth import GRID, query_grid
 from .lookup import at_points
 from .selection import Teachers
@@ -60,3 +62,13 @@ class OnlineTeachers:
         else:
             features = encoder.encode(video_BTHWC, tokens).to(home)
         return targets | {"teacher_BFhwC": features}
+
+    def views(
+        self, video_BTHWC: Tensor, tokens: tuple[int, int, int], layout: ViewLayout
+    ) -> tuple[list[dict[str, Tensor]], list[Rect]]:
+        """Targets of each camera of a collage, made on its own picture, and its tokens: what ``PhysisForcing`` takes as ``targets``
+        and ``views``. The same as those of separate streams. Raises ``ValueError`` where a tile cuts through tokens."""
+        rects = token_rects(layout.tiles, (layout.height, layout.width), tokens[1:])
+        parts = layout.split(video_BTHWC).values()
+        made = [self(part.contiguous(), (tokens[0], *rect[2:])) for part, rect in zip(parts, rects, strict=True)]
+        return made, rects
