@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -60,22 +59,25 @@ class Replayer:
 def run_tasks(tasks: list[str], episodes: int, first_seed: int, workers: int) -> dict[str, dict[str, Any]]:
     """Counts and times of each task."""
     found: dict[str, dict[str, Any]] = {
-        task: {"seeds": [], "unstable": [], "failed": {}, "resets": [], "plays": [], "replayed": {}} for task in tasks
+        task: {"seeds": [], "unstable": [], "crashed": [], "failed": {}, "resets": [], "plays": [], "replayed": {}}
+        for task in tasks
     }
 
     def on_outcome(outcome: Outcome) -> None:
         one, seed, details = found[outcome.task], outcome.seed, outcome.details
         if outcome.kind == "crashed":
-            sys.exit(f"{outcome.task} seed {seed} crashed: {outcome.message}")
+            print(f"{outcome.task} seed {seed} crashed: {outcome.message}", flush=True)
+            one["crashed"].append(seed)
+            return
         if outcome.kind != "recorded":
             one["unstable"].append(seed)
             return
         one["seeds"] = sorted([*one["seeds"], seed])
         one["resets"].append(details["reset_s"])
-        one["plays"].append(details["play_s"])
         if details["replayed"] is None:
             one["failed"][seed] = details["failure"]
         else:
+            one["plays"].append(details["play_s"])  # a failed expert may have stopped early
             one["replayed"][seed] = details["replayed"]
 
     run_seeds(SeedPlan(tasks, episodes, first_seed, {}), Replayer, workers=workers, on_outcome=on_outcome)
@@ -84,10 +86,11 @@ def run_tasks(tasks: list[str], episodes: int, first_seed: int, workers: int) ->
 
 def report(task: str, found: dict[str, Any]) -> None:
     tried, good = len(found["seeds"]), len(found["replayed"])
-    seconds = statistics.median(found["resets"]), statistics.median(found["plays"])
+    seconds = [statistics.median(found[name] or [float("nan")]) for name in ("resets", "plays")]
     print(
         f"{task:20} expert {good}/{tried}  replay {sum(found['replayed'].values())}/{good}  "
-        f"reset {seconds[0]:.2f} s  play {seconds[1]:.2f} s  unstable {found['unstable']}  failed {found['failed']}  "
+        f"reset {seconds[0]:.2f} s  play {seconds[1]:.2f} s  unstable {found['unstable']}  crashed {found['crashed']}  "
+        f"failed {found['failed']}  "
         f"not repeated {missed(found)}",
         flush=True,
     )
@@ -101,6 +104,7 @@ def missed(found: dict[str, Any]) -> list[int]:
 def lines(task: str, found: dict[str, Any], shared: dict[str, Any], *, timed: bool) -> list[dict[str, Any]]:
     good, replayed = len(found["replayed"]), sum(found["replayed"].values())
     if not good:
+        print(f"{task}: the expert succeeded in no scene; there is nothing to replay", flush=True)
         return []
     low, high = wilson(replayed, good)
     against = {"seeds_not_repeated": missed(found)} if missed(found) else {}
@@ -134,7 +138,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write measurements here")
     options = parser.parse_args()
     tasks = list(PACK_TASKS) if options.tasks == ["all"] else options.tasks
-    command = f"python benchmarks/env_replay.py --tasks {' '.join(options.tasks)} --episodes {options.episodes}"
+    command = (
+        f"python benchmarks/env_replay.py --tasks {' '.join(options.tasks)} --episodes {options.episodes} "
+        f"--seed {options.seed} --workers {options.workers}"
+    )
     shared = {"command": command, "provenance": machine_provenance()}
     rows: list[dict[str, Any]] = []
     for task, found in run_tasks(tasks, options.episodes, options.seed, options.workers).items():

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from physisforcing.core.results import ResultKey, ResultsFile, config_hash
 from physisforcing.core.stats import wilson
 from physisforcing.envs.manifest import load_manifest
+from physisforcing.envs.robotwin.embodiment import resolve_assets
+from physisforcing.envs.robotwin.runtime import load_runtime
 from physisforcing.envs.seeds import FixedJobs, Job, Outcome, run_seeds
 from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
 
@@ -117,7 +119,9 @@ class Player:
     def _play(env: Any, grade: Grade, expert_TA: NDArray[np.float32], seed: int) -> bool:
         env.reset(seed=seed, options={"observe": False})
         low_A, high_A = env.action_space.low, env.action_space.high
-        targets = graded_targets(grade, expert_TA[1:], low_A, high_A, seed)
+        # An expert that finds no first motion has one frame: its policy holds still.
+        after_TA = expert_TA[1:] if len(expert_TA) > 1 else expert_TA
+        targets = graded_targets(grade, after_TA, low_A, high_A, seed)
         for target_A in [*targets, *[targets[-1]] * HOLD]:
             *_, success, truncated, _ = env.step_blind(target_A)
             if success or truncated:
@@ -131,10 +135,12 @@ class Player:
 
 
 def run(options: argparse.Namespace, official: str) -> dict[str, dict[int, dict[str, bool]]]:
-    """``arm/task`` -> seed -> policy -> success. Seeds whose scene does not come to rest in an arm are left out there."""
+    """``arm/task`` -> seed -> policy -> success. Seeds whose scene does not come to rest in an arm, or that end in an error there
+    (a time limit, a crash), are left out there; how many is printed at the end."""
     results = ResultsFile(Path(options.out) / "results.jsonl")
     manifests = {task: load_manifest(f"{options.manifest}_{task}") for task in options.tasks}
-    config = config_hash({"grades": {name: str(grade) for name, grade in GRADES.items()}, "hold": HOLD})
+    played = {"grades": {name: str(grade) for name, grade in GRADES.items()}, "hold": HOLD}
+    config = config_hash(played | {"official": resolve_assets(official).label, "runtime": load_runtime().label})
 
     def key(job: Job) -> ResultKey:
         manifest = manifests[job.task.partition("/")[2]]
@@ -163,6 +169,10 @@ def run(options: argparse.Namespace, official: str) -> dict[str, dict[int, dict[
         row = results.get(key(job))
         if row is not None and row["status"] == "success":
             table[job.task][job.seed] = row["played"]
+    for name, found in table.items():
+        asked = [job.seed for job in jobs if job.task == name]
+        if left_out := sorted(set(asked) - found.keys()):
+            print(f"{name}: {len(found)} of {len(asked)} scenes; without {left_out}", flush=True)
     return table
 
 

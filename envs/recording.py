@@ -68,11 +68,18 @@ class EpisodeRecorder:
         """
         self.finish()
         number = len(self)
-        seen = env.begin_observe() if observation is None else lambda: observation
+        stored = self.level == "full" or (self.level == "sparse" and number % STORED_STRIDE == 0)
+        if observation is None:
+            seen = env.begin_observe(maps=stored)
+        else:
+            maps = {}
+            for name in self.cameras if stored else ():
+                maps[f"{name}_depth"], maps[f"{name}_body_ids"] = env.depth_and_ids(name)
+            seen = lambda: {**observation, **maps}  # noqa: E731
         self.success.append(bool(env.success))
         if self.level != "none":
             self._truth(env, number)
-        self._under_way = lambda: self._keep(env, number, seen())
+        self._under_way = lambda: self._keep(number, seen(), stored)
         if observation is not None:
             self.finish()
 
@@ -82,7 +89,7 @@ class EpisodeRecorder:
         if fetch is not None:
             fetch()
 
-    def _keep(self, env: Any, number: int, seen: dict[str, Any]) -> None:
+    def _keep(self, number: int, seen: dict[str, Any], stored: bool) -> None:
         for name in self.cameras:
             drawn = seen[f"{name}_rgb"]
             self._size = drawn.shape[:2]
@@ -90,12 +97,11 @@ class EpisodeRecorder:
         self.states.append(seen["state"])
         self.measured.append(seen["state_measured"])
         self.instruction = seen["instruction"]
-        if self.level == "full" or (self.level == "sparse" and number % STORED_STRIDE == 0):
+        if stored:
             self._stored.append(number)
             for name in self.cameras:
-                depth, ids = env.depth_and_ids(name)
-                self._depth.append(depth)
-                self._ids.append(ids)
+                self._depth.append(seen[f"{name}_depth"])
+                self._ids.append(seen[f"{name}_body_ids"])
 
     def _truth(self, env: Any, number: int) -> None:
         specs = env.cameras()

@@ -71,9 +71,15 @@ def load_heads(forcing: PhysisForcing, folder: Path) -> None:
             fix="start from a model trained with physics losses",
         )
     # what is measured of gradients belongs to the run that measured it
-    measured = {name: value for name, value in forcing.state_dict().items() if name.startswith("meter.")}
     found = {name: value.float() for name, value in load_file(path).items() if not name.startswith("meter.")}
-    forcing.load_state_dict(found | measured)
+    fresh = {name: value for name, value in forcing.state_dict().items() if name.startswith("meter.")}
+    place = "temperature_place"
+    if forcing.temperature_place is not None and place not in found:
+        fresh[place] = forcing.state_dict()[place]  # the fixed temperature is where a learnable one starts
+    elif forcing.temperature_place is None and place in found:
+        fix = "physics.temperature=learnable, or start from another model"
+        raise UserError("physics.temperature", got="fixed", wanted="learnable, as in run.init", fix=fix)
+    forcing.load_state_dict(found | fresh)
 
 
 class FlowWorldModel:

@@ -25,7 +25,7 @@ from .expert import PlannerConfig, robot_class
 from .fork import SimulatorState, capture, restore
 from .instructions import check_instruction, instruction_for
 from .live import claim, release
-from .observation import drive_targets, measured_joints, observation_space, read_pictures
+from .observation import Drawing, drive_targets, measured_joints, observation_space, read_pictures
 from .randomization import check_randomization, drawn_randomization, randomization_label
 from .renderer import CAMERAS, Pictures, check_shadows, keep_renderer
 from .runtime import load_runtime
@@ -106,6 +106,7 @@ class RoboTwinEnv(gymnasium.Env):
         self.action_space = gymnasium.spaces.Box(self._low, self._high, dtype=np.float32)
         self.observation_space = observation_space(self.camera_names, self.action_spec, depth=depth, body_ids=body_ids)
         self._task: Any = None
+        self._drawing: Drawing | None = None
         self._instruction = self.expert_failure = ""
 
     # ------------------------------------------------------------------ episode
@@ -219,14 +220,24 @@ class RoboTwinEnv(gymnasium.Env):
         """The observation of this moment; draws the requested cameras unless ``pictures`` is False."""
         return self.begin_observe()() if pictures else self._seen_joints()
 
-    def begin_observe(self) -> Callable[[], dict[str, Any]]:
+    def begin_observe(self, *, maps: bool = False) -> Callable[[], dict[str, Any]]:
         """Start drawing this moment. The function given waits for the pictures and returns the observation.
 
-        Physics may go on meanwhile, which hides the wait for the GPU. To be called before anything is drawn again.
+        Physics may go on meanwhile, which hides the wait for the GPU. ``maps``: with depth and body ids, whatever the
+        environment's own setting. Before anything else is drawn, or the scene goes, the pictures are fetched.
         """
         joints = self._seen_joints()
-        self._pictures.draw()
-        return lambda: read_pictures(self._pictures, depth=self.depth, body_ids=self.body_ids) | joints
+        self._await_pictures()
+        pictures, depth, body_ids = self._pictures, self.depth or maps, self.body_ids or maps
+        pictures.draw()
+        self._drawing = Drawing(lambda: read_pictures(pictures, depth=depth, body_ids=body_ids) | joints)
+        return self._drawing
+
+    def _await_pictures(self) -> None:
+        """A scene that is freed under the renderer takes the process with it."""
+        drawing, self._drawing = self._drawing, None
+        if drawing is not None:
+            drawing()
 
     def _seen_joints(self) -> dict[str, Any]:
         self._check_ready()
@@ -314,8 +325,11 @@ class RoboTwinEnv(gymnasium.Env):
     def _drop_task(self) -> None:
         if self._task is not None:
             task, self._task = self._task, None
-            self._pictures = self._bodies = self._contacts = None  # type: ignore[assignment]
-            discard_task(task)
+            try:
+                self._await_pictures()
+            finally:
+                self._pictures = self._bodies = self._contacts = None  # type: ignore[assignment]
+                discard_task(task)
 
     def close(self) -> None:
         """Release the scene; another environment of this process may then be reset."""

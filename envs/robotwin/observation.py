@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -46,6 +47,19 @@ def read_pictures(pictures: Pictures, *, depth: bool, body_ids: bool) -> dict[st
         if body_ids:
             observation[f"{name}_body_ids"] = pictures.body_ids(name)
     return observation
+
+
+class Drawing:
+    """Pictures that the renderer is still drawing: a call waits for them, once, and gives the observation."""
+
+    def __init__(self, read: Callable[[], dict[str, Any]]) -> None:
+        self._read: Callable[[], dict[str, Any]] | None = read
+        self._seen: dict[str, Any] = {}
+
+    def __call__(self) -> dict[str, Any]:
+        if self._read is not None:
+            self._seen, self._read = self._read(), None
+        return self._seen
 
 
 def drive_targets(robot: Any) -> NDArray[np.float64]:

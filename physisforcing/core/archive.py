@@ -22,6 +22,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,12 @@ def _encoder(workers: int) -> Iterator[Encode]:
 
         def encode(dataset: LeRobotDataset) -> Iterable[_Encoded]:
             indices = [episode.index for episode in dataset.episodes]
-            return pool.map(functools.partial(_encode_at, str(dataset.root)), indices, chunksize=8)
+            try:
+                yield from pool.map(functools.partial(_encode_at, str(dataset.root)), indices, chunksize=8)
+            except BrokenProcessPool as error:
+                got = f"one of {workers} processes ended by itself, often for lack of memory"
+                fix = "use fewer, or 0 for none; in a script of your own, guard it with __name__ == '__main__'"
+                raise UserError("workers", got=got, wanted="processes that encode to the end", fix=fix) from error
 
         yield encode
 

@@ -86,7 +86,7 @@ class ViewLayout:
             if name not in pictures or pictures[name].shape != (*lead, height, width, 3):
                 got = list(pictures[name].shape) if name in pictures else "none"
                 fix = "resize each camera's picture to its tile"
-                raise UserError(f"pictures[{name}]", got=got, wanted=[*lead, height, width, 3], fix=fix)
+                raise UserError(f"pictures[{name}]", got=got, wanted=str([*lead, height, width, 3]), fix=fix)
             canvas[..., top : top + height, left : left + width, :] = pictures[name]
         return canvas
 

@@ -23,6 +23,7 @@ from physisforcing.worldmodel.physics.regions import (
     without_camera_motion,
 )
 from physisforcing.worldmodel.physics.relation import relation_loss, rigid_relation
+from physisforcing.worldmodel.physics.targets import point_targets
 from physisforcing.worldmodel.physics.trajectory import (
     bilinear_weights,
     cell_centres,
@@ -163,7 +164,13 @@ def test_latent_times() -> None:
     uniform, _ = latent_targets(points, visible, time="uniform")
     flat = points.permute(0, 2, 3, 1).flatten(1, 2)
     resampled = nnf.interpolate(flat, size=5, mode="linear", align_corners=False)
-    torch.testing.assert_close(uniform, resampled.unflatten(1, (30, 2)).permute(0, 3, 1, 2))
+    resampled = resampled.unflatten(1, (30, 2)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(uniform[:, 1:], resampled[:, 1:])
+    assert torch.equal(uniform[:, 0], points[:, 0]), "latent 0 holds the queries"
+    assert torch.equal(latent_targets(points, visible, time="last")[1], visible[:, ::4])
+    between = latent_targets(points, visible, time="uniform", visibility="share")[1]
+    seen = nnf.interpolate(visible.double().transpose(1, 2), size=5, mode="linear", align_corners=False).transpose(1, 2)
+    torch.testing.assert_close(between[:, 1:], seen[:, 1:])
     _, share = latent_targets(points, visible, visibility="share")
     expected = torch.stack(
         [visible[:, 0].double(), *(visible[:, k - 3 : k + 1].double().mean(1) for k in (4, 8, 12, 16))], 1
@@ -199,11 +206,17 @@ def test_a_temperature_replaces_the_square_root_and_learns() -> None:
     torch.testing.assert_close(out.pix, wide()(hidden, grid, targets).pix)
     assert abs(out.metrics["temperature"].item() - 0.0625) < 1e-6
     out.loss.backward()
-    assert forcing.log_temperature is not None and forcing.log_temperature.grad.abs() > 0
+    assert forcing.temperature_place is not None and forcing.temperature_place.grad.abs() > 0
     for value, bound in ((-9.0, 0.02), (9.0, 0.2)):
         with torch.no_grad():
-            forcing.log_temperature.fill_(value)
-        assert abs(forcing.temperature().item() - bound) < 1e-6
+            forcing.temperature_place.fill_(value)
+        assert abs(forcing.temperature().item() - bound) < 1e-4
+        place = torch.autograd.grad(forcing.temperature(), forcing.temperature_place)[0]
+        assert place > 0, "it can come back from its ends"
+    for width in (16, 4096):  # 1/sqrt(C) beyond the range: starts at its end, and learns
+        forcing = PhysisForcing(PhysicsConfig(temperature="learnable", feature_dim=width), width=10, teacher_dim=6)
+        assert 0.02 <= forcing.temperature().item() <= 0.2
+        assert torch.autograd.grad(forcing.temperature(), forcing.temperature_place)[0] > 1e-5
 
 
 def slow_pix(forcing: PhysisForcing, hidden: torch.Tensor, grid: tuple, targets: dict, queries: list[int]) -> float:
@@ -419,6 +432,47 @@ def test_weights_from_gradients_keep_the_ratios_and_survive_batches_without_targ
     off = heads(weights="gradient", lambda_sem=0.0)
     off.load_state_dict(forcing.state_dict())
     assert off._weights(hidden)[1] == 0
+
+
+def test_a_step_that_overflowed_leaves_the_weights_alone() -> None:
+    hidden, grid, targets = case()
+    forcing = heads(weights="gradient")
+    for bad in (1.0, float("nan"), float("inf"), 1.0):
+        tapped = hidden.clone().requires_grad_() * 1.0
+        (flow_loss(tapped) * bad + forcing(tapped, grid, targets).loss).backward()
+        if bad == 1.0:
+            kept = forcing.meter.average_3.clone()
+        else:
+            assert torch.equal(forcing.meter.average_3, kept)
+    assert forcing._weights(hidden).isfinite().all() and forcing.meter.steps_3.tolist() == [2, 2, 2]
+
+
+def test_coordinates_that_are_no_numbers_are_hidden_points() -> None:
+    points, visible = (part.float() if part.is_floating_point() else part for part in tracks(frames=13))
+    depth = torch.rand(2, 30, generator=torch.Generator().manual_seed(1))
+    hidden = ~visible
+    broken = torch.where(hidden[..., None], torch.nan, points)
+    config = PhysicsConfig(min_motion=0.0)
+    whole = point_targets(points, visible, depth, SIZE, GRID, config)
+    other = point_targets(broken, visible, depth, SIZE, GRID, config)
+    for name in ("select_BN", "visible_BFN", "token_mask_BFhw"):
+        assert torch.equal(whole[name], other[name]), name
+    seen = whole["visible_BFN"]
+    torch.testing.assert_close(whole["points_BFN2"][seen], other["points_BFN2"][seen])
+    features, grid, targets = case()
+    leaf = features.requires_grad_()
+    before = heads()(leaf, grid, targets)
+    targets["points_BFN2"] = torch.where(targets["visible_BFN"][..., None], targets["points_BFN2"], torch.nan)
+    after = heads()(leaf, grid, targets)
+    after.loss.backward()
+    # a point that is hidden in the first frame is not known where it is a number, either; here it is not looked up
+    assert after.loss.isfinite() and leaf.grad.isfinite().all() and before.loss.isfinite()
+
+
+def test_heads_in_bfloat16_are_refused() -> None:
+    hidden, grid, targets = case()
+    with pytest.raises(UserError, match="bfloat16"):
+        heads().bfloat16()(hidden, grid, targets)
 
 
 def test_wrong_choices_are_named() -> None:

@@ -38,7 +38,10 @@ def bank(seed: int) -> WindowBank:
         mask_WFhw=torch.rand(count, *shape, generator=generator) > 0.5,
         teacher_WF=torch.randint(5, (count, 3), generator=generator),
         body_WFhw=torch.zeros(count, 0, *shape[1:], dtype=torch.int32),
+        token_WK=torch.zeros(count, 0, dtype=torch.int16),
+        relation_WR=torch.zeros(count, 0, dtype=torch.int8),
         teacher_EhwC=torch.randn(5, 4, 5, 8, generator=generator).half(),
+        channels=8,
     )
     return WindowBank(
         table=table,
@@ -198,19 +201,36 @@ def test_windows_without_targets_add_nothing():
     assert full.physics_rows().tolist() == list(range(1, len(full.table), 2))
 
 
-def test_heldout_values_do_not_depend_on_the_chunk_size(tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"border": "drop"}, {"query_frames": [2]}, {"visibility": "share"}, {"weights": "gradient"}],
+    ids=lambda options: "".join(options) or "default",
+)
+def test_heldout_values_do_not_depend_on_the_chunk_size(tmp_path, options):
     held = bank(3)
     held.targets.targets.select_WN[::2] = False  # windows without a valid point
     held.targets.targets.select_WN[1, 1:] = False  # and one with very few
     held.targets.targets.mask_WFhw[::3] = False
-    trainer = Trainer(config(tmp_path, "run", 1), bank(0), torch.device("cpu"))
+    settings = config(tmp_path, "run", 1)
+    for name, value in options.items():
+        setattr(settings.physics, name, value)
+    if "visibility" in options:
+        seen = held.targets.targets.visible_WFN
+        held.targets.targets.visible_WFN = seen * torch.rand(seen.shape, generator=torch.Generator().manual_seed(1))
+    trainer = Trainer(settings, bank(0), torch.device("cpu"))
     trainer.denoiser.transformer.proj_out.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    if "weights" in options:
+        trainer.forcing.meter.average_3.copy_(torch.tensor([0.1, 0.3, 0.2]))
+        trainer.forcing.meter.steps_3.fill_(5)
 
     def values(chunk: int) -> dict[str, float]:
         return heldout_losses(trainer.denoiser, trainer.forcing, held, FlowMatchingConfig(), windows=64, chunk=chunk)
 
     alone = values(1)
-    assert alone["epe_px"] > 0 and alone["sem"] > 0
+    assert alone["epe_px"] > 0 and alone["sem"] > 0 and "pairs" not in alone
+    weights = [alone.get(f"lambda_{name}", 0.5) for name in ("pix", "sem")]
+    assert alone["loss"] == pytest.approx(alone["fm"] + weights[0] * alone["pix"] + weights[1] * alone["sem"])
+    assert ("weights" in options) == (weights != [0.5, 0.5])
     for chunk in (8, 64):
         assert values(chunk) == pytest.approx(alone, rel=1e-5), chunk
     held.targets.targets.select_WN[:] = False

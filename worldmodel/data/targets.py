@@ -171,12 +171,18 @@ def _work(job: _Job, episodes: Sequence[int]) -> list[int]:
 def _with_processes(job: _Job, missing: Sequence[int], processes: int) -> Iterator[int]:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
 
     # Each process takes its share at once, so that it loads its teachers once. CUDA does not survive a fork.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         shares = [pool.submit(_work, job.on(k), missing[k::processes]) for k in range(processes)]
         for share in as_completed(shares):
-            yield from share.result()
+            try:
+                yield from share.result()
+            except BrokenProcessPool as error:
+                got = f"one of {processes} processes ended by itself, often for lack of memory"
+                fix = "use fewer, and run the command again: what is done is kept"
+                raise UserError("processes", got=got, wanted="processes that work to the end", fix=fix) from error
 
 
 def _with_ray(job: _Job, missing: Sequence[int]) -> Iterator[int]:

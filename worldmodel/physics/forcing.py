@@ -40,6 +40,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from physisforcing.core.errors import UserError
+
 from .config import PhysicsConfig
 from .gradients import GradientMeter
 from .relation import (
@@ -51,7 +53,7 @@ from .relation import (
     select_tokens,
     valid_pairs,
 )
-from .trajectory import clamp_to_hull, end_point_error, in_hull, match_logits, trajectory_errors
+from .trajectory import clamp_to_hull, divisor, end_point_error, in_hull, match_logits, trajectory_errors
 from .views import Rect, cut
 
 #: Pixels in which the end-point error is reported, (H, W), whatever the resolution of the video.
@@ -70,7 +72,8 @@ class PhysicsOutput:
     ``epe_cells``, ``epe_px``: end-point error of the soft-argmax in tokens and in pixels of 240x320;
     ``epe_uniform_px`` and ``epe_still_px``: the same for a uniform map and for points that stay where they were;
     ``valid``: fraction of (point, latent frame) pairs in the loss; ``tokens``: mean number of selected tokens a
-    sample; where gradients are measured, ``share_pix`` and ``share_sem``: norm of the weighted loss's gradient at the features
+    sample; ``pairs`` and ``related``: how many (point, latent frame) pairs, by weight, and samples with relations the two
+    terms are means of in this process; where gradients are measured, ``share_pix`` and ``share_sem``: norm of the weighted loss's gradient at the features
     over that of flow matching, as of the step before; ``lambda_pix``, ``lambda_sem``: weights, where they are set from gradients.
     """
 
@@ -97,10 +100,10 @@ class PhysisForcing(nn.Module):
         self.phi = _mlp(width, config.phi_hidden, config.feature_dim)
         self.psi = _mlp(width, config.psi_hidden, teacher_dim)
         self.meter = GradientMeter(persistent=config.weights == "gradient")
-        self.log_temperature: nn.Parameter | None = None
+        self.temperature_place: nn.Parameter | None = None
         if config.temperature == "learnable":
             # one element, not a scalar: fully_shard refuses scalars
-            self.log_temperature = nn.Parameter(torch.full((1,), -0.5 * math.log(config.feature_dim)))
+            self.temperature_place = nn.Parameter(torch.full((1,), _place_of(config.feature_dim**-0.5)))
 
     def forward(
         self,
@@ -118,6 +121,9 @@ class PhysisForcing(nn.Module):
         """
         config = self.config
         assert hidden_BLD.shape[1] == math.prod(grid), (hidden_BLD.shape, grid)
+        if (dtype := self.phi[0].weight.dtype) != torch.float32:
+            fix = "leave the heads out of .to(bfloat16) and of mixed-precision policies (autocast is fine)"
+            raise UserError("PhysisForcing", got=f"heads in {dtype}", wanted="torch.float32: both losses are", fix=fix)
         assert sigma_B is not None or config.sigma_weight == "none", "sigma_weight needs the noise levels"
         weights_2 = self._weights(hidden_BLD)
         measured = self.measures and torch.is_grad_enabled()
@@ -134,7 +140,7 @@ class PhysisForcing(nn.Module):
                 assert views is not None, "targets of several views need the tokens of each"
                 parts = [([cut(one, rect) for one in maps], t) for rect, t in zip(views, targets, strict=True)]
             pix, metrics = self._trajectory([(m[0], t) for m, t in parts], trust_B)
-            sem, metrics["tokens"] = self._relation([(m[1], m[2], t) for m, t in parts], trust_B)
+            sem, metrics["tokens"], metrics["related"] = self._relation([(m[1], m[2], t) for m, t in parts], trust_B)
             # The last term keeps every parameter and the feature map in the graph whatever the masks are.
             loss = weights_2[0] * pix + weights_2[1] * sem + 0.0 * hidden_BLD.float().sum()
         if measured:
@@ -176,7 +182,11 @@ class PhysisForcing(nn.Module):
 
     def temperature(self) -> Tensor | None:
         """The learnable temperature, or None for 1/sqrt(C)."""
-        return None if self.log_temperature is None else self.log_temperature[0].exp().clamp(*TEMPERATURES)
+        if self.temperature_place is None:
+            return None
+        low, high = map(math.log, TEMPERATURES)
+        # a clamp would have no gradient to come back with from beyond its ends
+        return (low + (high - low) * self.temperature_place[0].sigmoid()).exp()
 
     def _mean(self, total: Tensor, count: Tensor) -> Tensor:
         """``total / count`` over all processes, such that the mean of what they get is the mean of the whole batch."""
@@ -184,7 +194,7 @@ class PhysisForcing(nn.Module):
             count = count.detach().clone()
             dist.all_reduce(count, group=self.group)
             total = total * world
-        return total / count.clamp(min=1)
+        return total / divisor(count)
 
     def _trajectory(
         self, parts: list[tuple[Tensor, Targets]], trust_B: Tensor | None
@@ -199,6 +209,8 @@ class PhysisForcing(nn.Module):
             grid = (hidden_BFhwD.shape[2], hidden_BFhwD.shape[3])
             fine = (grid[0] * config.upsample, grid[1] * config.upsample)
             points, visible = targets["points_BFN2"].float(), targets["visible_BFN"].float()
+            known = points.isfinite().all(-1)
+            points, visible = torch.where(known[..., None], points, 0.5), torch.where(known, visible, 0)
             features = self.features(hidden_BFhwD)
             target = clamp_to_hull(points[:, 1:], fine)
             counted = targets["select_BN"][:, None].float() * visible[:, 1:]
@@ -233,19 +245,22 @@ class PhysisForcing(nn.Module):
                         cells, pixels = end_point_error(guess, target, weight, grid, REPORT_SIZE)
                         add(f"{name}_cells", cells * weight.sum())
                         add(f"{name}_px", pixels * weight.sum())
-        count = totals["count"].clamp(min=1)
+        count = divisor(totals["count"])
         metrics = {
             "epe_cells": totals["epe_cells"] / count,
             "epe_px": totals["epe_px"] / count,
             "epe_uniform_px": totals["uniform_px"] / count,
             "epe_still_px": totals["still_px"] / count,
             "valid": totals["count"] / totals["places"],
+            "pairs": totals["count"],
         }
         if temperature is not None:
             metrics["temperature"] = temperature.detach()
         return self._mean(totals["total"], totals["count"]), metrics
 
-    def _relation(self, parts: list[tuple[Tensor, Tensor, Targets]], trust_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _relation(
+        self, parts: list[tuple[Tensor, Tensor, Targets]], trust_B: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
         total = count = tokens = parts[0][0].new_zeros(())
         for hidden_BFhwD, order_BFhw, targets in parts:
@@ -274,7 +289,14 @@ class PhysisForcing(nn.Module):
             total = total + (errors_B if trust_B is None else errors_B * trust_B).sum()
             count = count + (valid.sum(1) >= 2).sum()
             tokens = tokens + valid.sum(1).float().mean()
-        return self._mean(total, count.float()), tokens
+        return self._mean(total, count.float()), tokens, count.float()
+
+
+def _place_of(temperature: float) -> float:
+    """The parameter at which the learnable temperature starts: at this value, or near the end of its range that is next to it."""
+    low, high = map(math.log, TEMPERATURES)
+    share = min(max((math.log(temperature) - low) / (high - low), 0.02), 0.98)
+    return math.log(share / (1 - share))
 
 
 def _mlp(width: int, hidden: int, out: int) -> nn.Sequential:

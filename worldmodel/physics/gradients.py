@@ -69,9 +69,11 @@ class GradientMeter(nn.Module):
         self.norms_3.copy_(norms_3)
         # Averages are of the losses without their weights; a batch without targets says nothing about them.
         bare_3 = norms_3 / torch.cat([torch.ones_like(weights_2[:1]), weights_2.clamp(min=1e-12)])
-        told_3 = (norms_3 > 0).to(norms_3)
-        self.steps_3 += told_3
-        self.average_3 += told_3 * (1 - DECAY) * (bare_3 - self.average_3)
+        # A step whose gradients overflowed is one that the trainer skips; it must not stay in the averages.
+        told_3 = (norms_3 > 0) & norms_3.isfinite().all() & bare_3.isfinite()
+        self.steps_3 += told_3.to(norms_3)
+        moved_3 = self.average_3 + (1 - DECAY) * (bare_3 - self.average_3)
+        self.average_3.copy_(torch.where(told_3, moved_3, self.average_3))
 
     def shares(self) -> dict[str, Tensor]:
         """Norm of each loss's weighted gradient over that of flow matching, at the last measured step."""

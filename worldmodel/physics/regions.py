@@ -62,7 +62,7 @@ def motion_magnitude(
     if kind == "path":
         step = torch.linalg.vector_norm(position[:, 1:] - position[:, :-1], dim=-1)
         seen = counted[:, 1:] & counted[:, :-1]
-        return (step * (seen & (step >= floor))).sum(1)
+        return torch.where(seen & (step >= floor), step, 0).sum(1)
     assert kind == "net", kind
     frames = torch.arange(counted.shape[1], device=position.device)[None, :, None]
     first = torch.where(counted, frames, counted.shape[1] - 1).amin(1)
@@ -70,7 +70,7 @@ def motion_magnitude(
     index = torch.stack([first, last], 1)[..., None].expand(-1, -1, -1, 2)
     ends = position.gather(1, index)
     distance = torch.linalg.vector_norm(ends[:, 1] - ends[:, 0], dim=-1)
-    return distance * (counted.any(1) & (distance >= floor))
+    return torch.where(counted.any(1) & (distance >= floor), distance, 0)
 
 
 def without_camera_motion(points_BTN2: Tensor, visible_BTN: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def select_points(
     """
     chosen = valid_BN & (motion_BN >= min_motion)
     if kind in ("mean", "both"):
-        mean = (score_BN * valid_BN).sum(1, keepdim=True) / valid_BN.sum(1, keepdim=True).clamp(min=1)
+        mean = torch.where(valid_BN, score_BN, 0).sum(1, keepdim=True) / valid_BN.sum(1, keepdim=True).clamp(min=1)
         chosen = chosen & (score_BN >= mean)
     if kind in ("topk", "both"):
         order = torch.where(chosen, score_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)

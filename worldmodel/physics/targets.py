@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .config import PhysicsConfig
@@ -21,11 +22,13 @@ def point_targets(
 ) -> dict[str, Tensor]:
     """``points_BFN2``, ``visible_BFN``, ``select_BN`` and ``token_mask_BFhw`` of ``physics.forcing``.
 
-    ``points_BTN2``: normalised to [0,1] (``normalise_points``), T = 1 + 4 (F - 1) frames; points outside the picture count as
-    hidden. ``depth_BN``, ``depth_kind``: depth under the queries and what it is (``informative_points``). ``size``: (H, W) of the
+    ``points_BTN2``: normalised to [0,1] (``normalise_points``), T = 1 + 4 (F - 1) frames; points outside the picture and
+    coordinates that are no numbers count as hidden. ``depth_BN``, ``depth_kind``: depth under the queries and what it is (``informative_points``). ``size``: (H, W) of the
     picture that was tracked, in pixels. ``grid``: (h, w) tokens.
     """
-    visible_BTN = visible_BTN & in_frame(points_BTN2)
+    known_BTN = points_BTN2.isfinite().all(-1)
+    points_BTN2 = torch.where(known_BTN[..., None], points_BTN2, 0)  # a product with a mask of 0 would keep NaN
+    visible_BTN = visible_BTN & known_BTN & in_frame(points_BTN2)
     select = informative_points(points_BTN2, visible_BTN, depth_BN, size, config, depth_kind=depth_kind)
     at_latents, seen = latent_targets(points_BTN2, visible_BTN, time=config.time, visibility=config.visibility)
     return {

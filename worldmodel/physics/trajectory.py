@@ -14,6 +14,11 @@ from torch import Tensor
 from .regions import latent_frame, pair, to_cells
 
 
+def divisor(count: Tensor) -> Tensor:
+    """A sum of weights to divide by (they may be shares, whose sum is below 1), or 1 where there is nothing to divide."""
+    return torch.where(count > 0, count, torch.ones_like(count))
+
+
 def cell_centres(grid: tuple[int, int], *, device: torch.device | str | None = None) -> Tensor:
     """Centres of the tokens in row order, float32 [L,2]."""
     height, width = grid
@@ -27,32 +32,40 @@ def latent_targets(
 ) -> tuple[Tensor, Tensor]:
     """Tracks at the times of the latent frames of a causal autoencoder: points [B,F,N,2], visible [B,F,N].
 
-    Latent 0 is frame 0. ``mean``: latent k is the mean over the visible ones of the frames 4k-3..4k (where none is visible the
-    plain mean stands there); ``last``: frame 4k; ``uniform``: the clip resampled to F frames, whatever the autoencoder does.
-    ``visibility``: ``any`` gives bool, whether a frame of the group shows the point; ``share`` gives float, the share of
-    the frames that do; ``off`` gives True everywhere.
+    Latent 0 is frame 0, always: it holds the queries. ``mean``: latent k is the mean over the visible ones of the frames 4k-3..4k
+    (where none is visible the plain mean stands there); ``last``: frame 4k; ``uniform``: the clip resampled to F frames, whatever the
+    autoencoder does. ``visibility``: ``any`` gives bool, whether a frame that the position is made of shows the point; ``share`` gives
+    float, the share of those frames that do; ``off`` gives True everywhere.
     """
     frames = visible_BTN.shape[1]
     latents = (frames - 1) // temporal_stride + 1
-    group = latent_frame(frames, temporal_stride=temporal_stride, device=points_BTN2.device)
-    member_FT = (group[None] == torch.arange(latents, device=group.device)[:, None]).to(points_BTN2.dtype)
+    member_FT = _frames_of_latents(frames, latents, temporal_stride, time, points_BTN2)
     weight_BTN = visible_BTN.to(points_BTN2.dtype)
     seen = torch.einsum("ft,btn->bfn", member_FT, weight_BTN)
     if visibility == "share":
-        visible = seen / member_FT.sum(1)[:, None]
+        visible = seen
     else:
         visible = seen > 0 if visibility == "any" else torch.ones_like(seen, dtype=torch.bool)
+    everywhere = torch.einsum("ft,btnc->bfnc", member_FT, points_BTN2)
+    if time != "mean":  # a position between two frames needs both
+        return everywhere, visible
+    mean_seen = torch.einsum("ft,btn,btnc->bfnc", member_FT, weight_BTN, points_BTN2)
+    tiny = torch.finfo(points_BTN2.dtype).tiny
+    return torch.where((seen > 0)[..., None], mean_seen / seen.clamp(min=tiny)[..., None], everywhere), visible
+
+
+def _frames_of_latents(frames: int, latents: int, stride: int, time: str, like: Tensor) -> Tensor:
+    """How much of each pixel frame is in a latent frame's position, [F,T] of the type of ``like``; rows sum to 1."""
+    frame = torch.arange(frames, device=like.device, dtype=torch.float64)  # exact where a place is a frame
+    latent = torch.arange(latents, device=like.device, dtype=torch.float64)[:, None]
+    if time == "mean":
+        member = (latent_frame(frames, temporal_stride=stride, device=like.device)[None] == latent).to(like.dtype)
+        return member / member.sum(1, keepdim=True)
     if time == "last":
-        return points_BTN2[:, ::temporal_stride], visible
-    if time == "uniform":
-        place = ((torch.arange(latents, device=group.device) + 0.5) * frames / latents - 0.5).clamp(0, frames - 1)
-        low = place.floor().long().clamp(max=frames - 2)
-        share = (place - low).to(points_BTN2.dtype)[:, None, None]
-        return points_BTN2[:, low] * (1 - share) + points_BTN2[:, low + 1] * share, visible
-    assert time == "mean", time
-    mean_seen = torch.einsum("ft,btn,btnc->bfnc", member_FT, weight_BTN, points_BTN2) / seen.clamp(min=1)[..., None]
-    mean_all = torch.einsum("ft,btnc->bfnc", member_FT / member_FT.sum(1, keepdim=True), points_BTN2)
-    return torch.where((seen > 0)[..., None], mean_seen, mean_all), visible
+        return (frame[None] == stride * latent).to(like.dtype)
+    assert time == "uniform", time
+    place = ((latent + 0.5) * frames / latents - 0.5).clamp(0, frames - 1) * (latent > 0)
+    return (1 - (place - frame[None]).abs()).clamp(min=0).to(like.dtype)
 
 
 def clamp_to_hull(points: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -131,7 +144,7 @@ def trajectory_loss(
     error, prediction = trajectory_errors(
         logits_BFNL, target_BFN2, grid, kind=kind, huber_delta=huber_delta, gauss_sigma=gauss_sigma
     )
-    return (weight_BFN * error).sum() / weight_BFN.sum().clamp(min=1), prediction
+    return (weight_BFN * error).sum() / divisor(weight_BFN.sum()), prediction
 
 
 def trajectory_errors(
@@ -169,6 +182,6 @@ def end_point_error(
     prediction_BFN2: Tensor, target_BFN2: Tensor, weight_BFN: Tensor, grid: tuple[int, int], size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Mean distance between predicted and true coordinate, in cells of ``grid`` and in pixels of ``size`` (H, W)."""
-    offset, total = prediction_BFN2 - target_BFN2, weight_BFN.sum().clamp(min=1)
+    offset, total = prediction_BFN2 - target_BFN2, divisor(weight_BFN.sum())
     in_units = [torch.linalg.vector_norm(offset * pair(offset, s[1], s[0]), dim=-1) for s in (grid, size)]
     return (weight_BFN * in_units[0]).sum() / total, (weight_BFN * in_units[1]).sum() / total

@@ -19,8 +19,10 @@ from .objective import draw_noise, objective
 _EVALUATION_STEP = 2**40
 
 
-#: Terms that are means over the visible selected points.
+#: Terms that are means over the points in the loss.
 _OF_POINTS = ("pix", "epe_cells", "epe_px", "epe_uniform_px", "epe_still_px")
+#: What the physics losses say their terms are means of; no terms themselves.
+_COUNTS = ("pairs", "related")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,7 +65,10 @@ def heldout_losses(
     means["loss"] = means["fm"]
     if forcing is not None:
         physics = forcing.config
-        means["loss"] += physics.lambda_pix * means.get("pix", 0.0) + physics.lambda_sem * means.get("sem", 0.0)
+        # weights that are set from gradients are among the terms
+        for name in ("pix", "sem"):
+            weight = means.get(f"lambda_{name}", getattr(physics, f"lambda_{name}"))
+            means["loss"] += weight * means.get(name, 0.0)
     return means
 
 
@@ -97,7 +102,7 @@ def heldout_terms(
         batch = bank.batch(rows[part].to(device))
         terms = objective(denoiser, forcing, batch, drawn, flow, contextlib.nullcontext())
         del terms["loss"]
-        counts = _counts(batch, flow)
+        counts = _counts(batch, flow, {name: float(terms.pop(name)) for name in _COUNTS if name in terms})
         for name, value in terms.items():
             values.setdefault(name, []).append(float(value))
             weights.setdefault(name, []).append(counts.get(name, float(len(part))))
@@ -108,13 +113,11 @@ def heldout_terms(
     )
 
 
-def _counts(batch: dict[str, Any], flow: FlowMatchingConfig) -> dict[str, float]:
-    """How much of what the terms of a batch are means of: weighted latent cells, visible selected points at later latent frames,
-    samples with two selected tokens or more. Terms that are not here are means over samples."""
+def _counts(batch: dict[str, Any], flow: FlowMatchingConfig, said: dict[str, float]) -> dict[str, float]:
+    """How much of what the terms of a batch are means of: weighted latent cells, points in the loss, samples with relations.
+    Terms that are not here are means over samples."""
     cells = motion_weights(batch["latents_BCFhw"].float(), flow.motion_weight, flow.motion_cap)[:, :, 1:]
-    counts, targets = {"fm": float(cells.sum())}, batch["targets"]
-    if targets is not None:
-        pairs = targets["select_BN"][:, None] & targets["visible_BFN"][:, 1:]
-        counts |= dict.fromkeys(_OF_POINTS, float(pairs.sum()))
-        counts["sem"] = float((targets["token_mask_BFhw"].flatten(1).sum(1) >= 2).sum())
+    counts = {"fm": float(cells.sum())}
+    if said:
+        counts |= {**dict.fromkeys(_OF_POINTS, said["pairs"]), "sem": said["related"]}
     return counts
