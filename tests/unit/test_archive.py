@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from physisforcing.core import archive
 from physisforcing.core.archive import main, pack, unpack
 from physisforcing.core.archive_numbers import compress, decompress
 from physisforcing.core.archive_poses import FREE, RIGID, SLIDING, STATIC, TURNING, decode_poses, encode_poses
@@ -219,6 +220,17 @@ def test_processes_that_encode_change_nothing_and_name_what_is_missing(datasets,
     with pytest.raises(DatasetError, match="video"):
         pack(tmp_path / "c.zip", {"broken": broken}, workers=2)
     assert not (tmp_path / "c.zip").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_process_that_ends_by_itself_is_named(datasets, tmp_path, monkeypatch) -> None:
+    def killed(*_: object, **__: object):
+        """What a pool does when the system kills one of its processes."""
+        raise archive.BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(archive.ProcessPoolExecutor, "map", killed)
+    with pytest.raises(UserError, match="memory"):
+        pack(tmp_path / "d.zip", datasets, workers=2)
+    assert not list(tmp_path.iterdir())
 
 
 def rewrite(source: Path, target: Path, change) -> Path:

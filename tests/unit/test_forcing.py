@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from physisforcing.core.errors import UserError
+from physisforcing.worldmodel.model import load_heads
 from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.physics.forcing import PhysisForcing
 from physisforcing.worldmodel.physics.regions import latent_frame, normalise_points, to_cells, to_pixels
 from physisforcing.worldmodel.physics.relation import even_order, select_tokens, token_order
+from physisforcing.worldmodel.storage import save_tensors
 
 FHW = (5, 15, 20)
 TOKENS = 5 * 15 * 20
@@ -178,3 +180,16 @@ def test_a_typo_offers_the_nearest_name(field: str, value: str) -> None:
 def test_impossible_numbers_are_refused(field: str, value: float) -> None:
     with pytest.raises(UserError, match=f"physics.{field}"):
         PhysicsConfig(**{field: value})
+
+
+def test_heads_of_a_model_with_another_temperature(tmp_path) -> None:
+    fixed, learnable = heads(), heads(temperature="learnable")
+    for name, module in (("fixed", fixed), ("learnable", learnable)):
+        (tmp_path / name).mkdir()
+        save_tensors(module.state_dict(), tmp_path / name / "physics_heads.safetensors")
+    started = heads(temperature="learnable")
+    load_heads(started, tmp_path / "fixed")
+    assert torch.equal(started.phi[1].weight, fixed.phi[1].weight)
+    assert started.temperature() is not None and abs(started.temperature().item() - 0.0625) < 1e-6
+    with pytest.raises(UserError, match=r"physics\.temperature"):
+        load_heads(heads(), tmp_path / "learnable")
