@@ -31,7 +31,7 @@ VERBS: dict[str, Verb] = {
     "data merge": Verb("physisforcing.core.merge", "make one dataset of several, such as the shards of a collection"),
     "data pack": Verb("physisforcing.core.archive", "datasets as one small file: pictures, joints, poses, contacts"),
     "data unpack": Verb("physisforcing.core.archive", "the datasets of an archive"),
-    "data inspect": Verb("physisforcing.core.inspect", "check a dataset and summarise it"),
+    "data inspect": Verb("physisforcing.data_inspect", "check a dataset, summarise it, draw tracks and masks"),
     "data targets": Verb("physisforcing.worldmodel.data.targets", "compute and cache teacher targets"),
     "train vae": Verb("physisforcing.worldmodel.training.command", "train the video autoencoder"),
     "train worldmodel": Verb(

@@ -1,9 +1,8 @@
-"""``physis data inspect``: check a dataset completely and say what is in it."""
+"""Check a dataset completely and say what is in it."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from typing import Any
 
@@ -77,21 +76,15 @@ def _check_truth(dataset: EpisodeSource, index: int) -> None:
             truth.body_id_map(int(frame), view)
 
 
-def main(argv: list[str]) -> int:
-    """``physis data inspect PATH [--quick] [--json]``."""
-    parser = argparse.ArgumentParser(
-        prog="physis data inspect",
-        description="Check a dataset of any known layout and summarise it.",
-        epilog="example: physis data inspect runs/bell",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``physis data inspect`` is told about a dataset."""
     parser.add_argument("root", help="dataset folder")
     parser.add_argument("--quick", action="store_true", help="do not decode videos and ground truth")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(argv)
-    report = inspect(options.root, check=not options.quick)
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return 0
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a report of ``inspect`` for people."""
     head = f"{report['root']}: {report['layout']}, {report['episodes']} episodes, {report['frames']} frames"
     print(f"{head} at {report['fps']:.4g} fps")
     print(f"  videos       {', '.join(f'{k} {v}' for k, v in report['videos'].items())}")
@@ -112,4 +105,3 @@ def main(argv: list[str]) -> int:
         if report["checked"]
         else "  files present; contents not read"
     )
-    return 0

@@ -33,8 +33,7 @@ examples:
   physis data targets data=[runs/bell]
   physis data targets data=[runs/bell,runs/blocks] device=cuda processes=4
   physis data targets data=[runs/bell] teacher=permissive
-  physis data targets data=[runs/bell] teacher=paper teacher.tracker.path=scaled_offline.pth \\
-      teacher.tracker.source=co-tracker teacher.depth.path=depth-anything-v2-large teacher.encoder.path=vjepa2-vitl
+  physis data targets data=[runs/bell] teacher=permissive teacher.encoder.name=vjepa2 teacher.encoder.path=vjepa2-vitl
 
 teachers (teacher=NAME sets all three; teacher.tracker.name=..., teacher.depth.name=..., teacher.encoder.name=... one):
   simulator    exact tracks and depth, EfficientNet-Lite0 features (default; needs ground truth in the dataset)

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 #: Dense bfloat16 peak in FLOP/s by a part of the device's name, for MFU.
@@ -73,6 +75,17 @@ class StepLog:
         """A line outside the step rhythm (held-out values, timings). The clock of the next step line restarts."""
         self._write(record)
         self._since = time.perf_counter()
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether there is a TensorBoard to show pictures in."""
+        return self._board is not None
+
+    def picture(self, name: str, image_HWC: NDArray[np.uint8], step: int) -> None:
+        """An RGB picture as image summary. The clock of the next step line restarts."""
+        if self._board is not None:
+            self._board.add_image(name, image_HWC, step, dataformats="HWC")
+            self._since = time.perf_counter()
 
     def _write(self, record: dict) -> None:
         self._stream.write(json.dumps(record) + "\n")

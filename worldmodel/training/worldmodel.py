@@ -27,6 +27,7 @@ from .evaluate import heldout_losses
 from .initial import adopt_world_model
 from .objective import draw_noise, objective
 from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
+from .pictures import heldout_pictures
 from .runtime import autocast, begin_run, compiles, split_heldout
 from .steplog import StepLog
 
@@ -208,6 +209,7 @@ def train_world_model(config: TrainWorldModelConfig, banks: tuple[WindowBank, Wi
         before = trainer.heldout(heldout)
         report.write_text(json.dumps({"before": before}, indent=2) + "\n")
         log.event({"step": 0, **before})
+        heldout_pictures(trainer, heldout, 0, log)
     for step in range(first, config.run.steps):
         terms = trainer.step(step)
         log.add(terms, trainer.wait_s)
@@ -218,6 +220,7 @@ def train_world_model(config: TrainWorldModelConfig, banks: tuple[WindowBank, Wi
         if done % config.run.eval_every == 0 or last:
             values = trainer.heldout(heldout)
             log.event({"step": done, **values})
+            heldout_pictures(trainer, heldout, done, log)
             if last:
                 record = json.loads(report.read_text()) if report.is_file() else {}
                 report.write_text(json.dumps({**record, "after": values}, indent=2) + "\n")
