@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from .preprocess import check_frames, load_pretrained, normalised, random_weights, read_config, version_of
+from .preprocess import (
+    check_frames,
+    load_pretrained,
+    normalised,
+    random_weights,
+    read_config,
+    remember_positions,
+    version_of,
+)
 from .protocols import TeacherInfo
 
 if TYPE_CHECKING:
@@ -69,6 +77,7 @@ class DepthAnything:
         """``model`` in evaluation mode; ``batch``: pictures a forward. Users call ``from_folder``."""
         self.model, self.batch = model, batch
         self._info = info
+        remember_positions(model.backbone.embeddings)
 
     @classmethod
     def from_folder(

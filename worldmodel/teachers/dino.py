@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .preprocess import check_video, last_frames, load_pretrained, normalised, random_weights, read_config, version_of
+from .preprocess import (
+    check_video,
+    last_frames,
+    load_pretrained,
+    normalised,
+    random_weights,
+    read_config,
+    remember_positions,
+    version_of,
+)
 from .protocols import TeacherInfo
 
 if TYPE_CHECKING:
@@ -36,6 +45,8 @@ class Dino:
         """``model``: one of ``FAMILIES`` in evaluation mode; ``batch``: pictures a forward. Users call ``from_folder``."""
         self.model, self.batch = model, batch
         self._info = info
+        if model.config.model_type != "dinov3_vit":  # DINOv3's are rotary
+            remember_positions(model.embeddings)
 
     @classmethod
     def from_folder(

@@ -196,3 +196,17 @@ def frozen(model: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
 def version_of(preprocessing: str, dtype: torch.dtype) -> str:
     """Version of a teacher: its preprocessing, and its precision where that is not float32, because features differ with it."""
     return preprocessing if dtype == torch.float32 else f"{preprocessing}-{str(dtype).removeprefix('torch.')}"
+
+
+def remember_positions(embeddings: Any) -> None:
+    """Have a frozen ViT of transformers interpolate its position embeddings once for each size of picture, not for each picture:
+    on a GPU that takes as long as the rest of the network."""
+    stock, kept = embeddings.interpolate_pos_encoding, {}
+
+    def positions(tokens: Tensor, height: int, width: int) -> Tensor:
+        key = (height, width, tokens.device, embeddings.position_embeddings.dtype)
+        if key not in kept:
+            kept[key] = stock(tokens, height, width)
+        return kept[key]
+
+    embeddings.interpolate_pos_encoding = positions

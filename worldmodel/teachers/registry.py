@@ -4,6 +4,7 @@
 kind          name                  weights                                        licence of the weights
 ============  ====================  =============================================  =========================
 tracker       classical             none (optical flow)                            Apache-2.0 (OpenCV)
+tracker       cotracker3            ``path``, and ``source``: its code             CC-BY-NC-4.0 (both)
 depth         depth_anything        ``path``, version 2: ViT-S / larger            Apache-2.0 / CC-BY-NC-4.0
 encoder       efficientnet_lite0    of a package from PyPI                         Apache-2.0
 encoder       vjepa2                ``path``                                       MIT
@@ -30,13 +31,15 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class TeacherConfig:
     """Which teacher, from where, on what.
 
-    ``path``: folder or file of the weights. ``checksum``: SHA-256 that they must have, none for any.
-    ``dtype``: float32, bfloat16 or float16.
+    ``path``: folder or file of the weights. ``checksum``: SHA-256 that they must have; none is any, and for cotracker3 that of the
+    published file. ``source``: folder of CoTracker's code, none takes the installed package; other teachers bring theirs.
+    ``dtype``: float32, bfloat16 or float16 (not for cotracker3).
     """
 
     name: str
     path: str | None = None
     checksum: str | None = None
+    source: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -92,13 +95,21 @@ def _check_permissive(kind: str, entries: Mapping[str, _Entry], config: TeacherC
 
 
 def _classical(config: TeacherConfig) -> PointTracker:
-    _refuse(config, "path", "checksum", "dtype")
+    _refuse(config, "path", "checksum", "source", "dtype")
     from .classical import ClassicalTracker
 
     return ClassicalTracker()
 
 
+def _cotracker3(config: TeacherConfig) -> PointTracker:
+    from .cotracker3 import PUBLISHED_SHA256, CoTracker3
+
+    path, checksum = _path(config, "the file of its weights"), config.checksum or PUBLISHED_SHA256
+    return CoTracker3(path, checksum, source=config.source, device=config.device, dtype=config.dtype)
+
+
 def _depth_anything(config: TeacherConfig) -> DepthEstimator:
+    _refuse(config, "source")
     from .depth_anything import DepthAnything
 
     return DepthAnything.from_folder(_path(config), **_placement(config))
@@ -111,7 +122,7 @@ def _depth_anything_licence(config: TeacherConfig) -> str:
 
 
 def _efficientnet(config: TeacherConfig) -> VideoEncoder:
-    _refuse(config, "path", "checksum", "dtype")
+    _refuse(config, "path", "checksum", "source", "dtype")
     from .frame_encoder import FrameEncoder
 
     return FrameEncoder().to(config.device)
@@ -119,6 +130,7 @@ def _efficientnet(config: TeacherConfig) -> VideoEncoder:
 
 def _vjepa2(mode: str) -> Callable[[TeacherConfig], VideoEncoder]:
     def make(config: TeacherConfig) -> VideoEncoder:
+        _refuse(config, "source")
         from .vjepa2 import VJepa2
 
         return VJepa2.from_folder(_path(config), mode=mode, **_placement(config))
@@ -128,6 +140,7 @@ def _vjepa2(mode: str) -> Callable[[TeacherConfig], VideoEncoder]:
 
 def _dino(*families: str) -> Callable[[TeacherConfig], VideoEncoder]:
     def make(config: TeacherConfig) -> VideoEncoder:
+        _refuse(config, "source")
         from .dino import Dino
 
         return Dino.from_folder(_path(config), families=families, **_placement(config))
@@ -135,13 +148,13 @@ def _dino(*families: str) -> Callable[[TeacherConfig], VideoEncoder]:
     return make
 
 
-def _path(config: TeacherConfig) -> str:
+def _path(config: TeacherConfig, wanted: str = "the folder of its weights") -> str:
     if config.path is None:
         raise UserError(
             f"{config.name}.path",
             got=None,
-            wanted="the folder of its weights",
-            fix="download the model yourself and give its folder; nothing is downloaded here",
+            wanted=wanted,
+            fix=f"download the model yourself and give {wanted}; nothing is downloaded here",
         )
     return config.path
 
@@ -165,7 +178,10 @@ def _refuse(config: TeacherConfig, *fields: str) -> None:
             )
 
 
-TRACKERS: Mapping[str, _Entry] = {"classical": _Entry(_classical, "Apache-2.0", "classical")}
+TRACKERS: Mapping[str, _Entry] = {
+    "classical": _Entry(_classical, "Apache-2.0", "classical"),
+    "cotracker3": _Entry(_cotracker3, "CC-BY-NC-4.0"),
+}
 DEPTHS: Mapping[str, _Entry] = {
     "depth_anything": _Entry(_depth_anything, _depth_anything_licence, "depth_anything with the weights of ViT-S"),
 }

@@ -16,6 +16,7 @@ the input.) Here the positions are those of the grid, set for each call.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,16 +179,21 @@ class VJepa2:
 
 def _take_positions_of_the_grid(attention: Any) -> None:
     """Make one attention layer of transformers' encoder use the positions of its ``grid``, which each forward uses up."""
-    stock = type(attention)
+    attention.__class__ = _grid_attention(type(attention))
+    attention.grid = None
 
-    class GridAttention(stock):
+
+@functools.lru_cache
+def _grid_attention(stock: type) -> type:
+    """One class for all layers: compiled code is shared by class."""
+
+    class GridAttention(stock):  # type: ignore[valid-type, misc]
         def get_position_ids(self, x: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
             assert masks is None and self.grid is not None, "the encoder is called through VJepa2.features"
             grid, self.grid = self.grid, None
             return grid_positions(grid, x.device)
 
-    attention.__class__ = GridAttention
-    attention.grid = None
+    return GridAttention
 
 
 def _info(config: VJEPA2Config, mode: str, dtype: torch.dtype, *, checksum: str = "", suffix: str = "") -> TeacherInfo:
