@@ -11,9 +11,8 @@ import hashlib
 import importlib
 import importlib.util
 import io
-import pickle
+import os
 import sys
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from physisforcing.core.errors import UserError
+from physisforcing.core.paths import cache_home
 
 from .classical import check_request
 from .protocols import TeacherInfo, Tracks
@@ -42,7 +42,6 @@ ITERATIONS = 6
 VISIBLE_ABOVE = 0.9
 #: The public predictor adds a regular grid of 6x6 points of its own to queries, which the attention across tracks sees.
 SUPPORT = 6
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _PACKAGE = "cotracker"
 _MODULE = "cotracker.models.core.cotracker.cotracker3_offline"
@@ -54,11 +53,10 @@ class CoTracker3:
     """``PointTracker`` around ``CoTrackerThreeOffline``.
 
     ``checkpoint``: the authors' ``scaled_offline.pth`` or another one of the same architecture, with its ``sha256`` (default: that
-    of the published file). ``source``: folder that contains the package ``cotracker``; None takes the installed one. ``dtype``:
-    float32, or bfloat16 for autocast with positions kept in float32.
+    of the published file). ``source``: folder that contains the package ``cotracker``; None takes the installed one. In float32;
+    ``fast_cotracker.FastCoTracker3`` runs the same weights in half precision.
 
-    Raises ``UserError`` for a missing or other file, another checksum, weights that do not fit, a missing or other source, an
-    unknown precision.
+    Raises ``UserError`` for a missing or other file, another checksum, weights that do not fit, a missing or other source.
     """
 
     def __init__(
@@ -68,7 +66,6 @@ class CoTracker3:
         *,
         source: str | Path | None = None,
         device: str | torch.device = "cpu",
-        dtype: str = "float32",
     ) -> None:
         network_class = import_model(source)
         state = read_checkpoint(Path(checkpoint), sha256)
@@ -82,8 +79,8 @@ class CoTracker3:
                 wanted=f"the parameters of CoTracker3 offline with window {WINDOW}",
                 fix="use scaled_offline.pth",
             ) from error
-        info = TeacherInfo(name="cotracker3", version=f"{VERSION}-{dtype}", licence=LICENCE, checksum=sha256.lower())
-        self._set(network, info, device, dtype)
+        info = TeacherInfo(name="cotracker3", version=VERSION, licence=LICENCE, checksum=sha256.lower())
+        self._set(network, info, device)
 
     @classmethod
     def with_random_weights(
@@ -92,18 +89,15 @@ class CoTracker3:
         *,
         source: str | Path | None = None,
         device: str | torch.device = "cpu",
-        dtype: str = "float32",
     ) -> CoTracker3:
         """The real architecture with fresh weights, which tracks nothing: for tests and for timing."""
         tracker = cls.__new__(cls)
-        info = TeacherInfo(name="cotracker3_random", version=f"{VERSION}-{dtype}-seed{seed}", licence=LICENCE)
-        tracker._set(_build(import_model(source), seed), info, device, dtype)
+        info = TeacherInfo(name="cotracker3_random", version=f"{VERSION}-seed{seed}", licence=LICENCE)
+        tracker._set(_build(import_model(source), seed), info, device)
         return tracker
 
-    def _set(self, network: nn.Module, info: TeacherInfo, device: str | torch.device, dtype: str) -> None:
-        if dtype not in PRECISIONS:
-            raise UserError("dtype", got=dtype, wanted=" or ".join(PRECISIONS), fix="dtype=float32")
-        self._info, self._dtype, self._device = info, PRECISIONS[dtype], torch.device(device)
+    def _set(self, network: nn.Module, info: TeacherInfo, device: str | torch.device) -> None:
+        self._info, self._device = info, torch.device(device)
         self.network = network.requires_grad_(False).eval().to(self._device)
 
     @property
@@ -137,7 +131,7 @@ class CoTracker3:
         ratio = torch.tensor([(working[1] - 1) / (width - 1), (working[0] - 1) / (height - 1)], device=self._device)
         places = torch.cat([queries_N2.to(self._device) * ratio, support_grid(working, self._device)])
         queries = nnf.pad(places, (1, 0))  # all of frame 0
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+        with torch.autocast(self._device.type, enabled=False):
             points, visible, confidence, _ = self.network(
                 video=self._resized(frames_THWC, working)[None], queries=queries[None], iters=ITERATIONS
             )
@@ -158,8 +152,11 @@ def support_grid(size: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.stack([x.repeat(SUPPORT), y.repeat_interleave(SUPPORT)], -1)
 
 
-def read_checkpoint(path: Path, sha256: str) -> dict[str, Tensor]:
-    """State dict of a checkpoint whose bytes have this SHA-256; unpickled by torch's restricted loader only."""
+def read_checkpoint(path: Path, sha256: str, cache: Path | None = None) -> dict[str, Tensor]:
+    """State dict of a checkpoint whose bytes have this SHA-256, converted to safetensors on first use. ``cache``: folder (the cache
+    home's)."""
+    from safetensors.torch import load_file
+
     sha256 = sha256.lower()
     if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
         raise UserError("sha256", got=sha256, wanted="64 hexadecimal digits", fix=f"run sha256sum {path.name}")
@@ -175,16 +172,29 @@ def read_checkpoint(path: Path, sha256: str) -> dict[str, Tensor]:
     if digest != sha256:
         fix = f"get {path.name} again, or give the sha256 of the checkpoint that you mean"
         raise UserError("checksum", got=digest, wanted=sha256, fix=fix)
+    converted = (cache or cache_home() / "teachers") / f"cotracker3-{digest}.safetensors"
+    if not converted.is_file():
+        convert(content, path, converted)
+    return load_file(converted)
+
+
+def convert(content: bytes, path: Path, target: Path) -> None:
+    """The bytes of a published checkpoint, whose checksum was compared -> safetensors, written atomically. ``path``: for messages."""
+    from safetensors.torch import save_file
+
     try:
         # the bytes that were checked, not the file again
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # of the restricted unpickler, whose module is not imported here, or of the archive
         got = f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise UserError("checkpoint", got=got, wanted="a PyTorch state dict", fix="use scaled_offline.pth") from error
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError("checkpoint", got=str(path), wanted="a PyTorch state dict", fix="use scaled_offline.pth")
-    return state
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    save_file({name: value.contiguous().clone() for name, value in state.items()}, aside)
+    os.replace(aside, target)
 
 
 def import_model(source: str | Path | None = None) -> type[nn.Module]:
