@@ -7,6 +7,7 @@ refused before anything is trained on it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import OrderedDict
@@ -25,6 +26,13 @@ from .lerobot_writer import LeRobotWriter
 from .video import count_frames, probe_mp4, read_mp4
 
 __all__ = ["GROUND_TRUTH_PATH", "HEAD", "EpisodeInfo", "LeRobotDataset", "LeRobotWriter", "robot_features"]
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _file_digest(path: Path, _modified: int, _size: int) -> str:
+    """Many episodes share a file: it is read once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class LeRobotDataset(EpisodeSource):
@@ -120,7 +128,8 @@ class LeRobotDataset(EpisodeSource):
         files = [self.video_path(index, key) for key in self.video_keys]
         digest = hashlib.sha256(f"{index}".encode())
         for path in [self.data_path(index), *files]:
-            digest.update(path.read_bytes())
+            state = path.stat()
+            digest.update(_file_digest(path, state.st_mtime_ns, state.st_size).encode())
         return digest.hexdigest()
 
     def columns(self, index: int) -> dict[str, NDArray[Any]]:

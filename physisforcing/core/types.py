@@ -68,6 +68,8 @@ class ViewLayout:
         if len(self.tiles) != len(self.names):
             got, wanted = f"{len(self.tiles)} tiles", f"one for each of {', '.join(self.names)}"
             raise UserError("views.tiles", got=got, wanted=wanted, fix="give one tile a camera, or none")
+        if len(set(self.names)) < len(self.names):
+            raise UserError("views.names", got=self.names, wanted="different names", fix="give each camera its own")
         taken = np.zeros((self.height, self.width), dtype=bool)
         for name, (top, left, height, width) in zip(self.names, self.tiles, strict=True):
             inside = min(top, left) >= 0 and min(height, width) >= 1
@@ -83,16 +85,20 @@ class ViewLayout:
         lead = next(iter(pictures.values())).shape[:-3]
         canvas = np.zeros((*lead, self.height, self.width, 3), np.uint8)
         for name, (top, left, height, width) in zip(self.names, self.tiles, strict=True):
-            if name not in pictures or pictures[name].shape != (*lead, height, width, 3):
-                got = list(pictures[name].shape) if name in pictures else "none"
+            picture = pictures.get(name)
+            if picture is None or picture.shape != (*lead, height, width, 3) or picture.dtype != np.uint8:
+                got = "none" if picture is None else f"{picture.dtype} {list(picture.shape)}"
                 fix = "resize each camera's picture to its tile"
-                raise UserError(f"pictures[{name}]", got=got, wanted=str([*lead, height, width, 3]), fix=fix)
-            canvas[..., top : top + height, left : left + width, :] = pictures[name]
+                raise UserError(f"pictures[{name}]", got=got, wanted=f"uint8 {[*lead, height, width, 3]}", fix=fix)
+            canvas[..., top : top + height, left : left + width, :] = picture
         return canvas
 
     def split(self, canvas: Any) -> dict[str, Any]:
         """A canvas [...,H,W,C] (array or tensor) -> the part of each camera, by name, without a copy."""
         assert self.tiles, "separate streams have no canvas"
+        if tuple(canvas.shape[-3:-1]) != (self.height, self.width):
+            got, wanted = f"{canvas.shape[-3]}x{canvas.shape[-2]}", f"{self.height}x{self.width}"
+            raise UserError("canvas", got=got, wanted=wanted, fix="compose it with the same layout")
         return {
             name: canvas[..., top : top + height, left : left + width, :]
             for name, (top, left, height, width) in zip(self.names, self.tiles, strict=True)

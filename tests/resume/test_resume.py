@@ -108,6 +108,17 @@ def test_ten_steps_equal_five_and_five(tmp_path):
     assert finals[0] == finals[1]
 
 
+def test_a_run_does_not_go_on_with_other_teachers(tmp_path):
+    banks = bank(0), bank(1)
+    banks[0].targets.identity = {"encoder": {"name": "vjepa2", "checksum": "a" * 64}}
+    train_world_model(config(tmp_path, "run", 5), banks)
+    settings = config(tmp_path, "run", 5)
+    settings.run.resume = True
+    banks[0].targets.identity = {"encoder": {"name": "vjepa2", "checksum": "b" * 64}}
+    with pytest.raises(UserError, match="teacher"):
+        train_world_model(settings, banks)
+
+
 @pytest.mark.parametrize(
     ("section", "name", "value"),
     [

@@ -61,7 +61,7 @@ class CoTrackerThreeOffline(torch.nn.Linear):
 
 
 @pytest.fixture
-def clean_modules(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
+def clean_modules(monkeypatch: pytest.MonkeyPatch):
     """Whatever a test imports as ``cotracker`` is forgotten afterwards, and nothing may be looked for on the net."""
 
     def refuse(*_: object, **__: object) -> None:
@@ -70,7 +70,6 @@ def clean_modules(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(torch.hub, "load", refuse)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    monkeypatch.setenv("PHYSIS_HOME", str(tmp_path_factory.mktemp("home")))
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "cotracker"}
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "cotracker"]:
@@ -159,9 +158,6 @@ class TestRegistry:
         settings = {"name": "cotracker3", "path": str(checkpoint), "source": str(source)}
         tracker = make_tracker(TeacherConfig(**settings, checksum=digest))
         assert isinstance(tracker, CoTracker3) and tracker.info.checksum == digest
-        checkpoint.touch()
-        again = make_tracker(TeacherConfig(**settings, checksum=digest))
-        assert torch.equal(again.network.weight, tracker.network.weight), "converted once, read again"
         with pytest.raises(UserError, match=cotracker3.PUBLISHED_SHA256):
             make_tracker(TeacherConfig(**settings))
         with pytest.raises(UserError, match="file of its weights"):

@@ -87,7 +87,14 @@ def test_training_with_teachers_that_look_at_each_batch(root: Path, tmp_path: Pa
     trainer = Trainer(config, bank, torch.device("cpu"))
     first, second = trainer.step(0), trainer.step(1)
     assert first["sem"] > 0 and second["loss"].isfinite()
-    assert "share_pix" not in first and second["share_sem"] >= 0, "gradient shares are measured where a line is logged"
+    assert "share_pix" not in first and second["share_sem"] > 0, "gradient shares are measured where a line is logged"
+    expected = trainer.forcing.meter.norms_3[2] / trainer.forcing.meter.norms_3[0]
+    assert second["share_sem"] == expected, "of this step, not of an earlier one"
+    assert (
+        Trainer(config, bank, torch.device("cpu"))
+        .forcing.phi[1]
+        .weight.equal(Trainer(config, bank, torch.device("cpu")).forcing.phi[1].weight)
+    )
     values = trainer.heldout(heldout)
     assert values["heldout_sem"] > 0
     assert not list(root.glob("**/*.part")) and not (root / "targets").exists()
@@ -116,6 +123,10 @@ def test_a_collage_and_separate_streams_have_the_same_targets(root: Path) -> Non
         alone = teachers(torch.from_numpy(stream)[None], (2, *rect[2:]))
         for key, value in alone.items():
             torch.testing.assert_close(made[key], value, rtol=0, atol=0, msg=f"{name} {key}")
+    with pytest.raises(UserError, match="canvas"):
+        layout.split(canvas[:, :100])
+    with pytest.raises(UserError, match=r"pictures\[head\]"):
+        layout.compose({**streams, "head": streams["head"] / 255})
     heads = PhysisForcing(PhysicsConfig(phi_hidden=16, psi_hidden=16), width=8, teacher_dim=teachers.channels)
     out = heads(torch.randn(1, 240, 8), (2, 12, 10), targets, views=rects)
     assert out.loss.isfinite()

@@ -293,6 +293,62 @@ def test_shards_are_mapped_and_checked_once(root: Path, tmp_path: Path, monkeypa
         read_shard(dataset, 0, recipe, tmp_path)
 
 
+def test_compact_relations_keep_what_the_losses_select(root: Path, tmp_path: Path) -> None:
+    """A tracker that errs makes the background move: K places must not be filled with it."""
+    chosen = config("teacher=degraded", "teacher.errors.drift_px=1.5", "teacher.relations=96")
+    recipe = resolve_recipe(chosen, [])
+    options = {"recipe": recipe, "teachers": chosen, "cache": tmp_path}
+    windows = [(str(root), 0, 0), (str(root), 1, 8), (str(root), 2, 0)]
+    targets = load_window_targets(windows, PhysicsConfig(), **options)
+    batch = targets.batch(torch.arange(3))
+    wanted = batch["token_mask_BFhw"].flatten(1).sum(1).clamp(max=96)
+    assert (wanted > 10).all() and torch.equal(batch["relation_valid_BK"].sum(1), wanted)
+    for wider in ({"min_motion": 0.0}, {"visible_steps": False}, {"motion": "net"}, {"dead_zone": 0.0}):
+        with pytest.raises(UserError, match=f"physics.{next(iter(wider))}"):
+            load_window_targets(windows, PhysicsConfig(**wider), **options)
+
+
+def test_teachers_that_are_not_the_recipes_are_refused(root: Path, vjepa2: Path, tmp_path: Path) -> None:
+    chosen = config(f"teacher.encoder.path={vjepa2}", "teacher.encoder.name=vjepa2")
+    dataset = LeRobotDataset(root)
+    with pytest.raises(UserError, match=r"teacher\.encoder"):
+        build(dataset, TargetRecipe(), teachers=chosen, cache=tmp_path)
+    recipe = resolve_recipe(chosen, [])
+    other = tmp_path / "vjepa2"
+    shutil.copytree(vjepa2, other)
+    from transformers import VJEPA2Model
+
+    torch.manual_seed(1)
+    VJEPA2Model(VJEPA2Model.from_pretrained(vjepa2).config).save_pretrained(other)
+    swapped = config(f"teacher.encoder.path={other}", "teacher.encoder.name=vjepa2")
+    for processes in (1, 2):
+        with pytest.raises(UserError, match=r"teacher\.encoder"):
+            build(dataset, recipe, teachers=swapped, cache=tmp_path, processes=processes)
+    assert not list(tmp_path.glob("*/*.safetensors.part")) and not list(tmp_path.glob("????????????????/*.safetensors"))
+    made = load_window_targets([(str(root), 0, 0)], PhysicsConfig(), teachers=chosen, cache=tmp_path)
+    assert made.teacher_dim == 48 and (tmp_path / recipe.digest()).is_dir(), "the recipe follows from the teachers"
+
+
+def test_a_found_recipe_must_be_what_was_said(vjepa2: Path, tmp_path: Path) -> None:
+    words = ["teacher.encoder.name=vjepa2", "teacher.tracker.name=degraded"]
+    recipe = resolve_recipe(config(*words, f"teacher.encoder.path={vjepa2}"), [])
+    (tmp_path / recipe.digest()).mkdir()
+    (tmp_path / recipe.digest() / RECIPE_FILE).write_text(json.dumps(recipe.describe()))
+    assert resolve_recipe(config(*words), [tmp_path]) == recipe
+    for other in (
+        "teacher.errors.drift_px=5",
+        "teacher.encoder.dtype=float16",
+        f"teacher.encoder.checksum={'cd' * 32}",
+    ):
+        with pytest.raises(UserError, match=r"teacher\.encoder\.path"):
+            resolve_recipe(config(*words, other), [tmp_path])
+    described = recipe.describe()
+    described["encoder"]["licence"] = "CC-BY-NC-4.0"
+    (tmp_path / recipe.digest() / RECIPE_FILE).write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"teacher\.encoder\.path"):
+        resolve_recipe(config(*words, "teacher.permissive_only=true"), [tmp_path])
+
+
 def test_what_targets_cannot_serve_is_refused(pictures_only: Path, tmp_path: Path) -> None:
     window, permissive = [(str(pictures_only), 0, 0)], config("teacher=permissive", "teacher.encoder.name=none")
     options = {"recipe": resolve_recipe(permissive, []), "teachers": permissive, "cache": tmp_path}

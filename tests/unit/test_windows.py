@@ -186,3 +186,11 @@ def test_step_line_holds_means_and_stops_on_nan(tmp_path):
         log.line(3, lr=0.1)
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"] == 2.0
+
+
+def test_what_some_steps_measure_is_the_mean_of_those(tmp_path):
+    log = StepLog(tmp_path, steps=4, batch=1, step_flops=1.0, device=torch.device("cpu"))
+    for step in range(4):
+        log.add({"loss": torch.tensor(float(step))} | ({"share_pix": torch.tensor(0.5)} if step == 3 else {}), 0.0)
+    record = log.line(4, 1e-3)
+    assert (record["loss"], record["share_pix"]) == (1.5, 0.5)

@@ -6,7 +6,7 @@ processes share it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +57,11 @@ class Targets(Protocol):
         """Width of the features that relations are made of; 0 where there are none."""
         ...
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Who made them: name, version, licence and checksum of each teacher."""
+        ...
+
     def available_rows(self) -> Tensor:
         """Rows of the windows that have targets, int64 on the CPU."""
         ...
@@ -79,6 +84,10 @@ class OnlineTargets:
     def teacher_dim(self) -> int:
         return self.teachers.channels
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.teachers.identity
+
     def available_rows(self) -> Tensor:
         return torch.arange(len(self.table))
 
@@ -98,6 +107,7 @@ class BankTargets:
 
     row_W: Tensor
     targets: WindowTargets
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -126,7 +136,8 @@ class BankTargets:
         found = load_window_targets(
             windows, physics, recipe=recipe, teachers=teachers, cache=cache, device=device, workers=workers
         )
-        return cls(row_W=row.to(device), targets=found)
+        identity = {kind: asdict(info) for kind, info in recipe.teachers.items()}
+        return cls(row_W=row.to(device), targets=found, identity=identity)
 
     @property
     def teacher_dim(self) -> int:

@@ -18,6 +18,7 @@ from physisforcing.core.types import PointTracks
 from ..physics.config import PhysicsConfig
 from ..physics.regions import in_frame, motion_magnitude, normalise_points, token_mask
 from ..physics.relation import gather_tokens, relation_matrix, select_tokens, token_order
+from ..physics.targets import point_targets
 from ..teachers import ground_truth as exact
 from ..teachers.degraded import degrade
 from ..teachers.lookup import at_points
@@ -83,6 +84,8 @@ class TargetMaker:
         """Raises ``UserError`` for pictures that a teacher cannot take."""
         recipe, starts = self.recipe, self.recipe.starts(episode.length)
         points, visible = self._tracks(episode, starts)
+        known = np.isfinite(points).all(-1)
+        points, visible = np.where(known[..., None], points, 0), visible & known
         subpixels, limit = subpixels_of(episode.size), np.iinfo(np.int16).max
         depth, kind = self._depth(episode, starts)
         bodies = np.full((len(starts), recipe.points), -1, np.int32)
@@ -221,8 +224,8 @@ def compact_relations(
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Tokens [B,K], their number [B] and the cosines of all pairs [B,R] of some windows.
 
-    Tokens are those that a visible point passes which moves by as much as the default ``min_motion`` asks for, whatever its score:
-    a superset of what the losses select by default. Of more than K, a choice that depends on the episode alone.
+    Tokens that the default choices of eq. (1)-(4) select come first, then those that a point passes which moves by as much as the
+    default ``min_motion`` asks for, whatever its score. Of more than K, a choice that depends on the episode alone.
     """
     count = recipe.relations
     if count > features_BLC.shape[1] or features_BLC.shape[1] > np.iinfo(np.uint16).max:
@@ -236,8 +239,22 @@ def compact_relations(
     motion = motion_magnitude(points, visible, size, dead_zone=physics.dead_zone)
     moves = visible[:, 0] & (motion >= physics.min_motion * float(np.hypot(*size)))
     mask = token_mask(points, visible, moves, recipe.tokens[1:])
+    depth = torch.from_numpy(targets.depth_WN[windows])
+    chosen_by_default = point_targets(
+        points, visible, depth, size, recipe.tokens[1:], physics, depth_kind=targets.depth_kind
+    )["token_mask_BFhw"]
     generator = torch.Generator().manual_seed(int(content[:15], 16) + windows.start)
-    index, valid = select_tokens(mask, token_order(len(mask), features_BLC.shape[1], generator), count)
+    order = token_order(len(mask), features_BLC.shape[1], generator)
+    first, enough = select_tokens(chosen_by_default, order, count)
+    # With the mean taken out, the set that it is the mean of must be the loss's own.
+    others = mask & ~chosen_by_default & (recipe.common == "keep")
+    rest, more = select_tokens(others, order, count)
+    # the places of both kinds, valid ones of the first kind in front
+    index, valid = torch.cat([first, rest], 1), torch.cat([enough, more], 1)
+    place = (2 * (~valid).int() + (torch.arange(index.shape[1]) >= first.shape[1])).argsort(dim=1, stable=True)[
+        :, :count
+    ]
+    index, valid = index.gather(1, place), valid.gather(1, place)
     chosen = gather_tokens(features_BLC, index.to(features_BLC.device)).float()
     common = valid.to(chosen.device) if recipe.common == "remove" else None
     matrix = relation_matrix(chosen, common)

@@ -256,7 +256,7 @@ def find_recipe(folders: list[Path], config: TeachersConfig, geometry: Geometry)
             continue
         same = all(getattr(recipe, item.name) == getattr(geometry, item.name) for item in fields(Geometry))
         wanted = (config.names, config.relations, config.common)
-        if same and (recipe.names, recipe.relations, recipe.common) == wanted:
+        if same and (recipe.names, recipe.relations, recipe.common) == wanted and _fits(recipe, config):
             found[recipe.digest()] = recipe
     if len(found) == 1:
         return next(iter(found.values()))
@@ -267,6 +267,30 @@ def find_recipe(folders: list[Path], config: TeachersConfig, geometry: Geometry)
         wanted=f"the weights, or targets of {config.names} made before; found {sorted(found) or 'none'}",
         fix=f"give {missing}, or run physis data targets where the weights are and copy its folder",
     )
+
+
+def _precision(version: str) -> str:
+    """The precision that a teacher's version names; float32 where it names none."""
+    if "bf16" in version or "bfloat16" in version:
+        return "bfloat16"
+    return "float16" if "fp16" in version or "float16" in version else "float32"
+
+
+def _fits(recipe: TargetRecipe, config: TeachersConfig) -> bool:
+    """Whether a recipe is what the config says of its teachers, as far as it says anything."""
+    teachers = Teachers(config)
+    for kind, info in recipe.teachers.items():
+        settings = getattr(config, kind)
+        if config.permissive_only and not info.permissive:
+            return False
+        if kind not in teachers.unidentified:
+            if info != teachers.info(kind):
+                return False
+        elif (settings.checksum and settings.checksum.lower() != info.checksum) or settings.dtype != _precision(
+            info.version
+        ):
+            return False
+    return True
 
 
 def _mapped(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

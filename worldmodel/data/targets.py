@@ -24,6 +24,8 @@ from .target_shards import Geometry, TargetRecipe, cache_folder, find_recipe, sh
 if TYPE_CHECKING:
     from physisforcing.core.episodes import EpisodeSource
 
+    from .target_maker import TargetMaker
+
 USAGE = """usage: physis data targets data=[FOLDER,...] [field=value ...]
 
 Computes point tracks, depth and encoder features of every training window, and caches them in FOLDER/targets. What is there
@@ -101,14 +103,15 @@ def build(
     wanted = list(range(dataset.num_episodes)) if episodes is None else sorted(set(episodes))
     missing = [index for index in wanted if not shard_path(dataset, index, recipe, cache).is_file()]
     if missing:
-        job = _Job(str(dataset.root), recipe, config, cache, device, workers)
+        place = None if cache is None else str(Path(cache).resolve())  # of this process, wherever the work is done
+        job = _Job(str(Path(dataset.root).resolve()), recipe, config, place, device, workers)
         label = f"targets {dataset.root.name}"
         if ray:
             made = _with_ray(job, missing)
         elif processes > 1 and len(missing) > 1:
             made = _with_processes(job, missing, min(processes, len(missing)))
         else:
-            made = _here(job, dataset, missing)
+            made = _here(job, dataset, missing, _maker(job))
         for _ in tqdm(made, total=len(missing), desc=label, disable=not progress):
             pass
     windows = sum(len(recipe.starts(dataset.episode(index).length)) for index in wanted)
@@ -146,25 +149,61 @@ class _Job:
         return replace(self, device=f"cuda:{number % torch.cuda.device_count()}")
 
 
-def _here(job: _Job, dataset: EpisodeSource, missing: Sequence[int]) -> Iterator[int]:
+def _maker(job: _Job) -> TargetMaker:
+    """Loads the teachers, before any thread asks for them, and compares them with those of the recipe."""
     from .target_maker import TargetMaker
 
-    maker = TargetMaker(job.recipe, Teachers(job.config, job.device))
-    with ThreadPoolExecutor(max_workers=max(job.workers, 1)) as pool:
-        for index, prepared in _bounded_map(pool, lambda i: maker.prepare(dataset, i), missing, job.workers + 2):
-            path = shard_path(dataset, index, job.recipe, job.cache)
-            write_shard(path, maker.finish(prepared), job.recipe, prepared.content)
-            yield index
+    teachers = Teachers(job.config, job.device)
+    teachers.load()
+    for kind, info in job.recipe.teachers.items():
+        if (here := teachers.info(kind)) != info:
+            got, wanted = (f"{one.key} {one.checksum}".strip() for one in (here, info))
+            fix = "use the same weights and versions everywhere, or take the recipe of these teachers"
+            raise UserError(f"teacher.{kind}", got=got, wanted=wanted, fix=fix)
+    return TargetMaker(job.recipe, teachers)
 
 
-def _work(job: _Job, episodes: Sequence[int]) -> list[int]:
-    """What a process or Ray task runs."""
+def _here(job: _Job, dataset: EpisodeSource, missing: Sequence[int], maker: TargetMaker) -> Iterator[int]:
+    import torch
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # a training run may have chosen faster ones
+    try:
+        with ThreadPoolExecutor(max_workers=max(job.workers, 1)) as pool:
+            for index, prepared in _bounded_map(pool, lambda i: maker.prepare(dataset, i), missing, job.workers + 2):
+                path = shard_path(dataset, index, job.recipe, job.cache)
+                write_shard(path, maker.finish(prepared), job.recipe, prepared.content)
+                yield index
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+#: What a process of ``_with_processes`` keeps: its job, dataset and maker.
+_mine: list[Any] = []
+
+
+def _start(job: _Job, numbers: Any) -> None:
+    _mine[:] = [job.on(numbers.get())]
+
+
+def _make(index: int) -> int:
+    """One episode in a process that loads its teachers with the first."""
     import torch
 
     from physisforcing.core.readers import open_dataset
 
-    torch.set_num_threads(1 if job.device == "cpu" else 2)
-    return list(_here(job, open_dataset(job.root), episodes))
+    job = _mine[0]
+    if len(_mine) == 1:
+        torch.set_num_threads(1 if job.device == "cpu" else 2)
+        _mine.extend([open_dataset(job.root), _maker(job)])
+    return next(_here(job, _mine[1], [index], _mine[2]))
+
+
+def _work(job: _Job, episodes: Sequence[int]) -> list[int]:
+    """What a Ray task runs."""
+    from physisforcing.core.readers import open_dataset
+
+    return list(_here(job, open_dataset(job.root), episodes, _maker(job)))
 
 
 def _with_processes(job: _Job, missing: Sequence[int], processes: int) -> Iterator[int]:
@@ -172,16 +211,20 @@ def _with_processes(job: _Job, missing: Sequence[int], processes: int) -> Iterat
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
-    # Each process takes its share at once, so that it loads its teachers once. CUDA does not survive a fork.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        shares = [pool.submit(_work, job.on(k), missing[k::processes]) for k in range(processes)]
-        for share in as_completed(shares):
-            try:
-                yield from share.result()
-            except BrokenProcessPool as error:
-                got = f"one of {processes} processes ended by itself, often for lack of memory"
-                fix = "use fewer, and run the command again: what is done is kept"
-                raise UserError("processes", got=got, wanted="processes that work to the end", fix=fix) from error
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    numbers = context.Queue()
+    for number in range(processes):
+        numbers.put(number)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(job, numbers))
+    try:
+        for done in as_completed([pool.submit(_make, index) for index in missing]):
+            yield done.result()
+    except BrokenProcessPool as error:
+        got = f"one of {processes} processes ended by itself, often for lack of memory"
+        fix = "use fewer, and run the command again: what is done is kept"
+        raise UserError("processes", got=got, wanted="processes that work to the end", fix=fix) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _with_ray(job: _Job, missing: Sequence[int]) -> Iterator[int]:
@@ -193,6 +236,10 @@ def _with_ray(job: _Job, missing: Sequence[int]) -> Iterator[int]:
     if not ray.is_initialized():
         ray.init()
     gpu = job.device.startswith("cuda")
+    if gpu:
+        if not ray.cluster_resources().get("GPU"):
+            raise UserError("device", got=job.device, wanted="a cluster with GPUs", fix="device=cpu")
+        job = replace(job, device="cuda")  # a task sees the GPU that Ray gave it, and no other
     task = ray.remote(num_cpus=max(1, job.workers), num_gpus=1 if gpu else 0)(_work)
     units = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))
     shares = max(1, min(len(missing), units if gpu else units // max(1, job.workers)))

@@ -25,7 +25,7 @@ from ..physics.targets import point_targets
 from ..teachers.selection import TeachersConfig
 from .augmentation import Crop
 from .target_shards import EpisodeTargets, TargetRecipe, read_shard
-from .targets import build
+from .targets import build, resolve_recipe
 
 #: Rows of a window's own; the rest is shared by windows.
 _PER_WINDOW = (
@@ -46,7 +46,7 @@ class WindowTargets:
 
     ``points_WFN2`` float32 in [0,1], ``visible_WFN`` bool or a weight, ``select_WN``, ``mask_WFhw`` bool, ``teacher_WF`` int64
     rows of ``teacher_EhwC`` float16: windows that overlap share encoded frames. ``body_WFhw`` int32: the rigid body in each
-    token, where relations are made from bodies ([W,0,h,w] otherwise). ``token_WK`` int16 (-1: no token) and ``relation_WR`` int8:
+    token, where relations are made from bodies ([W,0,h,w] otherwise). ``token_WK`` int32 (-1: no token) and ``relation_WR`` int8:
     compact relations (``target_shards``), where a recipe has them. ``channels``: width of the encoder's features.
     """
 
@@ -129,7 +129,7 @@ def load_window_targets(
     without targets (starts are multiples of ``recipe.start_stride``), for missing ground truth and for damaged shards, and
     ``UserError`` for options that these targets cannot serve.
     """
-    recipe = recipe or TargetRecipe()
+    recipe = recipe or resolve_recipe(teachers or TeachersConfig(), [])
     check_served(recipe, physics)
     datasets: dict[str, EpisodeSource] = {
         root: open_dataset(root) for root in dict.fromkeys(root for root, _, _ in windows)
@@ -170,9 +170,34 @@ def check_served(recipe: TargetRecipe, physics: PhysicsConfig) -> None:
     if physics.relations == "features" and physics.lambda_sem > 0 and recipe.encoder.name == "none":
         fix = "physics.lambda_sem=0, physics.relations=rigid, or name an encoder (teacher.encoder.name=...)"
         raise UserError("teacher.encoder.name", got="none", wanted="an encoder for the relation loss", fix=fix)
+    if recipe.relations and physics.relations == "features":
+        _check_stored_tokens(physics)
     if recipe.relations and physics.relations == "features" and physics.common != recipe.common:
         fix = f"teacher.common={physics.common} (computed again), or physics.common={recipe.common}"
         raise UserError("physics.common", got=physics.common, wanted=f"{recipe.common}, as stored", fix=fix)
+
+
+def _check_stored_tokens(physics: PhysicsConfig) -> None:
+    """Compact relations hold what the default choices select and what moves by the default measure. Choices that select elsewhere
+    would find tokens without relations, and leave them out in silence."""
+    default = PhysicsConfig()
+    wider = {
+        "min_motion": physics.min_motion < default.min_motion,
+        "dead_zone": physics.dead_zone < default.dead_zone,
+        **{
+            name: getattr(physics, name) != getattr(default, name)
+            for name in ("motion", "visible_steps", "camera_motion")
+        },
+    }
+    if physics.common == "remove":  # the mean that was taken out is that of the default selection
+        wider |= {
+            n: getattr(physics, n) != getattr(default, n)
+            for n in ("select", "depth", "depth_eps", "mask", "min_motion")
+        }
+    for name in (name for name, wrong in wider.items() if wrong):
+        fix = "teacher.relations=0 keeps the features of all tokens"
+        wanted = f"{getattr(default, name)}, by which compact relations were chosen"
+        raise UserError(f"physics.{name}", got=getattr(physics, name), wanted=wanted, fix=fix)
 
 
 def reduce_shard(
@@ -210,7 +235,7 @@ def reduce_shard(
         body = torch.from_numpy(shard.body_WN[take]).long()
         bodies = token_bodies(points, visible & in_frame(points), body, grid).int()
     features, rows = _features(shard, take, crops)
-    token = torch.from_numpy(shard.token_WK[take].astype(np.int16))
+    token = torch.from_numpy(shard.token_WK[take].astype(np.int32))
     if token.shape[1]:
         if any(crop is not None for crop in crops):
             raise UserError(

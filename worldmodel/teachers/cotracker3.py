@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import importlib.util
 import io
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from physisforcing.core.errors import UserError
-from physisforcing.core.paths import cache_home
 
 from .classical import check_request
 from .protocols import TeacherInfo, Tracks
@@ -152,11 +150,8 @@ def support_grid(size: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.stack([x.repeat(SUPPORT), y.repeat_interleave(SUPPORT)], -1)
 
 
-def read_checkpoint(path: Path, sha256: str, cache: Path | None = None) -> dict[str, Tensor]:
-    """State dict of a checkpoint whose bytes have this SHA-256, converted to safetensors on first use. ``cache``: folder (the cache
-    home's)."""
-    from safetensors.torch import load_file
-
+def read_checkpoint(path: Path, sha256: str) -> dict[str, Tensor]:
+    """State dict of a checkpoint whose bytes have this SHA-256."""
     sha256 = sha256.lower()
     if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
         raise UserError("sha256", got=sha256, wanted="64 hexadecimal digits", fix=f"run sha256sum {path.name}")
@@ -172,29 +167,22 @@ def read_checkpoint(path: Path, sha256: str, cache: Path | None = None) -> dict[
     if digest != sha256:
         fix = f"get {path.name} again, or give the sha256 of the checkpoint that you mean"
         raise UserError("checksum", got=digest, wanted=sha256, fix=fix)
-    converted = (cache or cache_home() / "teachers") / f"cotracker3-{digest}.safetensors"
-    if not converted.is_file():
-        convert(content, path, converted)
-    return load_file(converted)
+    return convert(content, path)
 
 
-def convert(content: bytes, path: Path, target: Path) -> None:
-    """The bytes of a published checkpoint, whose checksum was compared -> safetensors, written atomically. ``path``: for messages."""
-    from safetensors.torch import save_file
-
+def convert(content: bytes, path: Path) -> dict[str, Tensor]:
+    """The bytes of a published checkpoint, whose checksum was compared -> its state dict, by torch's restricted unpickler. Nothing is
+    kept on disk: a converted copy would have to be trusted. ``path``: for messages."""
     try:
         # the bytes that were checked, not the file again
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # of the restricted unpickler, whose module is not imported here, or of the archive
+    except Exception as error:  # of the unpickler, whose module is not imported here, or of the archive
         got = f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise UserError("checkpoint", got=got, wanted="a PyTorch state dict", fix="use scaled_offline.pth") from error
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError("checkpoint", got=str(path), wanted="a PyTorch state dict", fix="use scaled_offline.pth")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    save_file({name: value.contiguous().clone() for name, value in state.items()}, aside)
-    os.replace(aside, target)
+    return state
 
 
 def import_model(source: str | Path | None = None) -> type[nn.Module]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +39,13 @@ class OnlineTeachers:
         if physics.lambda_sem > 0 and teachers.config.encoder.name == "none":
             fix = "physics.lambda_sem=0, or name an encoder"
             raise UserError("teacher.encoder.name", got="none", wanted="an encoder for the relation loss", fix=fix)
+        teachers.load()
         self.teachers, self.physics, self.grid = teachers, physics, grid
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Name, version, licence and checksum of each teacher."""
+        return {kind: asdict(self.teachers.info(kind)) for kind in ("tracker", "depth", "encoder")}
 
     @property
     def channels(self) -> int:

@@ -94,6 +94,13 @@ class Teachers:
             return None
         return make_encoder(self._settings("encoder"), permissive_only=self.config.permissive_only)
 
+    def load(self) -> None:
+        """Load all of them, without a trace in torch's random state."""
+        import torch
+
+        with torch.random.fork_rng(devices=()):
+            _ = self.tracker, self.depth, self.encoder
+
     def info(self, kind: str) -> TeacherInfo:
         """Identity of the ``tracker``, ``depth`` or ``encoder``. Loads it where its weights decide."""
         name = getattr(self.config, kind).name

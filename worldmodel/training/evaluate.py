@@ -93,8 +93,8 @@ def heldout_terms(
     candidates = bank.physics_rows() if physics else torch.arange(len(bank.table))
     assert len(candidates), "every episode has a window at its first step"
     rows = candidates[torch.linspace(0, len(candidates) - 1, min(windows, len(candidates))).long()]
-    batch = bank.batch(rows.to(device))
-    noise, sigma, order = draw_noise(batch["latents_BCFhw"].cpu(), flow, step_generator(seed, _EVALUATION_STEP))
+    latents = bank.latents_WCFhw[rows.to(device)].float().cpu()
+    noise, sigma, order = draw_noise(latents, flow, step_generator(seed, _EVALUATION_STEP))
     values: dict[str, list[float]] = {}
     weights: dict[str, list[float]] = {}
     for part in torch.arange(len(rows)).split(chunk):

@@ -38,10 +38,12 @@ def heldout_pictures(trainer: Trainer, bank: WindowBank, step: int, log: StepLog
     except UserError as error:
         log.event({"step": step, "pictures": f"not drawn: {error}"})
         return
-    candidates = bank.physics_rows()
-    rows = candidates[torch.linspace(0, len(candidates) - 1, min(CANDIDATES, len(candidates))).long()]
-    selected = bank.targets.batch(rows.to(trainer.device))["select_BN"].sum(1).cpu()
-    row = rows[[int(selected.argmax())]]
+    if trainer.shown is None:
+        candidates = bank.physics_rows()
+        rows = candidates[torch.linspace(0, len(candidates) - 1, min(CANDIDATES, len(candidates))).long()]
+        selected = bank.targets.batch(rows.to(trainer.device))["select_BN"].sum(1).cpu()
+        trainer.shown = rows[[int(selected.argmax())]]
+    row = trainer.shown
     batch = bank.batch(row.to(trainer.device))
     targets, latents, physics = batch["targets"], batch["latents_BCFhw"], forcing.config
     frames = to_uint8(codec.decode(latents))[0].cpu().numpy()

@@ -35,6 +35,7 @@ class StepLog:
         self._stream = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = _tensorboard(run)
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._count = 0
         self._wait = 0.0
         self._since = time.perf_counter()
@@ -49,12 +50,14 @@ class StepLog:
         for name, value in terms.items():
             total = self._sums.get(name)
             self._sums[name] = value.detach().float() if total is None else total + value.detach()
+            self._counts[name] = self._counts.get(name, 0) + 1
         self._count += 1
         self._wait += wait_s
 
     def line(self, step: int, lr: float) -> dict[str, float]:
         """Write the mean of the steps since the last line. Raises ``FloatingPointError`` when a loss is not finite."""
-        values = torch.stack([total / self._count for total in self._sums.values()]).tolist()
+        # what some steps measure alone is the mean of those
+        values = torch.stack([total / self._counts[name] for name, total in self._sums.items()]).tolist()
         now = time.perf_counter()
         seconds = (now - self._since) / self._count
         record: dict[str, float] = {"step": step, **dict(zip(self._sums, values, strict=True)), "lr": lr}
@@ -66,7 +69,7 @@ class StepLog:
         record["memory_gib"] = _memory_gib(self.device)
         record["eta_s"] = seconds * (self.steps - step)
         self._write(record)
-        self._sums, self._count, self._wait, self._since = {}, 0, 0.0, now
+        self._sums, self._counts, self._count, self._wait, self._since = {}, {}, 0, 0.0, now
         if not all(value == value and abs(value) != float("inf") for value in values):
             raise FloatingPointError(f"step {step}: a loss is not finite: {record}")
         return record

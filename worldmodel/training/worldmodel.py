@@ -90,6 +90,8 @@ class Trainer:
         self.average = WeightAverage(self.model, config.optim.ema)
         self.sampler = WindowSampler.build(bank.table, config.data.start_fraction)
         self.wait_s = 0.0
+        #: The held-out window whose pictures are shown, once it is chosen.
+        self.shown: Tensor | None = None
 
     @property
     def denoiser(self) -> WanDenoiser:
@@ -123,6 +125,8 @@ class Trainer:
             self.denoiser, self.forcing, batch, drawn, self.config.flow, autocast(self.config.run, self.device)
         )
         terms["loss"].backward()
+        if self.forcing is not None and self.forcing.measures:
+            terms |= {name: value.clone() for name, value in self.forcing.meter.shares().items()}
         terms["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -145,10 +149,21 @@ class Trainer:
             self.average.swap()
 
         tensors = training_tensors(self.model, self.average, self.optimizer, self.device)
-        return save_checkpoint(run, done, write_model, tensors, {"settings": binding_settings(self.config)})
+        state = {"settings": binding_settings(self.config), "teachers": self.teachers}
+        return save_checkpoint(run, done, write_model, tensors, state)
+
+    @property
+    def teachers(self) -> dict[str, Any] | None:
+        """Who made the targets: name, version, licence and checksum of each teacher."""
+        return None if self.bank.targets is None else self.bank.targets.identity
 
     def restore(self, checkpoint: Path) -> int:
-        """Continue from a checkpoint, bit-exactly; returns the number of updates it holds."""
+        """Continue from a checkpoint, bit-exactly; returns the number of updates it holds. ``UserError`` where the targets are of
+        other teachers, whose settings may look the same."""
+        began = json.loads((checkpoint / "training" / "state.json").read_text()).get("teachers", self.teachers)
+        if began != self.teachers:
+            fix = "give the weights that the run began with (teacher.*.path), or begin another run"
+            raise UserError("teacher", got=str(self.teachers), wanted=str(began), fix=fix)
         return restore_training(checkpoint, self.model, self.average, self.optimizer, self.device)
 
     def export(self, folder: Path, dtype: torch.dtype | None) -> None:
