@@ -137,7 +137,7 @@ def load_forcing(folder: Path, physics: PhysicsConfig) -> PhysisForcing:
         phi_hidden=shapes["phi.1.weight"][0],
         feature_dim=shapes["phi.5.weight"][0],
         psi_hidden=shapes["psi.1.weight"][0],
-        temperature="learnable" if "log_temperature" in shapes else "fixed",
+        temperature="learnable" if "temperature_place" in shapes else "fixed",
         weights="fixed",
     )
     forcing = PhysisForcing(config, width=shapes["phi.1.weight"][1], teacher_dim=shapes["psi.5.weight"][0])
