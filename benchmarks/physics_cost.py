@@ -30,251 +30,29 @@ import contextlib
 import gc
 import random
 import shlex
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
-from math import comb
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from cost_networks import FULL, TINY, Size, build_transformer, random_video
+from cost_results import KINDS, Results
+from cost_teachers import SEED, Clock, build_teachers
 
 from physisforcing.core.errors import UserError
-from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
+from physisforcing.planner.measurements import write_measurements
 from physisforcing.worldmodel.flow_matching import FlowMatchingConfig, add_noise, flow_matching_loss, frame_timesteps
 from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.physics.forcing import PhysisForcing
 from physisforcing.worldmodel.physics.relation import token_order
-from physisforcing.worldmodel.teachers.cotracker3 import CoTracker3
-from physisforcing.worldmodel.teachers.depth_anything import DepthAnything
-from physisforcing.worldmodel.teachers.fast_cotracker import FastCoTracker3
-from physisforcing.worldmodel.teachers.fast_vjepa2 import speed_up
 from physisforcing.worldmodel.teachers.online import OnlineTeachers
-from physisforcing.worldmodel.teachers.vjepa2 import VJepa2
 
-SEED = 0
 FLOW = FlowMatchingConfig(train_shift=1.0, motion_weight=0.0)
-#: Pixels a token, in height and width: the autoencoder's 16 times patches of 2.
-PIXELS = 32
 #: Repetitions between two writings of the file.
 WRITE_EVERY = 3
-#: Variant -> its name in claims.
-NAMES = {"a": "a", "b": "b", "c": "c", "p": "c_plain"}
-#: Variant with teachers -> their form.
-KINDS = {"c": "fast", "p": "plain"}
-PARTS = ("targets", "forward", "backward", "optimizer")
-TEACHERS = ("tracker", "depth", "encoder")
-
-
-@dataclass(slots=True, kw_only=True)
-class Size:
-    """``transformer``: arguments of WanTransformer3DModel. ``grid``: tokens (F, h, w). ``tap``: block, counted from 1."""
-
-    transformer: dict[str, Any]
-    grid: tuple[int, int, int]
-    tap: int
-    text: int
-    queries: tuple[int, int]
-    hidden: int
-    teacher_dim: int
-    working: tuple[int, int] | None = None
-
-    @property
-    def width(self) -> int:
-        return self.transformer["num_attention_heads"] * self.transformer["attention_head_dim"]
-
-
-FULL = Size(
-    transformer={
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 24,
-        "attention_head_dim": 128,
-        "num_layers": 30,
-        "in_channels": 48,
-        "out_channels": 48,
-        "text_dim": 4096,
-        "freq_dim": 256,
-        "ffn_dim": 14336,
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "eps": 1e-6,
-        "rope_max_seq_len": 1024,
-    },
-    grid=(21, 15, 20),
-    tap=15,
-    text=512,
-    queries=(25, 25),
-    hidden=2048,
-    teacher_dim=1024,
-)
-TINY = Size(
-    transformer=FULL.transformer
-    | {
-        "num_attention_heads": 2,
-        "attention_head_dim": 24,
-        "num_layers": 4,
-        "text_dim": 16,
-        "freq_dim": 32,
-        "ffn_dim": 64,
-    },
-    grid=(2, 3, 4),
-    tap=2,
-    text=8,
-    queries=(3, 4),
-    hidden=32,
-    teacher_dim=48,
-    working=(64, 96),
-)
-
-
-class Clock:
-    """Moments of a step on the device; ``spans`` waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.moments: list[tuple[str, Any]] = []
-
-    def mark(self, name: str) -> None:
-        """Now ends what is called ``name``; an empty name only begins something."""
-        moment: Any = time.perf_counter()
-        if self.cuda:
-            moment = torch.cuda.Event(enable_timing=True)
-            moment.record()
-        self.moments.append((name, moment))
-
-    def spans(self) -> dict[str, float]:
-        """Milliseconds from each mark to the next by name (the same name adds up), and of everything as ``step``."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        between = self._between
-        spans = {"step": between(self.moments[0][1], self.moments[-1][1])}
-        for (_, before), (name, after) in zip(self.moments, self.moments[1:]):
-            if name:
-                spans[name] = spans.get(name, 0.0) + between(before, after)
-        self.moments = []
-        return spans
-
-    def _between(self, before: Any, after: Any) -> float:
-        return before.elapsed_time(after) if self.cuda else 1e3 * (after - before)
-
-
-class Switch:
-    """State that all blocks share: whether they run compiled, and what the tapped one gave in this step."""
-
-    def __init__(self) -> None:
-        self.compiled = False
-        self.wanted = False
-        self.tapped: Tensor | None = None
-
-
-class Block(nn.Module):
-    """A stock block, plain or compiled, whose output is kept if it is the tapped one.
-
-    The keeping stands outside of the compiled region, and only the first output of a step counts: under activation checkpointing
-    the block runs again in the backward pass, where its output is another tensor.
-    """
-
-    def __init__(self, block: nn.Module, compiled: Callable[..., Tensor], switch: Switch, *, tapped: bool) -> None:
-        super().__init__()
-        self.block, self.compiled, self.switch, self.tapped = block, compiled, switch, tapped
-
-    def forward(self, *inputs: Any) -> Tensor:
-        out = self.compiled(self.block, *inputs) if self.switch.compiled else self.block(*inputs)
-        if self.tapped and self.switch.wanted:
-            self.switch.wanted, self.switch.tapped = False, out
-        return out
-
-
-def call_block(block: nn.Module, *inputs: Any) -> Tensor:
-    return block(*inputs)
-
-
-def build_transformer(size: Size, device: torch.device, backend: str) -> tuple[Any, Switch]:
-    from diffusers import WanTransformer3DModel
-
-    with device:
-        model = WanTransformer3DModel(**size.transformer)
-    exact = set(model._keep_in_fp32_modules)
-    for name, parameter in model.named_parameters():
-        if not exact & set(name.split(".")):
-            parameter.data = parameter.data.bfloat16()
-    switch, compiled = Switch(), torch.compile(call_block, dynamic=False, backend=backend)
-    for number, block in enumerate(model.blocks, start=1):
-        model.blocks[number - 1] = Block(block, compiled, switch, tapped=number == size.tap)
-    return model.train(), switch
-
-
-class Timed:
-    """A teacher whose one method marks its beginning and its end on a clock."""
-
-    def __init__(self, name: str, teacher: Any, method: str, clock: Clock) -> None:
-        self._name, self._teacher, self._method, self._clock = name, teacher, method, clock
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._teacher, name)
-        return self._timed(value) if name == self._method else value
-
-    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*inputs: Any) -> Any:
-            self._clock.mark("reduction")  # what came before, between the teachers
-            found = method(*inputs)
-            self._clock.mark(self._name)
-            return found
-
-        return run
-
-
-def build_teachers(
-    kind: str, size: Size, device: torch.device, clock: Clock, options: argparse.Namespace
-) -> OnlineTeachers:
-    """``kind``: ``fast`` or ``plain``."""
-    tiny = size is TINY
-    half = getattr(torch, options.dtype if kind == "fast" else "bfloat16")
-    tracker: Any = CoTracker3.with_random_weights(SEED, source=options.cotracker_source, device=device)
-    if size.working:
-        tracker.network.model_resolution = size.working
-    encoder = VJepa2.from_config(tiny_encoder() if tiny else None, device=device, dtype=half)
-    depth = DepthAnything.from_config(tiny_depth() if tiny else None, device=device, dtype=half)
-    if kind == "fast":
-        tracker = fast_tracker(tracker, options)
-        encoder = speed_up(encoder, compiled=True, backend=options.backend)
-        for part in (depth.model.neck, depth.model.head):
-            part.to(memory_format=torch.channels_last)
-    timed = SimpleNamespace(
-        config=SimpleNamespace(**{name: SimpleNamespace(name=name) for name in TEACHERS}),
-        tracker=Timed("tracker", tracker, "track", clock),
-        depth=Timed("depth", depth, "depth", clock),
-        encoder=Timed("encoder", encoder, "encode", clock),
-    )
-    return OnlineTeachers(timed, PhysicsConfig(), grid=size.queries)
-
-
-def fast_tracker(tracker: CoTracker3, options: argparse.Namespace) -> Any:
-    if options.tracker == "adapter":
-        return tracker
-    return FastCoTracker3(tracker, dtype=options.tracker, compiled=True, backend=options.backend)
-
-
-def tiny_encoder() -> Any:
-    from transformers import VJEPA2Config
-
-    predictor = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
-    shape = {"hidden_size": TINY.teacher_dim, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return VJEPA2Config(**shape, **predictor, crop_size=64, frames_per_clip=8)
-
-
-def tiny_depth() -> Any:
-    from transformers import DepthAnythingConfig, Dinov2Config
-
-    shape = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 70}
-    backbone = Dinov2Config(**shape, out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
-    neck = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "head_hidden_size": 4}
-    return DepthAnythingConfig(backbone_config=backbone, reassemble_hidden_size=24, **neck)
 
 
 class Training:
@@ -377,77 +155,6 @@ class Training:
                 raise
             return False
         return True
-
-
-def median_interval(values: list[float]) -> tuple[float, float]:
-    """Bounds of the median at 95 % or more, from order statistics (no assumption on the distribution); few values: their range."""
-    ordered, n = sorted(values), len(values)
-    place = 0
-    while place + 1 <= (n - 1) // 2 and 2 * sum(comb(n, k) for k in range(place + 2)) / 2**n <= 0.05:
-        place += 1
-    return ordered[place], ordered[n - 1 - place]
-
-
-@dataclass(slots=True)
-class Results:
-    """Times by (mode, variant), and everything that a line of the file says besides."""
-
-    context: dict[str, Any]
-    command: str
-    times: dict[tuple[str, str], list[dict[str, float]]] = field(default_factory=dict)
-    memory: dict[tuple[str, str], float] = field(default_factory=dict)
-
-    def line(self, claim: str, values: list[float], unit: str, **against: Any) -> dict[str, Any]:
-        low, high = median_interval(values)
-        digits = 4 if "/" in unit else 2
-        return measurement(
-            f"physics/cost/{claim}",
-            round(statistics.median(values), digits),
-            unit=unit,
-            low=round(low, digits),
-            high=round(high, digits),
-            n=len(values),
-            seeds=str(SEED),
-            against=against | self.context,
-            command=self.command,
-            provenance=self.provenance,
-        )
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        if "provenance" not in _ONCE:
-            _ONCE["provenance"] = machine_provenance()
-        return _ONCE["provenance"]
-
-    def lines(self) -> list[dict[str, Any]]:
-        found = []
-        for (mode, variant), rows in self.times.items():
-            parts = {f"{name}_ms": round(statistics.median(row[name] for row in rows), 2) for name in PARTS}
-            peak = {"peak_memory_gb": round(self.memory.get((mode, variant), 0.0), 2)}
-            steps = [row["step"] for row in rows]
-            label = NAMES[variant]
-            found.append(self.line(f"{mode}/{label}_step_ms", steps, "ms", **parts, **peak))
-            for base in dict.fromkeys((mode, "eager")):
-                reference = [row["step"] for row in self.times.get((base, "a"), ())]
-                if (variant == "a" and base == mode) or len(reference) < len(rows):
-                    continue
-                ratios = [a / b for a, b in zip(steps, reference)]
-                name = f"{label}_over_a" if base == mode else f"{label}_over_eager_a"
-                medians = {f"{base}_a_ms": round(statistics.median(reference), 2)}
-                medians |= {f"{mode}_{label}_ms": round(statistics.median(steps), 2)}
-                found.append(self.line(f"{mode}/{name}", ratios, "step time / step time", **medians))
-            if mode == "eager" and variant in KINDS:
-                found += self.teacher_lines(KINDS[variant], rows)
-        return found
-
-    def teacher_lines(self, kind: str, rows: list[dict[str, float]]) -> list[dict[str, Any]]:
-        parts = (*TEACHERS, "reduction")
-        total = [sum(row[name] for name in parts) for row in rows]
-        lines = [self.line(f"teacher/{name}/{kind}_ms", [row[name] for row in rows], "ms") for name in parts]
-        return [*lines, self.line(f"teacher/all/{kind}_ms", total, "ms")]
-
-
-_ONCE: dict[str, Any] = {}
 
 
 def say(text: str) -> None:
@@ -593,12 +300,6 @@ def teachers_alone(size: Size, options: argparse.Namespace, said: str, end: floa
             clock.spans()
         order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(profile.key_averages().table(sort_by=order, row_limit=45, max_name_column_width=90), flush=True)
-
-
-def random_video(size: Size, generator: torch.Generator) -> Tensor:
-    frames, height, width = size.grid
-    shape = (1, 1 + 4 * (frames - 1), PIXELS * height, PIXELS * width, 3)
-    return torch.randint(0, 256, shape, generator=generator, device=generator.device, dtype=torch.uint8)
 
 
 def show(lines: list[dict[str, Any]], file: Path | None) -> None:

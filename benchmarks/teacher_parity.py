@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from physics_cost import TINY, tiny_depth, tiny_encoder
+from cost_networks import TINY, tiny_depth, tiny_encoder
 from torch import Tensor, nn
 
 from physisforcing.core.errors import UserError

@@ -69,19 +69,17 @@ class EpisodeRecorder:
         self.finish()
         number = len(self)
         stored = self.level == "full" or (self.level == "sparse" and number % STORED_STRIDE == 0)
-        if observation is None:
-            seen = env.begin_observe(maps=stored)
-        else:
-            maps = {}
-            for name in self.cameras if stored else ():
-                maps[f"{name}_depth"], maps[f"{name}_body_ids"] = env.depth_and_ids(name)
-            seen = lambda: {**observation, **maps}  # noqa: E731
+        drawing = env.begin_observe(maps=stored) if observation is None else None
         self.success.append(bool(env.success))
         if self.level != "none":
             self._truth(env, number)
-        self._under_way = lambda: self._keep(number, seen(), stored)
-        if observation is not None:
-            self.finish()
+        if drawing is not None:
+            self._under_way = lambda: self._keep(number, drawing(), stored)
+            return
+        maps: dict[str, Any] = {}
+        for name in self.cameras if stored else ():
+            maps[f"{name}_depth"], maps[f"{name}_body_ids"] = env.depth_and_ids(name)
+        self._keep(number, {**observation, **maps}, stored)
 
     def finish(self) -> None:
         """Fetch the pictures that are still being drawn."""

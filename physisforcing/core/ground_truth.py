@@ -143,8 +143,9 @@ def save(path: Path | str, truth: GroundTruth) -> None:
     os.replace(aside, path)
 
 
-def load(path: Path | str) -> GroundTruth:
-    """Read and check an episode's ground truth. Raises ``DatasetError`` naming a missing or damaged file."""
+def load(path: Path | str, *, frames: int | None = None) -> GroundTruth:
+    """Read and check an episode's ground truth. Raises ``DatasetError`` naming a missing or damaged file, or one of another number of
+    frames than its episode's ``frames``."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -164,6 +165,9 @@ def load(path: Path | str) -> GroundTruth:
         problem = f"{type(error).__name__}: {error}"
     if problem:
         raise DatasetError("ground truth", got=f"{path}: {problem}", wanted=f"schema {SCHEMA}", fix=fix)
+    if frames is not None and truth.num_frames != frames:
+        wanted = f"the {frames} frames of its episode"
+        raise DatasetError(str(path), got=f"{truth.num_frames} frames", wanted=wanted, fix="collect it again")
     return truth
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from .episodes import EpisodeSource
-from .errors import DatasetError
 from .ground_truth import load as load_ground_truth
 from .readers import open_dataset
 from .stats import wilson
@@ -61,15 +60,7 @@ def inspect(root: str, *, check: bool = True) -> dict[str, Any]:
 def _check_truth(dataset: EpisodeSource, index: int) -> None:
     path = dataset.ground_truth_path(index)
     assert path is not None
-    truth = load_ground_truth(path)
-    length = dataset.episode(index).length
-    if truth.num_frames != length:
-        raise DatasetError(
-            str(path),
-            got=f"{truth.num_frames} frames",
-            wanted=f"{length} frames as the episode",
-            fix="collect it again",
-        )
+    truth = load_ground_truth(path, frames=dataset.episode(index).length)
     for frame in truth.stored_frames_D:
         for view in range(len(truth.view_names)):
             truth.depth(int(frame), view)

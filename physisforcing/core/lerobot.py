@@ -7,7 +7,6 @@ refused before anything is trained on it.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections import OrderedDict
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import lerobot_format as fmt
+from .digests import file_sha256
 from .episodes import EpisodeSource
 from .errors import DatasetError
 from .lerobot_format import GROUND_TRUTH_PATH, HEAD, EpisodeInfo, robot_features
@@ -26,13 +26,6 @@ from .lerobot_writer import LeRobotWriter
 from .video import count_frames, probe_mp4, read_mp4
 
 __all__ = ["GROUND_TRUTH_PATH", "HEAD", "EpisodeInfo", "LeRobotDataset", "LeRobotWriter", "robot_features"]
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _file_digest(path: Path, _modified: int, _size: int) -> str:
-    """Many episodes share a file: it is read once."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class LeRobotDataset(EpisodeSource):
@@ -128,8 +121,7 @@ class LeRobotDataset(EpisodeSource):
         files = [self.video_path(index, key) for key in self.video_keys]
         digest = hashlib.sha256(f"{index}".encode())
         for path in [self.data_path(index), *files]:
-            state = path.stat()
-            digest.update(_file_digest(path, state.st_mtime_ns, state.st_size).encode())
+            digest.update(file_sha256(path).encode())
         return digest.hexdigest()
 
     def columns(self, index: int) -> dict[str, NDArray[Any]]:

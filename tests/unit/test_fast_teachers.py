@@ -5,8 +5,11 @@ The tests of CoTracker3 want ``COTRACKER_SOURCE``, a checkout of github.com/face
 
 from __future__ import annotations
 
+import argparse
 import copy
+import importlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +142,22 @@ def test_query_features_repeat_the_border() -> None:
     found = query_features(picture, torch.tensor([[-9.0, -9.0], [1.0, 1.0]]), torch.float32)
     assert not found[0].any() and not found[:, PLACES:].any()
     assert found[1, PLACES // 2] == nnf.pad(picture, (0, 0))[1, 1]
+
+
+@needs_source
+def test_the_teachers_of_the_cost_benchmark_make_targets(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    networks, teachers = (importlib.import_module(name) for name in ("cost_networks", "cost_teachers"))
+    options = argparse.Namespace(cotracker_source=SOURCE, dtype="float16", tracker="adapter", backend="aot_eager")
+    clock, device = teachers.Clock(torch.device("cpu")), torch.device("cpu")
+    online = teachers.build_teachers("plain", networks.TINY, device, clock, options)
+    video = networks.random_video(networks.TINY, torch.Generator().manual_seed(0))
+    clock.mark("")
+    targets = online(video, networks.TINY.grid)
+    clock.mark("reduction")
+    assert targets["teacher_BFhwC"].shape == (1, *networks.TINY.grid, networks.TINY.teacher_dim)
+    spans = clock.spans()
+    parts = sum(spans[name] for name in ("tracker", "depth", "encoder", "reduction"))
+    assert min(spans.values()) > 0 and abs(parts - spans["step"]) < 1e-3 * spans["step"] + 0.1, (
+        "every moment is in one part"
+    )

@@ -21,7 +21,6 @@ from physisforcing.core.config import compose
 from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.lerobot import LeRobotDataset
 from physisforcing.worldmodel.data import target_shards
-from physisforcing.worldmodel.data.target_maker import TargetMaker
 from physisforcing.worldmodel.data.target_shards import RECIPE_FILE, Geometry, TargetRecipe, read_shard, shard_path
 from physisforcing.worldmodel.data.targets import TargetsCommand, build, main, resolve_recipe
 from physisforcing.worldmodel.data.window_targets import load_window_targets
@@ -31,7 +30,7 @@ from physisforcing.worldmodel.physics.relation import relation_matrix
 from physisforcing.worldmodel.teachers.classical import ClassicalTracker
 from physisforcing.worldmodel.teachers.ground_truth import query_grid
 from physisforcing.worldmodel.teachers.registry import TeacherConfig, make_encoder
-from physisforcing.worldmodel.teachers.selection import Teachers, TeachersConfig
+from physisforcing.worldmodel.teachers.selection import TeachersConfig
 
 _other = importlib.util.spec_from_file_location("targets_of_boxes", Path(__file__).with_name("test_targets.py"))
 assert _other is not None and _other.loader is not None
@@ -167,9 +166,10 @@ def test_degraded_tracks_do_not_depend_on_order(root: Path, tmp_path: Path) -> N
     build(dataset, recipe, teachers=chosen, cache=tmp_path / "one", episodes=[2])
     one, same = (read_shard(dataset, 2, recipe, tmp_path / name) for name in ("one", "all"))
     np.testing.assert_array_equal(one.points_WTN2, same.points_WTN2)
+    build(dataset, TargetRecipe(), cache=tmp_path / "exact", episodes=[0])
     first, second = (
         read_shard(dataset, 0, recipe, tmp_path / "all"),
-        TargetMaker(TargetRecipe(), Teachers(TeachersConfig())).make(dataset, 0)[0],
+        read_shard(dataset, 0, TargetRecipe(), tmp_path / "exact"),
     )
     moved = np.abs(first.points_WTN2.astype(int) - second.points_WTN2).max(-1) / 64
     assert (moved[:, 0] == 0).all(), "queries are given"
@@ -358,6 +358,9 @@ def test_what_targets_cannot_serve_is_refused(pictures_only: Path, tmp_path: Pat
         load_window_targets(window, PhysicsConfig(), **options)
     targets = load_window_targets(window, PhysicsConfig(lambda_sem=0), **options)
     assert targets.select_WN.any() and targets.teacher_dim == 0
+    heads = PhysisForcing(PhysicsConfig(lambda_sem=0, phi_hidden=16, psi_hidden=16), width=8, teacher_dim=4)
+    out = heads(torch.randn(1, 1500, 8), targets.grid, targets.batch(torch.tensor([0])))
+    assert out.pix > 0 and out.sem == 0, "the trajectory loss needs no encoder"
     for wrong in ("teacher.relations=1", "teacher.common=some", "teacher.tracker.name=classicl"):
         with pytest.raises(UserError):
             config(wrong)

@@ -73,10 +73,12 @@ class Targets(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class OnlineTargets:
-    """Targets made by teachers that look at the pictures of each batch. ``grid``: (F, h, w) tokens."""
+    """Targets made by teachers that look at the pictures of each batch. ``episode_W``, ``start_W``: the window table, on the device of
+    the pictures. ``grid``: (F, h, w) tokens."""
 
     store: FrameStore
-    table: WindowTable
+    episode_W: Tensor
+    start_W: Tensor
     teachers: OnlineTeachers
     grid: tuple[int, int, int]
 
@@ -89,13 +91,10 @@ class OnlineTargets:
         return self.teachers.identity
 
     def available_rows(self) -> Tensor:
-        return torch.arange(len(self.table))
+        return torch.arange(len(self.start_W))
 
     def batch(self, rows_B: Tensor) -> dict[str, Tensor]:
-        rows = rows_B.to(self.table.episode_W.device)
-        home = self.store.frames_MHWC.device
-        video = self.store.windows(self.table.episode_W[rows].to(home), self.table.start_W[rows].to(home))
-        return self.teachers(video, self.grid)
+        return self.teachers(self.store.windows(self.episode_W[rows_B], self.start_W[rows_B]), self.grid)
 
 
 @dataclass(slots=True, kw_only=True)

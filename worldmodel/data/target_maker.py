@@ -16,7 +16,7 @@ from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.types import PointTracks
 
 from ..physics.config import PhysicsConfig
-from ..physics.regions import in_frame, motion_magnitude, normalise_points, token_mask
+from ..physics.regions import in_frame, normalise_points, point_scores, token_mask
 from ..physics.relation import gather_tokens, relation_matrix, select_tokens, token_order
 from ..physics.targets import point_targets
 from ..teachers import ground_truth as exact
@@ -52,11 +52,6 @@ class TargetMaker:
 
     def __init__(self, recipe: TargetRecipe, teachers: Teachers) -> None:
         self.recipe, self.teachers = recipe, teachers
-
-    def make(self, dataset: EpisodeSource, index: int) -> tuple[EpisodeTargets, str]:
-        """-> (targets, digest of the content that they were computed from)."""
-        prepared = self.prepare(dataset, index)
-        return self.finish(prepared), prepared.content
 
     def prepare(self, dataset: EpisodeSource, index: int) -> Prepared:
         recipe, length = self.recipe, dataset.episode(index).length
@@ -112,14 +107,7 @@ class TargetMaker:
     def _exact(self, dataset: EpisodeSource, index: int, content: str) -> list[PointTracks]:
         truth_path, length = dataset.ground_truth_path(index), dataset.episode(index).length
         assert truth_path is not None, "content_digest has checked it"
-        truth = ground_truth.load(truth_path)
-        if truth.num_frames != length:
-            raise DatasetError(
-                str(truth_path),
-                got=f"{truth.num_frames} frames",
-                wanted=f"the {length} of its episode",
-                fix="collect it again",
-            )
+        truth = ground_truth.load(truth_path, frames=length)
         recipe = self.recipe
         maps: exact.MapCache = {}
         grid = (recipe.grid_rows, recipe.grid_columns)
@@ -222,42 +210,42 @@ class TargetMaker:
 def compact_relations(
     features_BLC: Tensor, targets: EpisodeTargets, windows: slice, recipe: TargetRecipe, content: str
 ) -> tuple[NDArray, NDArray, NDArray]:
-    """Tokens [B,K], their number [B] and the cosines of all pairs [B,R] of some windows.
-
-    Tokens that the default choices of eq. (1)-(4) select come first, then those that a point passes which moves by as much as the
-    default ``min_motion`` asks for, whatever its score. Of more than K, a choice that depends on the episode alone.
-    """
-    count = recipe.relations
-    if count > features_BLC.shape[1] or features_BLC.shape[1] > np.iinfo(np.uint16).max:
-        limit = min(features_BLC.shape[1], np.iinfo(np.uint16).max)
-        raise UserError("teacher.relations", got=count, wanted=f"at most {limit} tokens", fix="use 512, or 0")
-    size = targets.size
-    pixels = torch.from_numpy(targets.points_WTN2[windows].astype(np.float32) / targets.subpixels)
-    points = normalise_points(pixels, size)
-    visible = torch.from_numpy(targets.visible_WTN[windows]) & in_frame(points)
-    physics = PhysicsConfig()
-    motion = motion_magnitude(points, visible, size, dead_zone=physics.dead_zone)
-    moves = visible[:, 0] & (motion >= physics.min_motion * float(np.hypot(*size)))
-    mask = token_mask(points, visible, moves, recipe.tokens[1:])
-    depth = torch.from_numpy(targets.depth_WN[windows])
-    chosen_by_default = point_targets(
-        points, visible, depth, size, recipe.tokens[1:], physics, depth_kind=targets.depth_kind
-    )["token_mask_BFhw"]
+    """Tokens [B,K], their number [B] and the cosines of all pairs [B,R] of some windows, K = ``recipe.relations``."""
+    count, most = recipe.relations, min(features_BLC.shape[1], np.iinfo(np.uint16).max)
+    if count > most or features_BLC.shape[1] > np.iinfo(np.uint16).max:
+        raise UserError("teacher.relations", got=count, wanted=f"at most {most} tokens", fix="use 512, or 0")
     generator = torch.Generator().manual_seed(int(content[:15], 16) + windows.start)
-    order = token_order(len(mask), features_BLC.shape[1], generator)
-    first, enough = select_tokens(chosen_by_default, order, count)
-    # With the mean taken out, the set that it is the mean of must be the loss's own.
-    others = mask & ~chosen_by_default & (recipe.common == "keep")
-    rest, more = select_tokens(others, order, count)
-    # the places of both kinds, valid ones of the first kind in front
-    index, valid = torch.cat([first, rest], 1), torch.cat([enough, more], 1)
-    place = (2 * (~valid).int() + (torch.arange(index.shape[1]) >= first.shape[1])).argsort(dim=1, stable=True)[
-        :, :count
-    ]
-    index, valid = index.gather(1, place), valid.gather(1, place)
+    index, valid = stored_tokens(targets, windows, recipe, generator)
     chosen = gather_tokens(features_BLC, index.to(features_BLC.device)).float()
     common = valid.to(chosen.device) if recipe.common == "remove" else None
     matrix = relation_matrix(chosen, common)
     row, column = torch.triu_indices(count, count, 1, device=matrix.device)
     pairs = (matrix[:, row, column] * 127).round().to(torch.int8).cpu()
     return index.numpy().astype(np.uint16), valid.sum(1).numpy().astype(np.int32), pairs.numpy()
+
+
+def stored_tokens(
+    targets: EpisodeTargets, windows: slice, recipe: TargetRecipe, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The tokens whose relations are kept: index [B,K], valid [B,K], valid ones first.
+
+    Tokens that the default choices of eq. (1)-(4) select come first, then those that a point passes which moves by as much as the
+    default ``min_motion`` asks for, whatever its score. Of more than K, a choice that depends on the generator alone.
+    """
+    size, grid, physics = targets.size, recipe.tokens[1:], PhysicsConfig()
+    points = normalise_points(
+        torch.from_numpy(targets.points_WTN2[windows].astype(np.float32) / targets.subpixels), size
+    )
+    visible = torch.from_numpy(targets.visible_WTN[windows]) & in_frame(points)
+    depth = torch.from_numpy(targets.depth_WN[windows])
+    made = point_targets(points, visible, depth, size, grid, physics, depth_kind=targets.depth_kind)
+    by_default = made["token_mask_BFhw"]
+    motion, _ = point_scores(points, visible, depth, size, physics)
+    moves = visible[:, 0] & (motion >= physics.min_motion * float(np.hypot(*size)))
+    # With the mean taken out, the set that it is the mean of must be the loss's own.
+    others = token_mask(points, visible, moves, grid) & ~by_default & (recipe.common == "keep")
+    order = token_order(len(points), by_default[0].numel(), generator)
+    parts = [select_tokens(mask, order, recipe.relations) for mask in (by_default, others)]
+    index, valid = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    place = (~valid).int().argsort(dim=1, stable=True)[:, : recipe.relations]
+    return index.gather(1, place), valid.gather(1, place)

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from physisforcing.core import ground_truth
+from physisforcing.core.digests import file_sha256
 from physisforcing.core.errors import DatasetError, UserError
 
 from ..teachers import ground_truth as tracker
@@ -353,14 +354,7 @@ def content_digest(dataset: EpisodeSource, episode: int, needs_truth: bool = Tru
             fix="collect with ground truth (physis data collect), choose teachers that see pictures (teacher=permissive), "
             "or train without physics losses",
         )
-    state = path.stat()
-    truth = _file_digest(path, state.st_mtime_ns, state.st_size)
-    return _sha256(f"{dataset.content_hash(episode)} {truth}".encode())
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _file_digest(path: Path, _modified: int, _size: int) -> str:
-    return _sha256(path.read_bytes())
+    return _sha256(f"{dataset.content_hash(episode)} {file_sha256(path)}".encode())
 
 
 def _payload(arrays: dict[str, np.ndarray]) -> str:

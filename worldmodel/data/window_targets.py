@@ -22,7 +22,7 @@ from physisforcing.core.readers import open_dataset
 from ..physics.config import PhysicsConfig
 from ..physics.regions import in_frame, normalise_points, token_bodies
 from ..physics.targets import point_targets
-from ..teachers.selection import TeachersConfig
+from ..teachers.selection import TeachersConfig, check_served
 from .augmentation import Crop
 from .target_shards import EpisodeTargets, TargetRecipe, read_shard
 from .targets import build, resolve_recipe
@@ -130,7 +130,7 @@ def load_window_targets(
     ``UserError`` for options that these targets cannot serve.
     """
     recipe = recipe or resolve_recipe(teachers or TeachersConfig(), [])
-    check_served(recipe, physics)
+    check_recipe(recipe, physics)
     datasets: dict[str, EpisodeSource] = {
         root: open_dataset(root) for root in dict.fromkeys(root for root, _, _ in windows)
     }
@@ -160,19 +160,14 @@ def load_window_targets(
     return WindowTargets(**per_window, teacher_EhwC=torch.cat(encoded), channels=channels).to(device)
 
 
-def check_served(recipe: TargetRecipe, physics: PhysicsConfig) -> None:
-    """``UserError`` where targets of this recipe have not what the options ask for: a loss of exactly 0 would look like success."""
-    if physics.relations == "rigid" and not recipe.exact_points:
-        fix = "physics.relations=features, or teacher=simulator"
-        raise UserError(
-            "physics.relations", got="rigid", wanted=f"features: {recipe.tracker.name} knows no bodies", fix=fix
-        )
-    if physics.relations == "features" and physics.lambda_sem > 0 and recipe.encoder.name == "none":
-        fix = "physics.lambda_sem=0, physics.relations=rigid, or name an encoder (teacher.encoder.name=...)"
-        raise UserError("teacher.encoder.name", got="none", wanted="an encoder for the relation loss", fix=fix)
-    if recipe.relations and physics.relations == "features":
-        _check_stored_tokens(physics)
-    if recipe.relations and physics.relations == "features" and physics.common != recipe.common:
+def check_recipe(recipe: TargetRecipe, physics: PhysicsConfig) -> None:
+    """``UserError`` where targets of this recipe have not what the losses ask for."""
+    tracker, _, encoder = recipe.names.split("/")
+    check_served(tracker, encoder, physics)
+    if not recipe.relations or physics.relations != "features":
+        return
+    _check_stored_tokens(physics)
+    if physics.common != recipe.common:
         fix = f"teacher.common={physics.common} (computed again), or physics.common={recipe.common}"
         raise UserError("physics.common", got=physics.common, wanted=f"{recipe.common}, as stored", fix=fix)
 

@@ -40,7 +40,8 @@ class PhysicsConfig:
     ``dead_zone``: steps shorter than this fraction of the diagonal count as zero (tracker jitter; 0.00025 is 0.1 px at
     240x320, below anything the simulator's exact tracks need).
     ``depth``: what the depth values are: as the ``teacher`` says that made them, ``metric`` distances, ``disparity`` (larger is
-    nearer, as Depth-Anything predicts; used as 1 - disparity, because the formula wants small for near), or ``off``. ``depth_eps``: epsilon of (2), not in the paper.
+    nearer, as Depth-Anything predicts; used as 1 - disparity, because the formula wants small for near), or ``off``.
+    ``depth_eps``: epsilon of (2), not in the paper.
     ``select``: ``mean`` is the threshold of (3), ``topk`` the variant of the paper's appendix with ``top_k`` points, ``both``
     the best ``top_k`` of those above the mean.
     ``min_motion``: a point that moved less than this fraction of the diagonal is never selected, so that a static

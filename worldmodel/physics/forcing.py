@@ -47,10 +47,9 @@ from .gradients import GradientMeter
 from .relation import (
     even_order,
     gather_tokens,
+    reference_relations,
     relation_errors,
     relation_matrix,
-    rigid_relation,
-    select_tokens,
     valid_pairs,
 )
 from .trajectory import clamp_to_hull, divisor, end_point_error, in_hull, match_logits, trajectory_errors
@@ -73,14 +72,25 @@ class PhysicsOutput:
     ``epe_uniform_px`` and ``epe_still_px``: the same for a uniform map and for points that stay where they were;
     ``valid``: fraction of (point, latent frame) pairs in the loss; ``tokens``: mean number of selected tokens a
     sample; ``pairs`` and ``related``: how many (point, latent frame) pairs, by weight, and samples with relations the two
-    terms are means of in this process; where gradients are measured, ``share_pix`` and ``share_sem``: norm of the weighted loss's gradient at the features
-    over that of flow matching, as of the step before; ``lambda_pix``, ``lambda_sem``: weights, where they are set from gradients.
+    terms are means of in this process; ``lambda_pix``, ``lambda_sem``: weights, where they are set from gradients.
     """
 
     loss: Tensor
     pix: Tensor
     sem: Tensor
     metrics: dict[str, Tensor]
+
+
+@dataclass(slots=True, kw_only=True)
+class Match:
+    """Logits of every point in the latent frames 1.. over the cells of ``grid``, where the point is looked up, where it really goes
+    (moved onto the hull of the cell centres), and how far it counts."""
+
+    logits_BFNL: Tensor
+    query_BN2: Tensor
+    target_BFN2: Tensor
+    weight_BFN: Tensor
+    grid: tuple[int, int]
 
 
 class PhysisForcing(nn.Module):
@@ -143,11 +153,14 @@ class PhysisForcing(nn.Module):
             sem, metrics["tokens"], metrics["related"] = self._relation([(m[1], m[2], t) for m, t in parts], trust_B)
             # The last term keeps every parameter and the feature map in the graph whatever the masks are.
             loss = weights_2[0] * pix + weights_2[1] * sem + 0.0 * hidden_BLD.float().sum()
-        if measured:
-            metrics |= {name: value.clone() for name, value in self.meter.shares().items()}
         if config.weights == "gradient":
             metrics |= {"lambda_pix": weights_2[0], "lambda_sem": weights_2[1]}
         return PhysicsOutput(loss=loss, pix=pix.detach(), sem=sem.detach(), metrics=metrics)
+
+    def shares(self) -> dict[str, Tensor]:
+        """``share_pix`` and ``share_sem`` of the last backward pass that was measured: norm of the weighted loss's gradient at the
+        features over that of flow matching."""
+        return {name: value.clone() for name, value in self.meter.shares().items()}
 
     @property
     def measures(self) -> bool:
@@ -180,6 +193,30 @@ class PhysisForcing(nn.Module):
         mapped = self.phi(hidden)
         return mapped * torch.rsqrt(mapped.square().mean(-1, keepdim=True) + 1e-6)
 
+    def match(self, features_BFhwC: Tensor, targets: Targets, query_frame: int = 0) -> Match:
+        """What eq. (6)-(8) compare, for the points of one query frame."""
+        config = self.config
+        fine = (features_BFhwC.shape[2] * config.upsample, features_BFhwC.shape[3] * config.upsample)
+        points, visible = targets["points_BFN2"].float(), targets["visible_BFN"].float()
+        known = points.isfinite().all(-1)
+        points, visible = torch.where(known[..., None], points, 0.5), torch.where(known, visible, 0)
+        weight = targets["select_BN"][:, None].float() * visible[:, 1:]
+        if config.border == "drop":
+            weight = weight * in_hull(points[:, 1:], fine)
+        if query_frame:  # a point can be looked up only where it is seen, and its own frame teaches nothing
+            other = torch.arange(1, points.shape[1], device=weight.device) != query_frame
+            weight = weight * (visible[:, query_frame] > 0)[:, None] * other[None, :, None]
+        query, upsample, temperature = points[:, query_frame], config.upsample, self.temperature()
+        return Match(
+            logits_BFNL=match_logits(
+                features_BFhwC, query, query_frame=query_frame, upsample=upsample, temperature=temperature
+            ),
+            query_BN2=query,
+            target_BFN2=clamp_to_hull(points[:, 1:], fine),
+            weight_BFN=weight,
+            grid=fine,
+        )
+
     def temperature(self) -> Tensor | None:
         """The learnable temperature, or None for 1/sqrt(C)."""
         if self.temperature_place is None:
@@ -199,44 +236,30 @@ class PhysisForcing(nn.Module):
     def _trajectory(
         self, parts: list[tuple[Tensor, Targets]], trust_B: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config, temperature = self.config, self.temperature()
-        totals: dict[str, Tensor] = {}
+        config, totals = self.config, dict[str, Tensor]()
 
         def add(name: str, value: Tensor) -> None:
             totals[name] = totals[name] + value if name in totals else value
 
         for hidden_BFhwD, targets in parts:
             grid = (hidden_BFhwD.shape[2], hidden_BFhwD.shape[3])
-            fine = (grid[0] * config.upsample, grid[1] * config.upsample)
-            points, visible = targets["points_BFN2"].float(), targets["visible_BFN"].float()
-            known = points.isfinite().all(-1)
-            points, visible = torch.where(known[..., None], points, 0.5), torch.where(known, visible, 0)
             features = self.features(hidden_BFhwD)
-            target = clamp_to_hull(points[:, 1:], fine)
-            counted = targets["select_BN"][:, None].float() * visible[:, 1:]
-            if config.border == "drop":
-                counted = counted * in_hull(points[:, 1:], fine)
             for query in config.query_frames:
-                logits = match_logits(
-                    features, points[:, query], query_frame=query, upsample=config.upsample, temperature=temperature
-                )
+                found = self.match(features, targets, query)
+                target, weight, fine = found.target_BFN2, found.weight_BFN, found.grid
                 errors, prediction = trajectory_errors(
-                    logits,
+                    found.logits_BFNL,
                     target,
                     fine,
                     kind=config.trajectory_loss,
                     huber_delta=config.huber_delta,
                     gauss_sigma=config.gauss_sigma,
                 )
-                weight = counted
-                if query:  # a point can be looked up only where it is seen, and its own frame teaches nothing
-                    other = torch.arange(1, points.shape[1], device=weight.device) != query
-                    weight = counted * (visible[:, query] > 0)[:, None] * other[None, :, None]
                 add("total", (errors * (weight if trust_B is None else weight * trust_B[:, None, None])).sum())
                 add("count", weight.sum())
                 add("places", weight.new_full((), weight.numel()))
                 with torch.no_grad():
-                    still = clamp_to_hull(points[:, query : query + 1], fine).expand_as(target)
+                    still = clamp_to_hull(found.query_BN2, fine)[:, None].expand_as(target)
                     for name, guess in (
                         ("epe", prediction),
                         ("uniform", torch.full_like(target, 0.5)),
@@ -254,7 +277,7 @@ class PhysisForcing(nn.Module):
             "valid": totals["count"] / totals["places"],
             "pairs": totals["count"],
         }
-        if temperature is not None:
+        if (temperature := self.temperature()) is not None:
             metrics["temperature"] = temperature.detach()
         return self._mean(totals["total"], totals["count"]), metrics
 
@@ -265,22 +288,15 @@ class PhysisForcing(nn.Module):
         total = count = tokens = parts[0][0].new_zeros(())
         for hidden_BFhwD, order_BFhw, targets in parts:
             hidden_BLD = hidden_BFhwD.flatten(1, 3)
-            if "relation_BKK" in targets:
-                index, valid = targets["relation_index_BK"], targets["relation_valid_BK"]
-            else:
-                mask = targets["token_mask_BFhw"]
-                if config.relations == "rigid":
-                    mask = mask & (targets["body_BFhw"] >= 0)
-                index, valid = select_tokens(mask, order_BFhw.flatten(1), config.max_tokens)
-            common = valid if config.common == "remove" and config.relations == "features" else None
             with torch.no_grad():
-                if "relation_BKK" in targets:
-                    reference = targets["relation_BKK"].float() / 127
-                elif config.relations == "rigid":
-                    reference, _ = rigid_relation(targets["body_BFhw"].flatten(1).gather(1, index))
-                else:
-                    features = targets["teacher_BFhwC"].flatten(1, 3)
-                    reference = relation_matrix(gather_tokens(features, index).float(), common)
+                index, valid, reference = reference_relations(
+                    targets,
+                    order_BFhw.flatten(1),
+                    relations=config.relations,
+                    max_tokens=config.max_tokens,
+                    common=config.common,
+                )
+            common = valid if config.common == "remove" and config.relations == "features" else None
             # psi of the selected tokens only: it acts token by token, and the student's grid is the teacher's.
             student = relation_matrix(self.psi(gather_tokens(hidden_BLD, index)), common)
             errors_B = relation_errors(

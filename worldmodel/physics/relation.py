@@ -5,6 +5,8 @@ Shape suffixes: B batch, F latent frames, h w token grid, L = F*h*w tokens, K se
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,30 @@ def rigid_relation(body_BK: Tensor) -> tuple[Tensor, Tensor]:
     known = body_BK >= 0
     same = body_BK[:, :, None] == body_BK[:, None, :]
     return same.to(torch.float32), known[:, :, None] & known[:, None, :]
+
+
+def reference_relations(
+    targets: Mapping[str, Tensor], order_BL: Tensor, *, relations: str, max_tokens: int, common: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens whose relations are compared and what is compared with: index [B,K] into L, valid [B,K], matrix [B,K,K].
+
+    ``targets``: of ``physics.forcing``: compact relations as they are stored, relations of ``body_BFhw`` (``relations="rigid"``), or of
+    ``teacher_BFhwC``, with the mean of the selected tokens taken out for ``common="remove"``.
+    """
+    if "relation_BKK" in targets:
+        stored = targets["relation_BKK"].float() / 127
+        return targets["relation_index_BK"], targets["relation_valid_BK"], stored
+    mask = targets["token_mask_BFhw"]
+    if relations == "rigid":
+        mask = mask & (targets["body_BFhw"] >= 0)
+    index, valid = select_tokens(mask, order_BL, max_tokens)
+    if relations == "rigid":
+        return index, valid, rigid_relation(targets["body_BFhw"].flatten(1).gather(1, index))[0]
+    teacher = targets["teacher_BFhwC"]
+    if not teacher.numel():  # no encoder, so nothing to compare
+        return index, valid & False, index.new_zeros(*index.shape, index.shape[1], dtype=torch.float32)
+    features = gather_tokens(teacher.flatten(1, 3), index).float()
+    return index, valid, relation_matrix(features, valid if common == "remove" else None)
 
 
 def relation_errors(

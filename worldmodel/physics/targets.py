@@ -23,8 +23,8 @@ def point_targets(
     """``points_BFN2``, ``visible_BFN``, ``select_BN`` and ``token_mask_BFhw`` of ``physics.forcing``.
 
     ``points_BTN2``: normalised to [0,1] (``normalise_points``), T = 1 + 4 (F - 1) frames; points outside the picture and
-    coordinates that are no numbers count as hidden. ``depth_BN``, ``depth_kind``: depth under the queries and what it is (``informative_points``). ``size``: (H, W) of the
-    picture that was tracked, in pixels. ``grid``: (h, w) tokens.
+    coordinates that are no numbers count as hidden. ``depth_BN``, ``depth_kind``: depth under the queries and what it is
+    (``point_scores``). ``size``: (H, W) of the picture that was tracked, in pixels. ``grid``: (h, w) tokens.
     """
     known_BTN = points_BTN2.isfinite().all(-1)
     points_BTN2 = torch.where(known_BTN[..., None], points_BTN2, 0)  # a product with a mask of 0 would keep NaN

@@ -21,7 +21,7 @@ from ..model import load_heads, load_world_model
 from ..physics.config import PhysicsConfig
 from ..physics.forcing import PhysisForcing
 from ..physics.relation import gather_tokens, relation_matrix
-from ..physics.trajectory import clamp_to_hull, in_hull, match_logits, soft_argmax
+from ..physics.trajectory import soft_argmax
 from .window import Prediction, Relations, Window
 
 #: Seed of the noise: pictures of two models are made with the same.
@@ -98,25 +98,19 @@ def predict(
     grid = tuple(latents_1CFhw.shape[2:])
     targets = {name: value.to(device) for name, value in batch.items()}
     out = forcing(tapped, grid, targets, sigma_B=level)
-    config, points = forcing.config, targets["points_BFN2"].float()
-    fine = (grid[1] * config.upsample, grid[2] * config.upsample)
-    features = forcing.features(tapped.float().unflatten(1, grid))
-    logits = match_logits(features, points[:, 0], upsample=config.upsample, temperature=forcing.temperature())
-    weight = targets["select_BN"][:, None] * targets["visible_BFN"][:, 1:].float()
-    if config.border == "drop":
-        weight = weight * in_hull(points[:, 1:], fine)
+    found = forcing.match(forcing.features(tapped.float().unflatten(1, grid)), targets)
     student = torch.zeros(0, 0)
     if relations is not None:
         index = torch.from_numpy(relations.token_K)[None].to(device)
-        common = torch.ones_like(index, dtype=torch.bool) if config.common == "remove" else None
+        common = torch.ones_like(index, dtype=torch.bool) if forcing.config.common == "remove" else None
         student = relation_matrix(forcing.psi(gather_tokens(tapped.float(), index)), common)[0]
     terms = {"pix": out.pix, "sem": out.sem, **out.metrics}
     return Prediction(
         model=model,
         sigma=sigma,
-        points_FN2=soft_argmax(logits, fine)[0].cpu().numpy(),
-        target_FN2=clamp_to_hull(points[:, 1:], fine)[0].cpu().numpy(),
-        weight_FN=weight[0].cpu().numpy(),
+        points_FN2=soft_argmax(found.logits_BFNL, found.grid)[0].cpu().numpy(),
+        target_FN2=found.target_BFN2[0].cpu().numpy(),
+        weight_FN=found.weight_BFN[0].cpu().numpy(),
         student_KK=student.cpu().numpy(),
         metrics={name: float(value) for name, value in terms.items()},
     )

@@ -22,7 +22,7 @@ from ..data.targets import build, resolve_recipe
 from ..data.window_targets import load_window_targets
 from ..physics.config import PhysicsConfig
 from ..physics.regions import in_frame, normalise_points, point_scores, token_bodies
-from ..physics.relation import even_order, gather_tokens, relation_matrix, rigid_relation, select_tokens
+from ..physics.relation import even_order, reference_relations, rigid_relation
 from ..teachers.selection import TeachersConfig
 
 
@@ -218,27 +218,26 @@ def relations(
     bodies: Tensor | None = None,
     names: Mapping[int, str] | None = None,
 ) -> Relations | None:
-    """The relation matrices of targets of batch size 1 over the tokens that the loss takes in evaluation; None where there are fewer than two tokens or
-    no relations.
+    """The relation matrices of targets of batch size 1 over the tokens that the loss takes in evaluation; None where there are fewer
+    than two tokens or no relations.
 
     ``bodies`` [1,F,h,w]: the rigid bodies of the tokens, -1 unknown; ``names`` by id.
     """
-    mask = batch["token_mask_BFhw"].cpu()
-    bodies = batch["body_BFhw"].cpu().long() if "body_BFhw" in batch else bodies
-    if "relation_BKK" in batch:
-        index, valid = batch["relation_index_BK"].cpu(), batch["relation_valid_BK"].cpu()
-    else:
-        allowed = mask & (bodies >= 0) if physics.relations == "rigid" and bodies is not None else mask
-        index, valid = select_tokens(allowed, even_order(1, mask[0].numel()), physics.max_tokens)
+    batch = {name: value.cpu() for name, value in batch.items()}
+    mask = batch["token_mask_BFhw"]
+    bodies = batch["body_BFhw"].long() if "body_BFhw" in batch else bodies
+    index, valid, reference = reference_relations(
+        batch,
+        even_order(1, mask[0].numel()),
+        relations=physics.relations,
+        max_tokens=physics.max_tokens,
+        common=physics.common,
+    )
     if valid.sum() < 2:
         return None
-    common = valid if physics.common == "remove" else None
     matrices: dict[str, Tensor] = {}
-    if "relation_BKK" in batch:
-        matrices[f"teacher: {teacher}"] = batch["relation_BKK"][0].cpu().float() / 127
-    elif batch.get("teacher_BFhwC", mask.new_zeros(0)).numel():
-        features = gather_tokens(batch["teacher_BFhwC"].cpu().flatten(1, 3), index).float()
-        matrices[f"teacher: {teacher}"] = relation_matrix(features, common)[0]
+    if "relation_BKK" in batch or batch.get("teacher_BFhwC", mask.new_zeros(0)).numel():
+        matrices[f"teacher: {teacher}"] = reference[0]
     body_K = torch.full_like(index[0], -1) if bodies is None else bodies.flatten(1)[0, index[0]]
     if bodies is not None:
         same, known = rigid_relation(body_K[None])

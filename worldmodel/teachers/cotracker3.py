@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -102,7 +102,6 @@ class CoTracker3:
     def info(self) -> TeacherInfo:
         return self._info
 
-    @torch.no_grad()
     def track(self, video_BTHWC: Tensor, queries_BN2: Tensor) -> Tracks:
         """``PointTracker.track`` for any number of frames, all at once; the answer is on the video's device.
 
@@ -111,15 +110,7 @@ class CoTracker3:
         takes the product of the two, above 0.6). As there, queries are tracked together with a support grid, frame 0 gets its
         queries back, and is visible; here its confidence is 1 too. Raises ``UserError`` for another dtype or shape.
         """
-        check_request(video_BTHWC, queries_BN2)
-        size = (int(video_BTHWC.shape[2]), int(video_BTHWC.shape[3]))
-        if min(size) < 2:
-            raise UserError("video", got=f"{size[0]}x{size[1]}", wanted="2 pixels or more a side", fix="check the crop")
-        # One clip at a time: the published model views an expanded tensor, which torch refuses for more than one.
-        clips = [self._track(frames, queries) for frames, queries in zip(video_BTHWC, queries_BN2, strict=True)]
-        points, visible, confidence = (torch.stack(part).to(video_BTHWC.device) for part in zip(*clips, strict=True))
-        points[:, 0], visible[:, 0], confidence[:, 0] = queries_BN2.to(points), 1.0, 1.0
-        return Tracks(points_BTN2=points, visible_BTN=visible > VISIBLE_ABOVE, confidence_BTN=confidence)
+        return track_clips(self._track, video_BTHWC, queries_BN2)
 
     def _track(self, frames_THWC: Tensor, queries_N2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> points [T,N,2] in the pixels of the frames, visibility and confidence [T,N] in [0,1]; float32."""
@@ -129,10 +120,9 @@ class CoTracker3:
         ratio = torch.tensor([(working[1] - 1) / (width - 1), (working[0] - 1) / (height - 1)], device=self._device)
         places = torch.cat([queries_N2.to(self._device) * ratio, support_grid(working, self._device)])
         queries = nnf.pad(places, (1, 0))  # all of frame 0
-        with torch.autocast(self._device.type, enabled=False):
-            points, visible, confidence, _ = self.network(
-                video=self._resized(frames_THWC, working)[None], queries=queries[None], iters=ITERATIONS
-            )
+        points, visible, confidence, _ = self.network(
+            video=self._resized(frames_THWC, working)[None], queries=queries[None], iters=ITERATIONS
+        )
         count = len(queries_N2)
         points = points[0, :, :count].float() / ratio
         return points, visible[0, :, :count].float(), confidence[0, :, :count].float()
@@ -141,6 +131,23 @@ class CoTracker3:
         """float32 [T,3,384,512] in 0-255, which the network normalises itself."""
         frames_TCHW = rearrange(frames_THWC.to(self._device), "t h w c -> t c h w").float()
         return nnf.interpolate(frames_TCHW, working, mode="bilinear", align_corners=True)
+
+
+@torch.no_grad()
+def track_clips(
+    track: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], video_BTHWC: Tensor, queries_BN2: Tensor
+) -> Tracks:
+    """``PointTracker.track`` of CoTracker3, plain or fast. ``track``: frames [T,H,W,3] and queries [N,2] of one clip -> points [T,N,2],
+    visibility and confidence [T,N]. One clip at a time: the published model views an expanded tensor, which torch refuses for more."""
+    check_request(video_BTHWC, queries_BN2)
+    size = (int(video_BTHWC.shape[2]), int(video_BTHWC.shape[3]))
+    if min(size) < 2:
+        raise UserError("video", got=f"{size[0]}x{size[1]}", wanted="2 pixels or more a side", fix="check the crop")
+    with torch.autocast(video_BTHWC.device.type, enabled=False):
+        clips = [track(frames, queries) for frames, queries in zip(video_BTHWC, queries_BN2, strict=True)]
+    points, visible, confidence = (torch.stack(part).to(video_BTHWC.device) for part in zip(*clips, strict=True))
+    points[:, 0], visible[:, 0], confidence[:, 0] = queries_BN2.to(points), 1.0, 1.0
+    return Tracks(points_BTN2=points, visible_BTN=visible > VISIBLE_ABOVE, confidence_BTN=confidence)
 
 
 def support_grid(size: tuple[int, ...], device: torch.device) -> Tensor:

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from physisforcing.core.errors import UserError
 
-from .classical import check_request
-from .cotracker3 import ITERATIONS, VISIBLE_ABOVE, CoTracker3, support_grid
+from .cotracker3 import ITERATIONS, CoTracker3, support_grid, track_clips
 from .protocols import TeacherInfo, Tracks
 
 #: Part of every cache key: raise it when tracks of the same weights change.
@@ -82,18 +81,9 @@ class FastCoTracker3:
         exact = self.exact.info
         return replace(exact, version=f"{exact.version}-fast{VERSION}-{self._precision}")
 
-    @torch.no_grad()
     def track(self, video_BTHWC: Tensor, queries_BN2: Tensor) -> Tracks:
         """As ``CoTracker3.track``, which says what is visible and raises the same errors."""
-        check_request(video_BTHWC, queries_BN2)
-        size = (int(video_BTHWC.shape[2]), int(video_BTHWC.shape[3]))
-        if min(size) < 2:
-            raise UserError("video", got=f"{size[0]}x{size[1]}", wanted="2 pixels or more a side", fix="check the crop")
-        with torch.autocast(self._device.type, enabled=False):
-            clips = [self._track(frames, points) for frames, points in zip(video_BTHWC, queries_BN2, strict=True)]
-        points, visible, confidence = (torch.stack(part).to(video_BTHWC.device) for part in zip(*clips, strict=True))
-        points[:, 0], visible[:, 0], confidence[:, 0] = queries_BN2.to(points), 1.0, 1.0
-        return Tracks(points_BTN2=points, visible_BTN=visible > VISIBLE_ABOVE, confidence_BTN=confidence)
+        return track_clips(self._track, video_BTHWC, queries_BN2)
 
     def _track(self, frames_THWC: Tensor, queries_N2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> points [T,N,2] in the pixels of the frames, visibility and confidence [T,N] in [0,1]; float32."""

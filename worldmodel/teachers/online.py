@@ -17,7 +17,7 @@ from ..physics.targets import point_targets
 from ..physics.views import Rect, token_rects
 from .ground_truth import GRID, query_grid
 from .lookup import at_points
-from .selection import Teachers
+from .selection import BUILT_IN, Teachers, check_served
 
 
 class OnlineTeachers:
@@ -30,15 +30,10 @@ class OnlineTeachers:
     def __init__(self, teachers: Teachers, physics: PhysicsConfig, *, grid: tuple[int, int] = GRID) -> None:
         for kind in ("tracker", "depth"):
             name = getattr(teachers.config, kind).name
-            if name in ("ground_truth", "degraded"):
+            if name in set(BUILT_IN[kind]) - {"none"}:
                 fix = "data.targets=cache, or teacher=permissive"
                 raise UserError(f"teacher.{kind}.name", got=name, wanted="a teacher that sees pictures", fix=fix)
-        if physics.relations == "rigid":
-            fix = "physics.relations=features, or data.targets=cache with teacher=simulator"
-            raise UserError("physics.relations", got="rigid", wanted="features: pictures show no bodies", fix=fix)
-        if physics.lambda_sem > 0 and teachers.config.encoder.name == "none":
-            fix = "physics.lambda_sem=0, or name an encoder"
-            raise UserError("teacher.encoder.name", got="none", wanted="an encoder for the relation loss", fix=fix)
+        check_served(teachers.config.tracker.name, teachers.config.encoder.name, physics)
         teachers.load()
         self.teachers, self.physics, self.grid = teachers, physics, grid
 

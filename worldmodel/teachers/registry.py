@@ -33,15 +33,15 @@ class TeacherConfig:
 
     ``path``: folder or file of the weights. ``checksum``: SHA-256 that they must have; none is any, and for cotracker3 that of the
     published file. ``source``: folder of CoTracker's code, none takes the installed package; other teachers bring theirs.
-    ``dtype``: float32, or on a GPU float16 or bfloat16: half the time and less, with answers that ``benchmarks/teacher_parity.py`` holds
-    against those of float32.
+    ``device``: none is where the command runs. ``dtype``: float32, or on a GPU float16 or bfloat16: half the time and less, with
+    answers that ``benchmarks/teacher_parity.py`` holds against those of float32.
     """
 
     name: str
     path: str | None = None
     checksum: str | None = None
     source: str | None = None
-    device: str = "cpu"
+    device: str | None = None
     dtype: str = "float32"
 
 
@@ -106,7 +106,7 @@ def _cotracker3(config: TeacherConfig) -> PointTracker:
     from .cotracker3 import PUBLISHED_SHA256, CoTracker3
 
     path, checksum = _path(config, "the file of its weights"), config.checksum or PUBLISHED_SHA256
-    exact = CoTracker3(path, checksum, source=config.source, device=config.device)
+    exact = CoTracker3(path, checksum, source=config.source, device=config.device or "cpu")
     if config.dtype == "float32":
         return exact
     from .fast_cotracker import FastCoTracker3
@@ -131,7 +131,7 @@ def _efficientnet(config: TeacherConfig) -> VideoEncoder:
     _refuse(config, "path", "checksum", "source", "dtype")
     from .frame_encoder import FrameEncoder
 
-    return FrameEncoder().to(config.device)
+    return FrameEncoder().to(config.device or "cpu")
 
 
 def _vjepa2(mode: str) -> Callable[[TeacherConfig], VideoEncoder]:
@@ -140,7 +140,7 @@ def _vjepa2(mode: str) -> Callable[[TeacherConfig], VideoEncoder]:
         from .vjepa2 import VJepa2
 
         encoder = VJepa2.from_folder(_path(config), mode=mode, **_placement(config))
-        if config.dtype == "float32" or not config.device.startswith("cuda"):
+        if config.dtype == "float32" or not (config.device or "cpu").startswith("cuda"):
             return encoder
         from .fast_vjepa2 import speed_up
 
@@ -173,7 +173,7 @@ def _path(config: TeacherConfig, wanted: str = "the folder of its weights") -> s
 def _placement(config: TeacherConfig) -> dict[str, Any]:
     import torch
 
-    return {"checksum": config.checksum, "device": config.device, "dtype": getattr(torch, config.dtype)}
+    return {"checksum": config.checksum, "device": config.device or "cpu", "dtype": getattr(torch, config.dtype)}
 
 
 def _refuse(config: TeacherConfig, *fields: str) -> None:

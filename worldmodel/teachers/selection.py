@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from physisforcing.core.errors import UserError, unknown_name
 
+from ..physics.config import PhysicsConfig
 from . import ground_truth
 from .degraded import TrackErrors
 from .frame_encoder import INFO as FRAME_ENCODER
@@ -66,15 +67,26 @@ class TeachersConfig:
         return "/".join(getattr(self, kind).name for kind in BUILT_IN)
 
 
+def check_served(tracker: str, encoder: str, physics: PhysicsConfig) -> None:
+    """``UserError`` where teachers of these names have not what the losses ask for: a loss of exactly 0 would look like success."""
+    if physics.relations == "rigid" and tracker not in BUILT_IN["tracker"]:
+        fix = "physics.relations=features, or teacher=simulator with data.targets=cache"
+        raise UserError("physics.relations", got="rigid", wanted=f"features: {tracker} knows no bodies", fix=fix)
+    if physics.relations == "features" and physics.lambda_sem > 0 and encoder == "none":
+        fix = "physics.lambda_sem=0, physics.relations=rigid, or name an encoder (teacher.encoder.name=...)"
+        raise UserError("teacher.encoder.name", got="none", wanted="an encoder for the relation loss", fix=fix)
+
+
 class Teachers:
-    """The teachers of a config on ``device``, each loaded when it is first asked for. None: there is nothing to load."""
+    """The teachers of a config, each loaded when it is first asked for, on ``device`` unless its settings name one. None: there is
+    nothing to load."""
 
     def __init__(self, config: TeachersConfig, device: str = "cpu") -> None:
         self.config, self.device = config, device
 
     def _settings(self, kind: str) -> TeacherConfig:
         settings: TeacherConfig = getattr(self.config, kind)
-        return replace(settings, device=self.device)
+        return replace(settings, device=settings.device or self.device)
 
     @functools.cached_property
     def tracker(self) -> PointTracker | None:

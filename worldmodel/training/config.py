@@ -103,7 +103,8 @@ class TrainVaeConfig:
 
 @dataclass(slots=True, kw_only=True)
 class TrainWorldModelConfig:
-    """``codec``: folder of the video codec. ``teacher``: who makes the targets of the physics losses. ``heldout_windows``: windows of the held-out measurement, at fixed noise and timesteps."""
+    """``codec``: folder of the video codec. ``teacher``: who makes the targets of the physics losses. ``heldout_windows``: windows of
+    the held-out measurement, at fixed noise and timesteps."""
 
     codec: str = ""
     heldout_windows: int = 64

@@ -68,8 +68,9 @@ def load_bank(
         return bank
     if data.targets == "online":
         teachers = OnlineTeachers(Teachers(config.teacher, str(device)), config.physics)
+        rows = {"episode_W": table.episode_W.to(device), "start_W": table.start_W.to(device)}
         grid = tuple(bank.latents_WCFhw.shape[2:])
-        bank.targets = OnlineTargets(store=store, table=table, teachers=teachers, grid=grid)  # type: ignore[arg-type]
+        bank.targets = OnlineTargets(store=store, **rows, teachers=teachers, grid=grid)  # type: ignore[arg-type]
     else:
         options = {"teachers": config.teacher, "cache": data.targets_cache, "workers": data.workers}
         bank.targets = BankTargets.load(episodes, table, config.physics, device, **options)  # type: ignore[arg-type]
@@ -126,7 +127,7 @@ class Trainer:
         )
         terms["loss"].backward()
         if self.forcing is not None and self.forcing.measures:
-            terms |= {name: value.clone() for name, value in self.forcing.meter.shares().items()}
+            terms |= self.forcing.shares()
         terms["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
