@@ -236,7 +236,8 @@ class PhysisForcing(nn.Module):
     def _trajectory(
         self, parts: list[tuple[Tensor, Targets]], trust_B: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config, totals = self.config, dict[str, Tensor]()
+        config = self.config
+        totals: dict[str, Tensor] = {}
 
         def add(name: str, value: Tensor) -> None:
             totals[name] = totals[name] + value if name in totals else value
