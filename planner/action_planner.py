@@ -82,8 +82,8 @@ class ActionPlanner:
 
     @property
     def fingerprint(self) -> str:
-        decoder = getattr(self.inverse_dynamics, "fingerprint", type(self.inverse_dynamics).__name__)
-        parts = {"world_model": self.world_model.spec.fingerprint, "decoder": decoder, **asdict(self.config)}
+        parts = {"world_model": self.world_model.spec.fingerprint, "decoder": self.inverse_dynamics.fingerprint}
+        parts |= asdict(self.config)
         return f"{self.world_model.spec.name}-{config_hash(parts)}"
 
     def reset(self, *, task: str, seed: int, instruction: str) -> None:
@@ -147,7 +147,7 @@ class ActionPlanner:
         assert rollout.frames_BSVTHWC is not None
         frames = rollout.frames_BSVTHWC[0, 0, 0]
         began = time.perf_counter()
-        chunk = self.inverse_dynamics.decode(frames[None], rollout.times_T, observation.state_A[None])[0]
+        chunk = self.inverse_dynamics.decode(rollout, observation.state_A[None], request.instructions)[0][0]
         self._counts["decoding_s"] += time.perf_counter() - began
         return frames, chunk
 

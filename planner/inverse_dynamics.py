@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
-from physisforcing.core.types import DT, ActionChunk
+from physisforcing.core.types import DT, ActionChunk, DecoderNeeds, Rollout
 from physisforcing.worldmodel.storage import save_tensors
 
 #: Columns of the 14-D action: six joints (radians) and one gripper (0 closed .. 1 open) an arm.
@@ -184,8 +185,25 @@ class PixelInverseDynamics(nn.Module):
         mean, log_variance = rearrange(out, "B T (Q P A) -> Q B (T P) A", Q=2, P=c.steps_per_frame, A=c.action_dim)
         return state_BA[:, None] + mean * self.delta_std_A, log_variance.clamp(-12.0, 4.0)
 
-    @torch.inference_mode()
+    @property
+    def needs(self) -> DecoderNeeds:
+        c = self.config
+        return DecoderNeeds(horizons=(c.frames,), frame_dt=c.steps_per_frame * DT)
+
     def decode(
+        self, rollout: Rollout, state_BA: NDArray[np.float32], instructions: Sequence[str] = ()
+    ) -> list[list[ActionChunk]]:
+        """The first view of every candidate through ``decode_frames``; instructions are not read."""
+        if rollout.frames_BSVTHWC is None:
+            fix = "ask the world model for what needs names"
+            raise MissingCapabilityError("rollout", got="no frames", wanted="frames", fix=fix)
+        batch, samples = rollout.frames_BSVTHWC.shape[:2]
+        flat = rollout.frames_BSVTHWC[:, :, 0].reshape(batch * samples, *rollout.frames_BSVTHWC.shape[3:])
+        chunks = self.decode_frames(flat, rollout.times_T, np.repeat(state_BA, samples, axis=0))
+        return [chunks[b * samples : (b + 1) * samples] for b in range(batch)]
+
+    @torch.inference_mode()
+    def decode_frames(
         self, frames_BTHWC: NDArray[np.uint8], times_T: NDArray[np.float64], state_BA: NDArray[np.float32]
     ) -> list[ActionChunk]:
         """Frames [B,17,120,160,3] uint8 at multiples of 0.12 s and drive targets now -> 32 targets an entry.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from physisforcing.core.protocols import InverseDynamics
-from physisforcing.core.types import DT, Observation
+from physisforcing.core.types import DT, Observation, Rollout
 
 from .frame_store import resize_to
 
@@ -45,7 +45,8 @@ def decode_video(
         window = resize_to(frames_THWC[rows], height, width)
         if prepare is not None:
             window = prepare(window)
-        chunk = inverse_dynamics.decode(window[None], times, state[None])[0].actions_PA
+        rollout = Rollout(times_T=times, frames_BSVTHWC=window[None, None, None])
+        chunk = inverse_dynamics.decode(rollout, state[None], [""])[0][0].actions_PA
         chunks.append(chunk)
         state = chunk[-1]
     return np.concatenate(chunks)[: max(1, count - 1)]
@@ -92,9 +93,7 @@ class RetrievedVideo:
 
     @property
     def fingerprint(self) -> str:
-        return (
-            f"{self._retrieval.fingerprint}-video-{getattr(self._decoder, 'fingerprint', type(self._decoder).__name__)}"
-        )
+        return f"{self._retrieval.fingerprint}-video-{self._decoder.fingerprint}"
 
     def reset(self, *, task: str, seed: int, instruction: str) -> None:
         self._task, self._targets, self._found = task, None, {}

@@ -201,7 +201,7 @@ class FlowWorldModel:
             raise MissingCapabilityError(
                 "actions", got="actions", wanted=f"conditions {sorted(spec.conditions)}", fix="leave actions out"
             )
-        if request.feature_tap is not None or not request.returns <= spec.returns:
+        if request.features is not None or not request.returns <= spec.returns:
             wanted = f"a subset of {sorted(spec.returns)}"
             raise MissingCapabilityError(
                 "returns", got=sorted(request.returns), wanted=wanted, fix="ask for frames or latents"

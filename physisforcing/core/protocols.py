@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .types import ActionChunk, Observation, Rollout, RolloutRequest, WorldModelSpec
+from .types import ActionChunk, DecoderNeeds, Observation, Rollout, RolloutRequest, WorldModelSpec
 
 
 @runtime_checkable
@@ -24,14 +25,25 @@ class WorldModel(Protocol):
 
 @runtime_checkable
 class InverseDynamics(Protocol):
-    """Reads joint targets out of a video."""
+    """Reads joint targets out of a rollout."""
+
+    @property
+    def needs(self) -> DecoderNeeds:
+        """What the rollout must hold; the planner asks the world model for it."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies weights and settings in results."""
+        ...
 
     def decode(
-        self, frames_BTHWC: NDArray[np.uint8], times_T: NDArray[np.float64], state_BA: NDArray[np.float32]
-    ) -> list[ActionChunk]:
-        """Frames at ``times_T`` seconds (frame 0 is now) and the drive targets now -> one chunk an entry of the batch.
+        self, rollout: Rollout, state_BA: NDArray[np.float32], instructions: Sequence[str]
+    ) -> list[list[ActionChunk]]:
+        """A rollout of B contexts with S candidates each, the drive targets now and B instructions -> chunks ``[b][s]``.
 
-        The chunk has ``round(times_T[-1] / DT)`` targets, one a control step.
+        A chunk has ``round(rollout.times_T[-1] / DT)`` targets, one a control step from now. Raises ``MissingCapabilityError`` for a
+        rollout without what ``needs`` names.
         """
         ...
 

@@ -153,6 +153,20 @@ class WorldModelSpec:
     max_batch: int = 64
     deterministic: bool = True
     fingerprint: str = ""
+    blocks: int = 0
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class FeatureRequest:
+    """Which features of the denoiser a decoder reads: the outputs of blocks ``taps`` (counted from 1) in one partial forward pass.
+
+    ``sigma``: noise level in [0,1]. ``first_frame_mask``: ``correct`` (the first latent frame is the clean picture, with timestep 0) or
+    ``worldarena_compat`` (WorldArena's released code: the mask falls on channel 0 of all frames instead, and every token has timestep 0).
+    """
+
+    taps: tuple[int, ...]
+    sigma: float = 1.0
+    first_frame_mask: str = "correct"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,6 +176,10 @@ class RolloutRequest:
     ``context_BVTHWC`` uint8, the last context frame is time 0. ``instructions``: B sentences. ``proprioception_BKA``: drive
     targets at ``spec.proprioception_lags`` (in control steps before now), float32. ``horizon``: frames to return, the context
     frame included. ``seeds_BS``: one noise seed a sample; equal seeds give equal rollouts wherever they stand in the batch.
+    ``actions_BSPA``: drive targets of the next P control steps, one row a step of ``spec.action_spec.dt``, P = (horizon - 1) *
+    ``spec.frame_dt / DT``; only for models whose conditions hold ``actions``. ``goal_BVHWC``: a picture of the end, only for models
+    whose conditions hold ``goal``. ``features``: needed where ``returns`` holds ``features``; without frames or latents among
+    ``returns`` nothing is denoised.
     """
 
     context_BVTHWC: NDArray[np.uint8]
@@ -170,19 +188,34 @@ class RolloutRequest:
     horizon: int
     proprioception_BKA: NDArray[np.float32] | None = None
     actions_BSPA: NDArray[np.float32] | None = None
+    goal_BVHWC: NDArray[np.uint8] | None = None
     returns: frozenset[str] = frozenset({"frames"})
-    feature_tap: int | None = None
+    features: FeatureRequest | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Rollout:
-    """An answer to a ``RolloutRequest``. ``times_T`` seconds from the context frame; ``cost``: e.g. seconds, denoiser calls."""
+    """An answer to a ``RolloutRequest``. ``times_T`` seconds from the context frame; ``cost``: e.g. seconds, denoiser calls.
+
+    ``features_BSKFhwD``: K taps, F latent frames, token grid h x w; float16 or float32.
+    """
 
     times_T: NDArray[np.float64]
     frames_BSVTHWC: NDArray[np.uint8] | None = None
     latents_BSCFhw: NDArray[np.float32] | None = None
-    features: NDArray[np.float32] | None = None
+    features_BSKFhwD: NDArray[np.floating[Any]] | None = None
     cost: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class DecoderNeeds:
+    """What a decoder reads of a rollout: ``returns`` as in ``RolloutRequest``, and which ``features``. ``horizons``: numbers of frames it
+    takes (empty: any); ``frame_dt``: seconds between two of them (None: any)."""
+
+    returns: frozenset[str] = frozenset({"frames"})
+    features: FeatureRequest | None = None
+    horizons: tuple[int, ...] = ()
+    frame_dt: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -103,8 +103,8 @@ def test_spread_grows_where_pictures_say_nothing(trained):
     store = drawn_demonstrations(seed=5)
     frames, now, _ = store.windows(torch.arange(12), torch.zeros(12, dtype=torch.long), frames=5, stride=2)
     times = np.arange(5) * 2 * DT
-    seen = model.decode(frames.numpy(), times, now.numpy())
-    black = model.decode(np.zeros_like(frames.numpy()), times, now.numpy())
+    seen = model.decode_frames(frames.numpy(), times, now.numpy())
+    black = model.decode_frames(np.zeros_like(frames.numpy()), times, now.numpy())
     assert seen[0].actions_PA.shape == (8, 14) and seen[0].spread_P.shape == (8,)
     assert np.mean([c.spread_P for c in black]) > np.mean([c.spread_P for c in seen])
     grippers = np.stack([c.actions_PA for c in seen])[..., [6, 13]]
@@ -118,11 +118,11 @@ def test_saved_weights_load_to_the_same_decoder(trained, tmp_path):
     store = drawn_demonstrations(episodes=3, seed=1)
     frames, now, _ = store.windows(torch.arange(3), torch.zeros(3, dtype=torch.long), frames=5, stride=2)
     times = np.arange(5) * 2 * DT
-    before = np.stack([c.actions_PA for c in model.decode(frames.numpy(), times, now.numpy())])
-    after = np.stack([c.actions_PA for c in loaded.decode(frames.numpy(), times, now.numpy())])
+    before = np.stack([c.actions_PA for c in model.decode_frames(frames.numpy(), times, now.numpy())])
+    after = np.stack([c.actions_PA for c in loaded.decode_frames(frames.numpy(), times, now.numpy())])
     assert np.abs(before - after).max() < 0.02  # float16 weights
     assert len(loaded.fingerprint) == 16
-    alone = loaded.decode(frames[1:2].numpy(), times, now[1:2].numpy())[0].actions_PA
+    alone = loaded.decode_frames(frames[1:2].numpy(), times, now[1:2].numpy())[0].actions_PA
     np.testing.assert_allclose(alone, after[1], atol=1e-5)  # an answer does not depend on its neighbours in the batch
 
 
@@ -143,7 +143,7 @@ def test_missing_statistics_are_an_error(trained, tmp_path):
     with pytest.raises(UserError, match="wings"):
         load_inverse_dynamics(folder)
     with pytest.raises(UserError, match="statistics"):
-        PixelInverseDynamics(SMALL).decode(
+        PixelInverseDynamics(SMALL).decode_frames(
             np.zeros((1, 5, 24, 32, 3), np.uint8), np.arange(5) * 0.12, np.zeros((1, 14))
         )
 
@@ -160,7 +160,7 @@ def test_missing_statistics_are_an_error(trained, tmp_path):
 )
 def test_decode_refuses_other_geometry(trained, frames, times, state, error):
     with pytest.raises(error):
-        trained[1].decode(frames, times, state)
+        trained[1].decode_frames(frames, times, state)
 
 
 def test_shipped_size():

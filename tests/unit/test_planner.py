@@ -7,7 +7,16 @@ import pytest
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.protocols import InverseDynamics, Policy, WorldModel
-from physisforcing.core.types import DT, ActionChunk, ActionSpec, Observation, Rollout, ViewLayout, WorldModelSpec
+from physisforcing.core.types import (
+    DT,
+    ActionChunk,
+    ActionSpec,
+    DecoderNeeds,
+    Observation,
+    Rollout,
+    ViewLayout,
+    WorldModelSpec,
+)
 from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig, StateHistory, noise_seed
 from physisforcing.planner.measurements import FIELDS, measurement, seed_range, write_measurements
 from physisforcing.planner.summary import markdown, summarise
@@ -53,19 +62,20 @@ class PixelReader:
     """Test double: joint 0 is the number in the picture; the targets between two pictures are those of the later one."""
 
     fingerprint = "reader"
+    needs = DecoderNeeds()
 
     def __init__(self) -> None:
         self.starts = []
 
-    def decode(self, frames_BTHWC, times_T, state_BA):
+    def decode(self, rollout, state_BA, instructions):
+        frames_BTHWC = rollout.frames_BSVTHWC[:, 0, 0]
         self.starts.append(state_BA.copy())
         chunks = []
         for frames, state in zip(frames_BTHWC, state_BA, strict=True):
             rows = np.repeat(state[None], 2 * (len(frames) - 1), 0)
             rows[:, 0] = np.repeat(frames[1:, 0, 0, 0] / 100, 2)
-            chunks.append(
-                ActionChunk(actions_PA=rows.astype(np.float32), spread_P=np.full(len(rows), 0.01, np.float32))
-            )
+            spread = np.full(len(rows), 0.01, np.float32)
+            chunks.append([ActionChunk(actions_PA=rows.astype(np.float32), spread_P=spread)])
         return chunks
 
 

@@ -25,11 +25,12 @@ class PixelReader:
 
     fingerprint = "reader"
 
-    def decode(self, frames_BTHWC, times_T, state_BA):
+    def decode(self, rollout, state_BA, instructions):
+        frames_BTHWC = rollout.frames_BSVTHWC[:, 0, 0]
         rows = np.repeat(state_BA, 32, 0).astype(np.float32)
         seen = np.repeat(np.radians(frames_BTHWC[0, 1:, 0, 0, 0].astype(np.float32)), 2)
         rows[:, 0] = np.where(seen > 0, seen, rows[:, 0])
-        return [ActionChunk(actions_PA=rows)]
+        return [[ActionChunk(actions_PA=rows)]]
 
 
 def demonstration(speed: int, seed: int, length: int = 41) -> Demonstration:
