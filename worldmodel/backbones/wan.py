@@ -123,22 +123,42 @@ class WanDenoiser(nn.Module):
         model = self.transformer
         _, _, frames, height, width = x_BCFhw.shape
         assert tuple(model.config.patch_size) == PATCH
-        rotary = model.rope(x_BCFhw)
-        x = model.patch_embedding(x_BCFhw).flatten(2).transpose(1, 2).contiguous()
-        temb, modulation, context, _ = model.condition_embedder(
-            timesteps_BF.flatten(), context_BLD, None, timestep_seq_len=frames
-        )
-        modulation = modulation.unflatten(2, (6, -1))
+        at = embed(model, x_BCFhw, timesteps_BF, context_BLD)
+        x = at.x_BLD
         tapped = None
         run = self._compiled if self._compiled is not None and torch.is_grad_enabled() else block_forward
         for index, block in enumerate(model.blocks, start=1):
-            x = run(block, x, context, modulation, rotary)
+            x = run(block, x, at.context_BLD, at.modulation_BF6D, at.rotary)
             if need_tap and index == self.tap:
                 tapped = x
-        shift, scale = (model.scale_shift_table.unsqueeze(0) + temb.unsqueeze(2)).float().unbind(2)
+        shift, scale = (model.scale_shift_table.unsqueeze(0) + at.temb_BFD.unsqueeze(2)).float().unbind(2)
         x = _modulate(model.norm_out(x.float()), shift, scale).type_as(x)
         velocity = model.proj_out(x).transpose(1, 2).unflatten(2, (frames, height, width))
         return velocity, tapped
+
+
+@dataclass(slots=True, kw_only=True)
+class Embedded:
+    """What the blocks of a ``WanTransformer3DModel`` read: tokens [B,F*h*w,D] row-major (F,h,w), the time embedding and its six
+    modulations once a latent frame, projected text [B,L,D], rotary positions."""
+
+    x_BLD: Tensor
+    temb_BFD: Tensor
+    modulation_BF6D: Tensor
+    context_BLD: Tensor
+    rotary: tuple
+
+
+def embed(transformer: Any, x_BCFhw: Tensor, timesteps_BF: Tensor, context_BLD: Tensor) -> Embedded:
+    """The stock forward before its first block, for any spatial patch (a token is one latent frame deep)."""
+    assert transformer.config.patch_size[0] == 1, "modulations are given once a latent frame"
+    rotary = transformer.rope(x_BCFhw)
+    x = transformer.patch_embedding(x_BCFhw).flatten(2).transpose(1, 2).contiguous()
+    temb, modulation, context, _ = transformer.condition_embedder(
+        timesteps_BF.flatten(), context_BLD, None, timestep_seq_len=timesteps_BF.shape[1]
+    )
+    modulation = modulation.unflatten(2, (6, -1))
+    return Embedded(x_BLD=x, temb_BFD=temb, modulation_BF6D=modulation, context_BLD=context, rotary=rotary)
 
 
 def _modulate(x_BLD: Tensor, shift_BFD: Tensor, scale_BFD: Tensor) -> Tensor:
