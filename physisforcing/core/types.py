@@ -179,7 +179,8 @@ class RolloutRequest:
     ``actions_BSPA``: drive targets of the next P control steps, one row a step of ``spec.action_spec.dt``, P = (horizon - 1) *
     ``spec.frame_dt / DT``; only for models whose conditions hold ``actions``. ``goal_BVHWC``: a picture of the end, only for models
     whose conditions hold ``goal``. ``features``: needed where ``returns`` holds ``features``; without frames or latents among
-    ``returns`` nothing is denoised.
+    ``returns`` nothing is denoised. ``ids``: (task, episode seed, number of the plan) of each context, for models that look their
+    answer up; nothing is computed from them.
     """
 
     context_BVTHWC: NDArray[np.uint8]
@@ -191,6 +192,7 @@ class RolloutRequest:
     goal_BVHWC: NDArray[np.uint8] | None = None
     returns: frozenset[str] = frozenset({"frames"})
     features: FeatureRequest | None = None
+    ids: list[tuple[str, int, int]] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
