@@ -75,6 +75,18 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail / 2**trials)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p-values (Holm 1979), in the order given: rejecting those up to a level keeps the chance of any false
+    rejection among all of them below it. ``ValueError`` for a value outside 0..1."""
+    if any(not 0 <= p <= 1 for p in p_values):
+        raise ValueError(f"p-values lie in 0..1, got {list(p_values)}")
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = running
+    return adjusted
+
+
 def bootstrap_mean(
     values: Sequence[float] | NDArray[np.float64],
     generator: np.random.Generator,
