@@ -34,13 +34,18 @@ settings (field=value):
   planner.oracle=video   the decoder reads held-out demonstrations instead: needs demos=FOLDER with seeds from 100000
   workers=0 (processes; 0: this one)  threads=2 (numeric threads; part of the result's key)  videos=3  control=interpolated
   max_steps=null (null: the task's own limit)  retry_errors=false
+  protocol=worldarena    adjust_bottle and click_bell, 100 frozen episodes, limit 400, control=topp, 45 executed rows a plan, and
+                         the mean of both tasks beside the published rows (docs/worldarena.md); other settings given with it win
+  planner.prompt_template={instruction}    a text with {instruction} in it, or the .txt file that holds it
 
 examples:
   physis eval plan tasks=[click_bell] episodes=50 train_demos=runs/bell output=runs/plan
-  physis eval plan task=click_bell planner.oracle=video demos=runs/heldout episodes=20 output=runs/oracle"""
+  physis eval plan task=click_bell planner.oracle=video demos=runs/heldout episodes=20 output=runs/oracle
+  physis eval plan protocol=worldarena planner.execute_horizon=32 output=runs/worldarena"""
 
 ORACLES = ("none", "video")
 BASELINES = ("noop", "random", "retrieval")
+PROTOCOLS = ("standard", "worldarena")
 #: Evaluation seeds start here; what is below may have been trained on.
 FIRST_SEED = 100_000
 
@@ -58,12 +63,14 @@ class PlannerSettings:
     max_resamples: int = 3
     denoising_steps: int = 0
     device: str = "cpu"
+    prompt_template: str = "{instruction}"
 
 
 @dataclass(slots=True, kw_only=True)
 class EvalPlanConfig:
     """Settings of ``physis eval plan`` (see ``HELP``)."""
 
+    protocol: str = "standard"
     tasks: list[str] = field(default_factory=lambda: ["click_bell"])
     episodes: int = 50
     first_seed: int | None = None
@@ -85,17 +92,39 @@ class EvalPlanConfig:
         return self.planner.oracle == "video"
 
     @property
-    def protocol(self) -> str:
+    def claims(self) -> str:
         """What claims call these episodes: the control mode, and the set of scenes where it is not the test set."""
         if self.oracle:
             return "oracle"
+        if self.protocol == "worldarena":
+            from physisforcing.planner import worldarena
+
+            return worldarena.claims(self.control)
         return (
             self.control if self.manifest in ("auto", "none", "test") else f"{self.control}-{Path(self.manifest).stem}"
         )
 
+    def worldarena(self) -> Any:
+        """These settings as the protocol's report states them (``planner.worldarena.ProtocolSettings``)."""
+        from physisforcing.planner.worldarena import ProtocolSettings
+
+        names = ("tasks", "episodes", "manifest", "max_steps", "control")
+        planner = {name: getattr(self.planner, name) for name in ("execute_horizon", "prompt_template")}
+        return ProtocolSettings(**{name: getattr(self, name) for name in names}, **planner)
+
     def check(self) -> None:
         """``UserError`` for what would fail only after the simulator has started."""
         from physisforcing.envs.robotwin.tasks import task_info
+        from physisforcing.planner.worldarena import read_template
+
+        read_template(self.planner.prompt_template)
+        if self.protocol not in PROTOCOLS:
+            raise unknown_name("protocol", self.protocol, PROTOCOLS, see="physis eval plan --help")
+        if self.protocol == "worldarena":
+            self.worldarena().check()
+            if self.oracle:
+                fix = "leave protocol=worldarena out"
+                raise UserError("planner.oracle", got=self.planner.oracle, wanted="none in this protocol", fix=fix)
 
         if self.workers and ":" in self.planner.device:
             fix = "planner.device=cuda; CUDA_VISIBLE_DEVICES chooses among GPUs, and processes share those in turn"
@@ -266,6 +295,7 @@ class _Plan:
         return policies
 
     def _identify(self) -> dict[str, str]:
+        from physisforcing.planner.worldarena import read_template
         from physisforcing.worldmodel.storage import fingerprint
 
         config = self.config
@@ -276,6 +306,7 @@ class _Plan:
         settings = {
             k: v for k, v in dataclasses.asdict(config.planner).items() if k not in ("world_model", "codec", "decoder")
         }
+        settings["prompt_template"] = read_template(config.planner.prompt_template)
         known = {
             MODEL: f"model-{config_hash(parts | settings)}",
             "noop": "noop",
@@ -330,7 +361,7 @@ def find_manifest(name: str, task: str) -> Any:
 def _write_summary(
     config: EvalPlanConfig, plan: _Plan, rows: list[dict[str, Any]], command: str, output: Path
 ) -> dict[str, Any]:
-    from physisforcing.planner import measurements
+    from physisforcing.planner import measurements, worldarena
     from physisforcing.planner.summary import markdown, summarise
 
     summary = summarise(rows)
@@ -351,8 +382,13 @@ def _write_summary(
         "provenance": provenance,
         "config": dataclasses.asdict(config),
     }
-    lines = measurements.from_summary(summary, protocol=config.protocol, manifests=plan.manifests)
-    replace_text(output / "summary.md", markdown(summary, title=title, notes=notes))
+    lines = measurements.from_summary(summary, protocol=config.claims, manifests=plan.manifests)
+    text = markdown(summary, title=title, notes=notes)
+    if config.protocol == "worldarena":
+        summary["worldarena"] = worldarena.block(summary["tasks"], config.worldarena())
+        text += "\n" + worldarena.markdown(summary["worldarena"])
+        lines += worldarena.measurements(summary["worldarena"], command=command, provenance=provenance)
+    replace_text(output / "summary.md", text)
     write_json(output / "summary.json", summary)
     write_json(output / "provenance.json", provenance | {"command": command})
     write_json(output / "measurements.json", lines)

@@ -112,6 +112,7 @@ class EpisodeRunner:
 
         if name == MODEL:
             from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
+            from physisforcing.planner.worldarena import prompted
 
             p = self.config.planner
             settings = ActionPlannerConfig(
@@ -123,7 +124,8 @@ class EpisodeRunner:
                 fix = "train one on this robot, or use scenes of the robot that the model knows"
                 got = f"scenes of a robot with {limits.dim} numbers an action"
                 raise UserError("planner.world_model", got=got, wanted=f"{known}, as the model was trained", fix=fix)
-            return ActionPlanner(world_model, self.decoder, settings, imagination, limits), p.execute_horizon
+            planner = ActionPlanner(world_model, self.decoder, settings, imagination, limits)
+            return prompted(planner, p.prompt_template), p.execute_horizon
         if name == "noop":
             return baselines.NoOp(), 0
         if name == "random":

@@ -151,9 +151,7 @@ def test_a_set_of_frozen_scenes_brings_its_environment() -> None:
         "scene_of": None,
     }
     assert {job.seed for job in plan.jobs} == {seed for _, seed in plan.entries} and len(plan.entries) == 2
-    assert (
-        plan.config.protocol == "interpolated-test_ood" and EvalPlanConfig(manifest="test").protocol == "interpolated"
-    )
+    assert plan.config.claims == "interpolated-test_ood" and EvalPlanConfig(manifest="test").claims == "interpolated"
     with pytest.raises(UserError, match="without click_bell"):
         _Plan(EvalPlanConfig(tasks=["click_bell"], manifest="test_stack_blocks_two", episodes=2))
     with pytest.raises(UserError, match=r"planner\.device"):
