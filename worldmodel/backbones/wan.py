@@ -1,8 +1,9 @@
-"""The stock diffusers ``WanTransformer3DModel`` as velocity predictor, with a feature tap and proprioception tokens.
+"""The stock diffusers ``WanTransformer3DModel`` as velocity predictor: feature tap, proprioception tokens, actions where wanted.
 
 Conditioning follows TI2V-5B: latent frame 0 is the clean encoded picture and its tokens have timestep 0, all others ``1000
 sigma``. Proprioception enters as K extra tokens behind the text tokens. The stock forward has no text mask, so text is always
-padded with zero vectors to the same length (32), in training and in use.
+padded with zero vectors to the same length (32), in training and in use. An action model is a text model with an
+``ActionConditioner``: it cannot be used without actions, and a text model not with them.
 
 ``WanDenoiser.forward`` runs the stock sub-modules itself: modulations are computed once a latent frame instead of once a token,
 and the tap needs no hook. A test holds it against the stock forward.
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..storage import as_dtype, load_diffusers, save_diffusers, save_tensors
 from ..text import TEXT_WIDTH
+from .actions import ActionConditioner, ActionConfig
 
 #: One token a latent cell: the geometry of docs/architecture.md.
 PATCH = (1, 1, 1)
@@ -95,13 +97,20 @@ class ProprioceptionConditioner(nn.Module):
 
 
 class WanDenoiser(nn.Module):
-    """Velocity of noisy latents under instruction and proprioception; see the module's docstring."""
+    """Velocity of noisy latents under instruction, proprioception and, in an action model, actions; see the module's docstring."""
 
-    def __init__(self, transformer: Any, conditioner: ProprioceptionConditioner, tap: int) -> None:
+    def __init__(
+        self,
+        transformer: Any,
+        conditioner: ProprioceptionConditioner,
+        tap: int,
+        actions: ActionConditioner | None = None,
+    ) -> None:
         super().__init__()
         assert 1 <= tap <= len(transformer.blocks), f"tap {tap} of {len(transformer.blocks)} blocks"
         self.transformer = transformer  # a stock diffusers WanTransformer3DModel
         self.conditioner = conditioner
+        self.actions = actions
         self.tap = tap
         self._compiled: Callable[..., Tensor] | None = None
 
@@ -116,14 +125,34 @@ class WanDenoiser(nn.Module):
         """Text tokens [B,32,384] (zero padded) and the proprioception tokens behind them: [B,32+K,384]."""
         return torch.cat([text_BLD, self.conditioner(proprioception_BKA).to(text_BLD.dtype)], dim=1)
 
+    def add_actions(self, config: ActionConfig) -> ActionConditioner:
+        """Make a text model an action model that still gives the same velocities; draws from torch's global generator."""
+        assert self.actions is None
+        self.actions = ActionConditioner(config, self.transformer.condition_embedder.time_proj.in_features)
+        return self.actions
+
+    def action_embedding(self, actions_BPA: Tensor | None, proprioception_BKA: Tensor) -> Tensor | None:
+        """What ``forward`` takes as ``action_BFD``: None for a text model, which reads no actions."""
+        if self.actions is None:
+            return None
+        assert actions_BPA is not None, "an action model needs actions"
+        return self.actions(actions_BPA, proprioception_BKA[:, 0])
+
     def forward(
-        self, x_BCFhw: Tensor, timesteps_BF: Tensor, context_BLD: Tensor, *, need_tap: bool = False
+        self,
+        x_BCFhw: Tensor,
+        timesteps_BF: Tensor,
+        context_BLD: Tensor,
+        *,
+        action_BFD: Tensor | None = None,
+        need_tap: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """-> (velocity [B,C,F,h,w], output of block ``tap`` [B,F*h*w,D], row-major (F,h,w), or None)."""
         model = self.transformer
         _, _, frames, height, width = x_BCFhw.shape
         assert tuple(model.config.patch_size) == PATCH
-        at = embed(model, x_BCFhw, timesteps_BF, context_BLD)
+        assert (action_BFD is None) == (self.actions is None), "actions for an action model, none for a text model"
+        at = embed(model, x_BCFhw, timesteps_BF, context_BLD, action_BFD)
         x = at.x_BLD
         tapped = None
         run = self._compiled if self._compiled is not None and torch.is_grad_enabled() else block_forward
@@ -149,14 +178,27 @@ class Embedded:
     rotary: tuple
 
 
-def embed(transformer: Any, x_BCFhw: Tensor, timesteps_BF: Tensor, context_BLD: Tensor) -> Embedded:
-    """The stock forward before its first block, for any spatial patch (a token is one latent frame deep)."""
+def embed(
+    transformer: Any,
+    x_BCFhw: Tensor,
+    timesteps_BF: Tensor,
+    context_BLD: Tensor,
+    action_BFD: Tensor | None = None,
+) -> Embedded:
+    """The stock forward before its first block, for any spatial patch (a token is one latent frame deep).
+
+    ``action_BFD`` is added to the time embedding, before the modulations are made of it.
+    """
     assert transformer.config.patch_size[0] == 1, "modulations are given once a latent frame"
     rotary = transformer.rope(x_BCFhw)
     x = transformer.patch_embedding(x_BCFhw).flatten(2).transpose(1, 2).contiguous()
     temb, modulation, context, _ = transformer.condition_embedder(
         timesteps_BF.flatten(), context_BLD, None, timestep_seq_len=timesteps_BF.shape[1]
     )
+    if action_BFD is not None:
+        embedder = transformer.condition_embedder
+        temb = temb + action_BFD.type_as(temb)
+        modulation = embedder.time_proj(embedder.act_fn(temb))
     modulation = modulation.unflatten(2, (6, -1))
     return Embedded(x_BLD=x, temb_BFD=temb, modulation_BF6D=modulation, context_BLD=context, rotary=rotary)
 
@@ -182,8 +224,10 @@ def block_forward(block: Any, x_BLD: Tensor, context: Tensor, modulation_BF6D: T
     return (x_BLD.float() + _gate(block.ffn(normed), ffn_gate)).type_as(x_BLD)
 
 
-def build_denoiser(config: WanConfig, conditioner: ConditionerConfig) -> WanDenoiser:
-    """A freshly initialised denoiser; draws from torch's global generator (seed it first)."""
+def build_denoiser(
+    config: WanConfig, conditioner: ConditionerConfig, actions: ActionConfig | None = None
+) -> WanDenoiser:
+    """A freshly initialised denoiser, a text model without ``actions``; draws from torch's global generator (seed it first)."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     transformer = WanTransformer3DModel(
@@ -198,11 +242,15 @@ def build_denoiser(config: WanConfig, conditioner: ConditionerConfig) -> WanDeno
     )
     nn.init.zeros_(transformer.proj_out.weight)
     nn.init.zeros_(transformer.proj_out.bias)
-    return WanDenoiser(transformer, ProprioceptionConditioner(conditioner), config.tap)
+    denoiser = WanDenoiser(transformer, ProprioceptionConditioner(conditioner), config.tap)
+    if actions is not None:
+        denoiser.add_actions(actions)
+    return denoiser
 
 
 def save_denoiser(denoiser: WanDenoiser, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """``transformer/`` (a plain diffusers folder), ``conditioner.safetensors`` and ``denoiser.json`` in ``folder``.
+    """``transformer/`` (a plain diffusers folder), ``conditioner.safetensors``, ``denoiser.json`` and, of an action model,
+    ``actions.safetensors`` in ``folder``.
 
     ``dtype`` (e.g. float16) is the stored precision; None keeps the weights bit-exact. The model itself is not changed.
     """
@@ -210,6 +258,11 @@ def save_denoiser(denoiser: WanDenoiser, folder: Path, dtype: torch.dtype | None
     save_diffusers(denoiser.transformer, folder / "transformer", dtype)
     save_tensors(as_dtype(denoiser.conditioner.state_dict(), dtype), folder / "conditioner.safetensors")
     settings = {"tap": denoiser.tap, "conditioner": asdict(denoiser.conditioner.config)}
+    if denoiser.actions is not None:
+        exact = dict(denoiser.actions.named_buffers())  # the specification is made of them
+        state = as_dtype(denoiser.actions.state_dict(), dtype) | as_dtype(exact, None)
+        save_tensors(state, folder / "actions.safetensors")
+        settings["actions"] = asdict(denoiser.actions.config)
     (folder / "denoiser.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -224,4 +277,10 @@ def load_denoiser(folder: Path, device: str | torch.device = "cpu") -> WanDenois
     conditioner = ProprioceptionConditioner(ConditionerConfig(**settings["conditioner"]))
     state = load_file(folder / "conditioner.safetensors")
     conditioner.load_state_dict({name: value.float() for name, value in state.items()})
-    return WanDenoiser(transformer, conditioner, settings["tap"]).to(device)
+    denoiser = WanDenoiser(transformer, conditioner, settings["tap"])
+    if "actions" in settings:
+        settings["actions"]["names"] = tuple(settings["actions"]["names"])
+        added = denoiser.add_actions(ActionConfig(**settings["actions"]))
+        state = load_file(folder / "actions.safetensors")
+        added.load_state_dict({name: value.float() for name, value in state.items()})
+    return denoiser.to(device)
