@@ -22,6 +22,7 @@ from physisforcing.core.types import DT, Rollout, RolloutRequest, ViewLayout, Wo
 from .backbones.wan import WanDenoiser, load_denoiser, save_denoiser
 from .codec import VideoCodec, load_codec, to_uint8
 from .data.windows import FRAME_STRIDE, WINDOW_FRAMES
+from .features import check_features, denoiser_features
 from .flow_matching import euler_sample
 from .physics.forcing import PhysisForcing
 from .storage import as_dtype, fingerprint, latents_fingerprint, read_json, save_tensors
@@ -116,9 +117,10 @@ class FlowWorldModel:
             horizons=(settings["frames"],),
             frame_dt=settings["frame_stride"] * DT,
             conditions=frozenset({"text", "proprioception"}),
-            returns=frozenset({"frames", "latents"}),
+            returns=frozenset({"frames", "latents", "features"}),
             proprioception_lags=tuple(denoiser.conditioner.config.lags),
             fingerprint=config_hash({"weights": weights_fingerprint, "steps": self.steps}),
+            blocks=len(denoiser.transformer.blocks),
         )
 
     @property
@@ -140,10 +142,17 @@ class FlowWorldModel:
         order = [(b, s) for b in range(batch) for s in range(samples)]
         noise = torch.stack([_noise(int(request.seeds_BS[b, s]), first, self._latents) for b, s in order])
         owner = torch.tensor([b for b, _ in order])
-        latents, frames = [], []
+        latents, frames, features, calls = [], [], [], 0.0
         for part in torch.arange(len(order)).split(self._together):
             rows = owner[part].to(self.device)
+            if request.features is not None:
+                made = (first[rows], noise[part].to(self.device), conditions[rows], request.features)
+                features.append(denoiser_features(self.denoiser.transformer, *made).float().cpu())
+                calls += len(part) * request.features.taps[-1] / self._spec.blocks
+            if request.returns <= {"features"}:
+                continue
             sampled = self._sample(first[rows], conditions[rows], noise[part].to(self.device))
+            calls += len(part) * self.steps
             latents.append(sampled.cpu())
             if "frames" in request.returns:
                 frames.append(to_uint8(self.codec.decode(sampled)).cpu())
@@ -153,7 +162,8 @@ class FlowWorldModel:
             latents_BSCFhw=torch.cat(latents).unflatten(0, (batch, samples)).numpy()
             if "latents" in request.returns
             else None,
-            cost={"seconds": time.perf_counter() - begun, "denoiser_calls": float(self.steps * len(order))},
+            features_BSKFhwD=torch.cat(features).unflatten(0, (batch, samples)).numpy() if features else None,
+            cost={"seconds": time.perf_counter() - begun, "denoiser_calls": calls},
         )
 
     @property
@@ -201,11 +211,16 @@ class FlowWorldModel:
             raise MissingCapabilityError(
                 "actions", got="actions", wanted=f"conditions {sorted(spec.conditions)}", fix="leave actions out"
             )
-        if request.features is not None or not request.returns <= spec.returns:
+        if not request.returns <= spec.returns:
             wanted = f"a subset of {sorted(spec.returns)}"
             raise MissingCapabilityError(
                 "returns", got=sorted(request.returns), wanted=wanted, fix="ask for frames or latents"
             )
+        if "features" in request.returns:
+            check_features(request.features, spec.blocks)
+        elif request.features is not None:
+            fix = "add features to returns, or leave features out"
+            raise UserError("features", got=request.features, wanted="features among returns", fix=fix)
         shape = (len(context), len(spec.proprioception_lags), self.denoiser.conditioner.config.state_dim)
         state = request.proprioception_BKA
         if state is None or state.shape != shape or not np.isfinite(state).all():

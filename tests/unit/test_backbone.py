@@ -258,7 +258,7 @@ def test_a_sample_is_bit_equal_wherever_its_context_stands_in_a_batch(folders):
     ("changes", "error", "match"),
     [
         ({"horizon": 16}, MissingCapabilityError, "horizon"),
-        ({"returns": frozenset({"features"})}, MissingCapabilityError, "returns"),
+        ({"returns": frozenset({"flow"})}, MissingCapabilityError, "returns"),
         ({"proprioception_BKA": None}, UserError, "proprioception"),
         ({"proprioception_BKA": np.full((1, 3, 14), np.nan, np.float32)}, UserError, "finite"),
         ({"context_BVTHWC": np.zeros((1, 1, 1, 240, 320, 3), np.uint8)}, UserError, "context"),
