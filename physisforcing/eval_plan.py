@@ -108,9 +108,15 @@ class EvalPlanConfig:
         """These settings as the protocol's report states them (``planner.worldarena.ProtocolSettings``)."""
         from physisforcing.planner.worldarena import ProtocolSettings
 
-        names = ("tasks", "episodes", "manifest", "max_steps", "control")
-        planner = {name: getattr(self.planner, name) for name in ("execute_horizon", "prompt_template")}
-        return ProtocolSettings(**{name: getattr(self, name) for name in names}, **planner)
+        return ProtocolSettings(
+            tasks=tuple(self.tasks),
+            episodes=self.episodes,
+            manifest=self.manifest,
+            max_steps=self.max_steps,
+            control=self.control,
+            execute_horizon=self.planner.execute_horizon,
+            prompt_template=self.planner.prompt_template,
+        )
 
     def check(self) -> None:
         """``UserError`` for what would fail only after the simulator has started."""

@@ -7,7 +7,7 @@ episodes are not known. What is set here and not there is in ``docs/worldarena.m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ PLAIN_PROMPT = "{instruction}"
 class ProtocolSettings:
     """What a report of this protocol says about how episodes were run; the defaults are the protocol."""
 
-    tasks: Sequence[str] = TASKS
+    tasks: tuple[str, ...] = TASKS
     episodes: int = 100
     manifest: str = "test"
     max_steps: int | None = 400
