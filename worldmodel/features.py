@@ -72,14 +72,22 @@ def block_outputs(blocks: Sequence[Any], embedded: Embedded, taps: Sequence[int]
 
 
 def partial_forward(
-    transformer: Any, latents_BCFhw: Tensor, timesteps_BF: Tensor, context_BLD: Tensor, taps: Sequence[int]
+    transformer: Any,
+    latents_BCFhw: Tensor,
+    timesteps_BF: Tensor,
+    context_BLD: Tensor,
+    taps: Sequence[int],
+    *,
+    action_BFD: Tensor | None = None,
 ) -> Tensor:
     """Block outputs of a ``WanTransformer3DModel`` on a token grid, [B,K,F,h,w,D] in the transformer's precision.
 
-    ``timesteps_BF``: one a latent frame, as TI2V-5B has them; ``context_BLD``: text tokens, padded as in the model's training.
+    ``timesteps_BF``: one a latent frame, as TI2V-5B has them; ``context_BLD``: text tokens, padded as in the model's training;
+    ``action_BFD``: what an action model adds to its time embedding.
     """
     weight = transformer.patch_embedding.weight
-    embedded = embed(transformer, latents_BCFhw.to(weight.dtype), timesteps_BF, context_BLD.to(weight.dtype))
+    latents, context = latents_BCFhw.to(weight.dtype), context_BLD.to(weight.dtype)
+    embedded = embed(transformer, latents, timesteps_BF, context, action_BFD)
     _, high, wide = transformer.config.patch_size
     grid = (latents_BCFhw.shape[2], latents_BCFhw.shape[3] // high, latents_BCFhw.shape[4] // wide)
     found = block_outputs(transformer.blocks, embedded, taps)
@@ -87,9 +95,15 @@ def partial_forward(
 
 
 def denoiser_features(
-    transformer: Any, first_BC1hw: Tensor, noise_BCFhw: Tensor, context_BLD: Tensor, request: FeatureRequest
+    transformer: Any,
+    first_BC1hw: Tensor,
+    noise_BCFhw: Tensor,
+    context_BLD: Tensor,
+    request: FeatureRequest,
+    *,
+    action_BFD: Tensor | None = None,
 ) -> Tensor:
     """Features [B,K,F,h,w,D] that ``request`` names, from the clean first latent and the noise of each sample."""
     check_features(request, len(transformer.blocks))
     latents, timesteps = first_pass(first_BC1hw, noise_BCFhw, request)
-    return partial_forward(transformer, latents, timesteps, context_BLD, request.taps)
+    return partial_forward(transformer, latents, timesteps, context_BLD, request.taps, action_BFD=action_BFD)

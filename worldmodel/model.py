@@ -1,7 +1,8 @@
 """The shipped world model: codec, denoiser and sampler behind core's ``WorldModel``.
 
 A world-model folder holds ``world_model.json``, ``denoiser.json``, ``transformer/`` (a plain diffusers folder),
-``conditioner.safetensors`` and, where it was trained with physics losses, ``physics_heads.safetensors`` (not needed to imagine).
+``conditioner.safetensors``, of an action model ``actions.safetensors`` and, where it was trained with physics losses,
+``physics_heads.safetensors`` (not needed to imagine).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.results import config_hash
 from physisforcing.core.types import DT, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
 
+from .backbones.actions import check_actions
 from .backbones.wan import WanDenoiser, load_denoiser, save_denoiser
 from .codec import VideoCodec, load_codec, to_uint8
 from .data.windows import FRAME_STRIDE, WINDOW_FRAMES
@@ -48,7 +50,7 @@ def save_world_model(
     if forcing is not None:
         save_tensors(as_dtype(forcing.state_dict(), dtype), folder / "physics_heads.safetensors")
     settings = {
-        "name": "physis-pico",
+        "name": "physis-pico" if denoiser.actions is None else "physis-pico-actions",
         "frames": WINDOW_FRAMES,
         "frame_stride": FRAME_STRIDE,
         "sample_shift": sample_shift,
@@ -84,7 +86,8 @@ def load_heads(forcing: PhysisForcing, folder: Path) -> None:
 
 
 class FlowWorldModel:
-    """Imagines 17 frames (1.92 s) from one picture, an instruction and the joint targets at three lags.
+    """Imagines 17 frames (1.92 s) from one picture, an instruction and the joint targets at three lags; an action model also from the
+    drive targets of the next 32 control steps.
 
     ``steps``: denoising steps. The noise of a sample depends on its seed alone, and on a CPU contexts and samples are computed one
     by one, so that a sample is bit-equal wherever it stands in a batch. ``weights_fingerprint`` identifies denoiser and codec; the
@@ -110,15 +113,17 @@ class FlowWorldModel:
             )
         self.device = next(denoiser.parameters()).device
         self.text = text if text is not None else TextEmbedder()
+        actions = denoiser.actions
         self._spec = WorldModelSpec(
             name=settings["name"],
             views=ViewLayout(),
             context_frames=1,
             horizons=(settings["frames"],),
             frame_dt=settings["frame_stride"] * DT,
-            conditions=frozenset({"text", "proprioception"}),
+            conditions=frozenset({"text", "proprioception"} | (set() if actions is None else {"actions"})),
             returns=frozenset({"frames", "latents", "features"}),
             proprioception_lags=tuple(denoiser.conditioner.config.lags),
+            action_spec=None if actions is None else actions.spec,
             fingerprint=config_hash({"weights": weights_fingerprint, "steps": self.steps}),
             blocks=len(denoiser.transformer.blocks),
         )
@@ -142,16 +147,19 @@ class FlowWorldModel:
         order = [(b, s) for b in range(batch) for s in range(samples)]
         noise = torch.stack([_noise(int(request.seeds_BS[b, s]), first, self._latents) for b, s in order])
         owner = torch.tensor([b for b, _ in order])
+        actions = self._embed_actions(request, owner)
         latents, frames, features, calls = [], [], [], 0.0
         for part in torch.arange(len(order)).split(self._together):
             rows = owner[part].to(self.device)
+            action = None if actions is None else actions[part.to(self.device)]
             if request.features is not None:
                 made = (first[rows], noise[part].to(self.device), conditions[rows], request.features)
-                features.append(denoiser_features(self.denoiser.transformer, *made).float().cpu())
+                found = denoiser_features(self.denoiser.transformer, *made, action_BFD=action)
+                features.append(found.float().cpu())
                 calls += len(part) * request.features.taps[-1] / self._spec.blocks
             if request.returns <= {"features"}:
                 continue
-            sampled = self._sample(first[rows], conditions[rows], noise[part].to(self.device))
+            sampled = self._sample(first[rows], conditions[rows], action, noise[part].to(self.device))
             calls += len(part) * self.steps
             latents.append(sampled.cpu())
             if "frames" in request.returns:
@@ -182,13 +190,25 @@ class FlowWorldModel:
             conditions.append(self.denoiser.context(tokens[rows], state[rows]))
         return torch.cat(first), torch.cat(conditions)
 
+    def _embed_actions(self, request: RolloutRequest, owner: Tensor) -> Tensor | None:
+        """What each sample's actions add to its time embedding [B*S,F,D]; None for a text model."""
+        if request.actions_BSPA is None:
+            return None
+        actions = torch.from_numpy(np.ascontiguousarray(request.actions_BSPA, np.float32)).flatten(0, 1)
+        state = torch.as_tensor(request.proprioception_BKA, dtype=torch.float32)[owner]
+        rows = torch.arange(len(owner)).split(self._together)
+        made = [self.denoiser.action_embedding(actions[r].to(self.device), state[r].to(self.device)) for r in rows]
+        return torch.cat([part for part in made if part is not None])
+
     @property
     def _latents(self) -> int:
         return 1 + (int(self.settings["frames"]) - 1) // 4
 
-    def _sample(self, first_BC1hw: Tensor, conditions_BLD: Tensor, noise_BCFhw: Tensor) -> Tensor:
+    def _sample(
+        self, first_BC1hw: Tensor, conditions_BLD: Tensor, action_BFD: Tensor | None, noise_BCFhw: Tensor
+    ) -> Tensor:
         def velocity(x: Tensor, timesteps: Tensor) -> Tensor:
-            return self.denoiser(x, timesteps, conditions_BLD)[0]
+            return self.denoiser(x, timesteps, conditions_BLD, action_BFD=action_BFD)[0]
 
         shift = float(self.settings["sample_shift"])
         return euler_sample(velocity, first_BC1hw, noise_BCFhw, steps=self.steps, shift=shift)
@@ -207,10 +227,7 @@ class FlowWorldModel:
             raise MissingCapabilityError(
                 "horizon", got=request.horizon, wanted=f"one of {spec.horizons}", fix=f"horizon={spec.horizons[0]}"
             )
-        if request.actions_BSPA is not None:
-            raise MissingCapabilityError(
-                "actions", got="actions", wanted=f"conditions {sorted(spec.conditions)}", fix="leave actions out"
-            )
+        check_actions(request, spec)
         if not request.returns <= spec.returns:
             wanted = f"a subset of {sorted(spec.returns)}"
             raise MissingCapabilityError(

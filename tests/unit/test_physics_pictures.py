@@ -294,7 +294,12 @@ def test_what_a_model_predicts_is_what_its_loss_measures(root: Path, cache: str)
         def context(self, text: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
             return text
 
-        def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, *, need_tap: bool) -> tuple:
+        def action_embedding(self, actions: torch.Tensor | None, state: torch.Tensor) -> None:
+            return None
+
+        def __call__(
+            self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, *, action_BFD: None, need_tap: bool
+        ) -> tuple:
             assert need_tap and timesteps.tolist() == [[0, 250, 250, 250, 250]]
             return x, hidden
 

@@ -21,7 +21,7 @@ from ..teachers.selection import TeachersConfig
 from ..text import TextEmbedder
 from .targets import resolve_recipe
 from .window_targets import WindowTargets, load_window_targets
-from .windows import Episode, FrameStore, WindowTable, lagged_states
+from .windows import Episode, FrameStore, WindowTable, lagged_states, window_actions
 
 
 @dataclass(slots=True, kw_only=True)
@@ -160,7 +160,8 @@ class WindowBank:
     """Everything a world-model batch needs, on the training device, one row a window.
 
     ``latents_WCFhw`` (bfloat16 on a GPU, else float32), ``text_SLD`` with ``sentence_W``, ``proprioception_WKA``; ``targets``
-    gives the physics targets of rows, or None where a run has no physics losses.
+    gives the physics targets of rows, or None where a run has no physics losses. ``actions_WPA``: drive targets of the window's
+    control steps, which only an action model reads.
     """
 
     table: WindowTable
@@ -169,6 +170,7 @@ class WindowBank:
     sentence_W: Tensor
     proprioception_WKA: Tensor
     targets: Targets | None = None
+    actions_WPA: Tensor | None = None
 
     def physics_rows(self) -> Tensor:
         """Rows of the windows that have physics targets, on the CPU."""
@@ -176,11 +178,13 @@ class WindowBank:
         return self.targets.available_rows()
 
     def batch(self, rows_B: Tensor) -> dict[str, Any]:
-        """``latents_BCFhw``, ``text_BLD``, ``proprioception_BKA`` (float32) and ``targets`` of window rows on the device."""
+        """``latents_BCFhw``, ``text_BLD``, ``proprioception_BKA``, ``actions_BPA`` (float32) and ``targets`` of window rows on the
+        device."""
         return {
             "latents_BCFhw": self.latents_WCFhw[rows_B].float(),
             "text_BLD": self.text_SLD[self.sentence_W[rows_B]],
             "proprioception_BKA": self.proprioception_WKA[rows_B],
+            "actions_BPA": None if self.actions_WPA is None else self.actions_WPA[rows_B],
             "targets": None if self.targets is None else self.targets.batch(rows_B),
         }
 
@@ -206,16 +210,15 @@ def build_bank(
     sentences = sorted({item.instruction for item in store.episodes})
     number = {sentence: place for place, sentence in enumerate(sentences)}
     spoken = np.array([number[item.instruction] for item in store.episodes])
-    proprioception = np.stack(
-        [
-            lagged_states(store.episodes[place].states_TA, step, lags)
-            for place, step in zip(table.episode_W.tolist(), table.start_W.tolist(), strict=True)
-        ]
-    )
+    places = list(zip(table.episode_W.tolist(), table.start_W.tolist(), strict=True))
+    states = [store.episodes[place].states_TA for place, _ in places]
+    proprioception = np.stack([lagged_states(s, step, lags) for s, (_, step) in zip(states, places, strict=True)])
+    actions = np.stack([window_actions(s, step) for s, (_, step) in zip(states, places, strict=True)])
     return WindowBank(
         table=table,
         latents_WCFhw=torch.cat(latents),
         text_SLD=TextEmbedder(text_cache).batch(sentences)[0].to(device),
         sentence_W=torch.from_numpy(spoken)[table.episode_W].to(device),
         proprioception_WKA=torch.from_numpy(proprioception).to(device),
+        actions_WPA=torch.from_numpy(actions).to(device),
     )

@@ -56,6 +56,11 @@ def lagged_states(states_TA: NDArray[np.float32], step: int, lags: Sequence[int]
     return states_TA[np.maximum(step - np.asarray(lags), 0)]
 
 
+def window_actions(states_TA: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+    """The actions of a window: drive targets of the control steps ``start + 1 .. start + 32``; past the end the last repeat. [32,A]."""
+    return states_TA[np.minimum(start + 1 + np.arange(WINDOW_STEPS), len(states_TA) - 1)]
+
+
 @dataclass(slots=True, kw_only=True)
 class Episode:
     """A demonstration as the stores keep it. ``frames``: kept pictures uint8 [kept,120,160,3]; ``states_TA``: drive targets."""

@@ -15,7 +15,7 @@ from physisforcing.core.errors import UserError
 from physisforcing.core.paths import weights_root
 
 from ..backbones.wan import WanDenoiser
-from ..data.windows import lagged_states, resize_area, window_steps
+from ..data.windows import lagged_states, resize_area, window_actions, window_steps
 from ..flow_matching import add_noise, frame_timesteps
 from ..model import load_heads, load_world_model
 from ..physics.config import PhysicsConfig
@@ -67,8 +67,10 @@ def predict_window(
             raise UserError("--model", got=f"tokens {grid}", wanted=f"the tokens {wanted} of the targets", fix=fix)
         text = model.text.batch([info.instruction])[0]
         state = torch.from_numpy(lagged_states(states, window.start, lags))[None]
+        actions = torch.from_numpy(window_actions(states, window.start))[None]
     name = f"{model.spec.name} {model.spec.fingerprint}"
-    return predict(model.denoiser, forcing, latents, text, state, batch, window.relations, sigma=sigma, model=name)
+    options = {"sigma": sigma, "model": name, "actions_1PA": actions}
+    return predict(model.denoiser, forcing, latents, text, state, batch, window.relations, **options)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -83,8 +85,9 @@ def predict(
     *,
     sigma: float,
     model: str,
+    actions_1PA: Tensor | None = None,
 ) -> Prediction:
-    """One forward pass at ``sigma`` with fixed noise; everything on the denoiser's device."""
+    """One forward pass at ``sigma`` with fixed noise; everything on the denoiser's device. ``actions_1PA``: read by an action model."""
     device = latents_1CFhw.device
     noise = torch.randn(latents_1CFhw.shape, generator=torch.Generator().manual_seed(NOISE_SEED)).to(device)
     level = torch.full((1,), sigma, device=device)
@@ -92,6 +95,7 @@ def predict(
         add_noise(latents_1CFhw.float(), noise, level),
         frame_timesteps(level, latents_1CFhw.shape[2]),
         denoiser.context(text_1LD, proprioception_1KA),
+        action_BFD=denoiser.action_embedding(actions_1PA, proprioception_1KA),
         need_tap=True,
     )
     assert tapped is not None

@@ -104,9 +104,11 @@ class TrainVaeConfig:
 @dataclass(slots=True, kw_only=True)
 class TrainWorldModelConfig:
     """``codec``: folder of the video codec. ``teacher``: who makes the targets of the physics losses. ``heldout_windows``: windows of
-    the held-out measurement, at fixed noise and timesteps."""
+    the held-out measurement, at fixed noise and timesteps. ``actions``: train an action model; from a text model as ``run.init`` it
+    starts with that model's velocities."""
 
     codec: str = ""
+    actions: bool = False
     heldout_windows: int = 64
     run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/worldmodel", steps=5000, batch=128))
     data: DataConfig = field(default_factory=DataConfig)

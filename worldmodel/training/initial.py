@@ -20,7 +20,8 @@ from .config import TrainVaeConfig, TrainWorldModelConfig
 
 
 def adopt_world_model(config: TrainWorldModelConfig) -> None:
-    """Set ``backbone``, ``conditioner`` and the widths of the physics heads to those of ``run.init``; nothing without it.
+    """Set ``backbone``, ``conditioner`` and the widths of the physics heads to those of ``run.init``, and ``actions`` where it is an
+    action model; nothing without it.
 
     Raises ``UserError`` for a setting that was changed to something else, for a codec with other latents than the model was
     trained on, and for a missing codec or model.
@@ -62,6 +63,9 @@ def adopt_world_model(config: TrainWorldModelConfig) -> None:
     _adopt(config.backbone, backbone, "backbone")
     _adopt(config.conditioner, conditioner, "conditioner")
     _adopt(config.physics, _head_widths(folder), "physics")
+    if "actions" in denoiser and not config.actions:
+        print("actions=true (from run.init; the default is false)", file=sys.stderr, flush=True)
+        config.actions = True
 
 
 def adopt_codec(config: TrainVaeConfig) -> None:

@@ -43,8 +43,13 @@ def objective(
     physics = forcing is not None and batch["targets"] is not None
     with precision:
         context = denoiser.context(batch["text_BLD"], batch["proprioception_BKA"])
+        action = denoiser.action_embedding(batch.get("actions_BPA"), batch["proprioception_BKA"])
         velocity, tapped = denoiser(
-            add_noise(x0, noise, sigma), frame_timesteps(sigma, x0.shape[2]), context, need_tap=physics
+            add_noise(x0, noise, sigma),
+            frame_timesteps(sigma, x0.shape[2]),
+            context,
+            action_BFD=action,
+            need_tap=physics,
         )
     fm = flow_matching_loss(velocity, x0, noise, flow)
     terms = {"loss": fm, "fm": fm.detach()}

@@ -68,6 +68,7 @@ def heldout_pictures(trainer: Trainer, bank: WindowBank, step: int, log: StepLog
             window.relations,
             sigma=SIGMA,
             model=f"the model after {step} steps",
+            actions_1PA=batch["actions_BPA"],
         )
     finally:
         trainer.average.swap()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from physisforcing.core.errors import UserError
 
+from ..backbones.actions import ActionConfig
 from ..backbones.wan import WanDenoiser, build_denoiser, load_denoiser
 from ..codec import VideoCodec, load_codec
 from ..data.batches import BankTargets, OnlineTargets, WindowBank, WindowSampler, build_bank, step_generator
@@ -198,6 +199,10 @@ def build_modules(config: TrainWorldModelConfig, bank: WindowBank) -> dict[str, 
         denoiser.conditioner.set_statistics(bank.proprioception_WKA.cpu())
     else:
         denoiser = load_denoiser(init)
+    if config.actions and denoiser.actions is None:
+        assert bank.actions_WPA is not None, "windows without actions"
+        present_WA = bank.proprioception_WKA[:, 0]
+        denoiser.add_actions(ActionConfig()).set_statistics(bank.actions_WPA.cpu(), present_WA.cpu())
     modules: dict[str, nn.Module] = {"denoiser": denoiser}
     if bank.targets is not None:
         # without an encoder relations come from bodies, whose psi may have any width
