@@ -11,11 +11,15 @@ from .data import (
     Curve,
     Figure,
     LossChange,
+    Panel,
+    Player,
     ReportData,
     Stage,
     SuccessRow,
+    Table,
     load_report,
 )
+from .players import within_bytes
 from .runs import from_run
 from .write import MAX_BYTES, write_report
 
@@ -24,11 +28,15 @@ __all__ = [
     "Curve",
     "Figure",
     "LossChange",
+    "Panel",
+    "Player",
     "ReportData",
     "Stage",
     "SuccessRow",
+    "Table",
     "from_run",
     "load_report",
     "main",
+    "within_bytes",
     "write_report",
 ]

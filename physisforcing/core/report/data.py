@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,38 @@ class SuccessRow:
 
 
 @dataclass(slots=True, kw_only=True)
+class Panel:
+    """A video (``.mp4``) in a ``Player``, ``path`` relative to the run folder; ``label`` stands above it."""
+
+    path: str
+    label: str
+    description: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Player:
+    """Videos that start together and play on one clock. ``outcome``: a status of ``core.results`` or nothing; ``frame_seconds``: what
+    one press of an arrow key moves the time by."""
+
+    title: str
+    caption: str
+    panels: list[Panel]
+    outcome: str = ""
+    frame_seconds: float = 0.12
+
+
+@dataclass(slots=True, kw_only=True)
+class Table:
+    """Cells that are text already. ``numeric``: columns that are set flush right. ``text``: what the table shows and how it was made."""
+
+    title: str
+    text: str
+    head: list[str]
+    rows: list[list[str]]
+    numeric: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
 class Stage:
     """A part of the run and the seconds it took; ``reused``: its files were there from a run with equal inputs."""
 
@@ -90,7 +123,9 @@ class ReportData:
 
     ``imagined``: figures of imagined beside executed video. ``physics``: tracks and mask drawn on a demonstration.
     ``held_out``: how the held-out loss was measured, in a sentence. ``provenance``: group -> name -> value.
-    ``limits``: sentences on what the figures do not show.
+    ``limits``: sentences on what the figures do not show. What a comparison adds: ``players``, ``failures`` (a gallery of them), each
+    with a ``note`` on what was left out; ``tables``, ``verdicts`` (sentences on the controls), ``skipped`` (what could not run and what
+    it needs) and ``published`` (numbers of others, kept apart from what was measured here).
     """
 
     title: str
@@ -106,6 +141,14 @@ class ReportData:
     stages: list[Stage] = field(default_factory=list)
     provenance: dict[str, dict[str, str]] = field(default_factory=dict)
     limits: list[str] = field(default_factory=list)
+    players: list[Player] = field(default_factory=list)
+    players_note: str = ""
+    failures: list[Player] = field(default_factory=list)
+    failures_note: str = ""
+    tables: list[Table] = field(default_factory=list)
+    verdicts: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    published: list[Table] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; success rows carry their Wilson interval so that readers of the file need no statistics."""
@@ -113,6 +156,10 @@ class ReportData:
         for row, source in zip(plain["success"], self.success, strict=True):
             row["interval"] = interval(source)
         return {"schema": SCHEMA, **plain}
+
+
+def _player(*, panels: list[dict[str, str]], **fields: Any) -> Player:
+    return Player(panels=[Panel(**panel) for panel in panels], **fields)
 
 
 def interval(row: SuccessRow) -> list[float] | None:
@@ -137,13 +184,17 @@ def load_report(path: str | Path) -> ReportData:
             raise UserError(str(path), got="another schema", wanted=f"schema {SCHEMA}", fix=fix)
         for row in plain.get("success", []):
             row.pop("interval", None)
-        parts = {
+        parts: dict[str, Callable[..., Any]] = {
             "imagined": Figure,
             "physics": Figure,
             "curves": Curve,
             "losses": LossChange,
             "success": SuccessRow,
             "stages": Stage,
+            "players": _player,
+            "failures": _player,
+            "tables": Table,
+            "published": Table,
         }
         for name, kind in parts.items():
             plain[name] = [kind(**item) for item in plain.get(name, [])]

@@ -1,19 +1,29 @@
-"""The HTML page: one file that opens anywhere, needs no script and fetches nothing (its own policy forbids it)."""
+"""The HTML page: one file that opens anywhere and fetches nothing (its own policy forbids it).
+
+A page has no script, unless it has players: then exactly the script that keeps them together, allowed by its hash.
+"""
 
 from __future__ import annotations
 
-import base64
-import os
 from pathlib import Path
 
-from ..errors import UserError
 from .charts import interval_bar, line_chart
-from .data import Figure, LossChange, ReportData, SuccessRow, interval
+from .comparison import published, skipped, tables, verdicts
+from .data import LossChange, Player, ReportData, SuccessRow, interval
+from .figures import render_figures
 from .markup import Markup, fill, join
+from .players import render_players, script, script_policy
 
 #: A page may show only what is inside it.
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
-MIME = {".mp4": "video/mp4", ".png": "image/png"}
+#: Sections that only a comparison has: a page without them does not name them as missing.
+OPTIONAL = ("players", "failures", "verdicts", "tables", "skipped", "published")
+
+PLAYERS = (
+    "Each group plays on one clock. What the simulator rendered is real; every other panel was imagined by a model before it happened, "
+    "chunk by chunk. Coloured points are followed through the imagination, pale points are where the simulator says they truly went."
+)
+FAILURES = "Episodes that did not succeed: what was imagined, and what happened instead."
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -21,7 +31,7 @@ PAGE = """<!doctype html>
 <style>{style}</style></head><body>
 <header class="top"><div><h1>{title}</h1><p class="lede">{summary}</p>{glance}
 <nav aria-label="Sections">{links}</nav></div></header>
-<main>{sections}<footer>Written {created}. {missing}</footer></main>
+<main>{sections}<footer>Written {created}. {missing}</footer></main>{script}
 </body></html>
 """
 
@@ -30,24 +40,32 @@ def render_html(data: ReportData, folder: Path) -> str:
     """The page as text, figures read from ``folder`` and embedded. ``UserError`` names a figure that is missing."""
     built = [
         ("imagined", "Imagined and executed", _imagined(data, folder)),
+        ("players", "Real and imagined on one clock", _players(PLAYERS, data.players, data.players_note, folder)),
+        ("failures", "Failures", _players(FAILURES, data.failures, data.failures_note, folder)),
         ("physics", "What the physics losses look at", _physics(data, folder)),
         ("training", "Training", _training(data)),
         ("success", "Closed loop", _success(data)),
+        ("verdicts", "What the controls say", verdicts(data)),
+        ("tables", "Comparison", tables(data)),
+        ("skipped", "Skipped", skipped(data)),
+        ("published", "Published numbers of others", published(data)),
         ("time", "Where the time went", _stages(data)),
         ("provenance", "Provenance", _provenance(data)),
         ("limits", "What this does not show", _limits(data)),
     ]
     present = [(anchor, heading, body) for anchor, heading, body in built if body]
-    absent = [heading for _, heading, body in built if not body]
+    absent = [heading for anchor, heading, body in built if not body and anchor not in OPTIONAL]
     sections = join(
         fill('<section id="{a}"><h2>{h}</h2>{b}</section>', a=anchor, h=heading, b=body)
         for anchor, heading, body in present
     )
     links = join(fill('<a href="#{a}">{h}</a>', a=anchor, h=heading) for anchor, heading, _ in present)
     missing = f"This run has nothing for: {', '.join(absent)}." if absent else ""
+    playing = bool(data.players or data.failures)
     return fill(
-        PAGE, policy=POLICY, title=data.title, summary=data.summary, created=data.created, glance=_glance(data),
+        PAGE, policy=POLICY + (script_policy() if playing else ""), title=data.title, summary=data.summary, created=data.created, glance=_glance(data),
         links=links, sections=sections, missing=missing, style=Markup(_style()),
+        script=Markup(f"<script>{script()}</script>") if playing else Markup(""),
     )  # fmt: skip
 
 
@@ -88,7 +106,13 @@ def _imagined(data: ReportData, folder: Path) -> Markup:
         "dynamics model had read out of the imagined video. Only the right side happened. The closer the two are, the "
         "better the model knew what its own plan would do."
     )
-    return join([fill("<p>{t}</p>", t=text), _figures(data.imagined, folder)])
+    return join([fill("<p>{t}</p>", t=text), render_figures(data.imagined, folder)])
+
+
+def _players(text: str, players: list[Player], note: str, folder: Path) -> Markup:
+    if not players:
+        return fill("<p>{note}</p>", note=note) if note else Markup("")
+    return fill("<p>{text} {note}</p>{players}", text=text, note=note, players=render_players(players, folder))
 
 
 def _physics(data: ReportData, folder: Path) -> Markup:
@@ -101,7 +125,7 @@ def _physics(data: ReportData, folder: Path) -> Markup:
         "asks the features in the mask to be as similar to one another as those of a frozen image encoder. Tracks, "
         "depth and visibility come from the simulator's own state, so they are exact."
     )
-    return join([fill("<p>{t}</p>", t=text), _figures(data.physics, folder)])
+    return join([fill("<p>{t}</p>", t=text), render_figures(data.physics, folder)])
 
 
 def _training(data: ReportData) -> Markup:
@@ -216,42 +240,6 @@ def _limits(data: ReportData) -> Markup:
     if not data.limits:
         return Markup("")
     return fill("<ul>{items}</ul>", items=join(fill("<li>{t}</li>", t=text) for text in data.limits))
-
-
-def _figures(figures: list[Figure], folder: Path) -> Markup:
-    return fill('<div class="figures">{f}</div>', f=join(_figure(figure, folder) for figure in figures))
-
-
-def _figure(figure: Figure, folder: Path) -> Markup:
-    source = data_uri(figure, folder)
-    if figure.path.endswith(".mp4"):
-        media = fill(
-            '<video controls loop autoplay muted playsinline preload="auto" aria-label="{d}">'
-            '<source src="{s}" type="video/mp4">{d}</video>',
-            d=figure.description,
-            s=source,
-        )
-    else:
-        media = fill('<img src="{s}" alt="{d}">', s=source, d=figure.description)
-    panels = join(fill("<span>{p}</span>", p=panel) for panel in figure.panels)
-    return fill(
-        '<figure class="card{wide}"><h3>{t}</h3>{p}{m}<figcaption>{c}</figcaption></figure>',
-        wide=" wide" if len(figure.panels) > 2 else "",
-        t=figure.title,
-        p=fill('<div class="panels" aria-hidden="true">{p}</div>', p=panels) if panels else "",
-        m=media,
-        c=figure.caption,
-    )
-
-
-def data_uri(figure: Figure, folder: Path) -> Markup:
-    """The figure's bytes as a data URI. The path must stay inside ``folder``: a report must not embed other files."""
-    path = Path(os.path.normpath(folder / figure.path))
-    mime = MIME.get(path.suffix)
-    if mime is None or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
-        fix = "run the command that wrote this run folder again"
-        raise UserError("figure", got=figure.path, wanted="a .png or .mp4 inside the run folder", fix=fix)
-    return Markup(f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}")
 
 
 def range_text(row: SuccessRow) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-from .data import ReportData
+from .data import Player, ReportData
 from .html import duration, range_text
+from .players import OUTCOMES
 
 
 def render_markdown(data: ReportData) -> str:
@@ -17,6 +18,13 @@ def render_markdown(data: ReportData) -> str:
         if figures:
             parts += [f"## {heading}", ""]
             parts += [f"- [{_text(f.title)}]({f.path.replace(' ', '%20')}): {_text(f.caption)}" for f in figures] + [""]
+    for heading, players, note in (
+        ("Real and imagined on one clock", data.players, data.players_note),
+        ("Failures", data.failures, data.failures_note),
+    ):
+        if players or note:
+            parts += [f"## {heading}", "", *([_text(note), ""] if note else [])]
+            parts += [line for player in players for line in _player(player)] + [""]
     if data.losses:
         parts += ["## Held-out loss before and after training", "", _text(data.held_out), ""]
         rows = [
@@ -31,6 +39,17 @@ def render_markdown(data: ReportData) -> str:
             for r in data.success
         ]
         parts += _table(["task", "policy", "successes", "95 % interval", "crashed", "note"], rows)
+    for heading, sentences in (("What the controls say", data.verdicts), ("Skipped", data.skipped)):
+        if sentences:
+            parts += [f"## {heading}", ""] + [f"- {_text(text)}" for text in sentences] + [""]
+    for heading, tables in (
+        ("Comparison", data.tables),
+        ("Published numbers of others, not measured here", data.published),
+    ):
+        if tables:
+            parts += [f"## {heading}", ""]
+            for table in tables:
+                parts += [f"### {_text(table.title)}", "", _text(table.text), "", *_table(table.head, table.rows)]
     if data.stages:
         parts += ["## Where the time went", ""]
         parts += _table(
@@ -44,6 +63,12 @@ def render_markdown(data: ReportData) -> str:
     if data.limits:
         parts += ["## What this does not show", ""] + [f"- {_text(text)}" for text in data.limits] + [""]
     return "\n".join(parts)
+
+
+def _player(player: Player) -> list[str]:
+    links = ", ".join(f"[{_text(panel.label)}]({panel.path.replace(' ', '%20')})" for panel in player.panels)
+    outcome = f" ({OUTCOMES[player.outcome]})" if player.outcome else ""
+    return [f"- {_text(player.title)}{outcome}: {links}. {_text(player.caption)}"]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
