@@ -19,7 +19,7 @@ from physisforcing.core.lerobot_format import write_json
 from physisforcing.core.shards import parse_shard
 from physisforcing.core.stats import wilson
 
-from .collector import JointCollector, episode_key
+from .collector import POLICIES, JointCollector, episode_key
 from .recording import GROUND_TRUTH, PICTURES
 from .seeds import Job, Outcome, run_seeds, split_of
 from .shards import ShardPlan
@@ -30,7 +30,8 @@ settings (field=value):
   tasks=[click_bell,adjust_bottle]   which tasks (task=click_bell is short for one)
   output=PATH                        dataset folder; run the same command again to continue an interrupted collection
   episodes=20 start_seed=0           per task; seeds whose scene does not come to rest are skipped, counted and listed
-  policy=expert                      expert | expert+noise | random | module:factory (called without arguments)
+  policy=expert                      expert | expert+noise (joint noise at the start) | expert+random (smooth random targets from
+                                     some step on) | random | module:factory (called without arguments)
   ground_truth=sparse                poses, cameras, contacts of every frame; depth and body ids of every 8th frame;
                                      full: of all frames; poses: of none; none: no ground truth
   keep=all                           success: scenes in which the policy fails are skipped, counted and listed
@@ -95,8 +96,8 @@ class CollectConfig:
         if part >= self.episodes:
             fix = "use fewer shards or record more episodes"
             raise UserError("shard", got=self.shard, wanted=f"a part of {self.episodes} episodes", fix=fix)
-        if self.policy not in ("expert", "expert+noise", "random") and ":" not in self.policy:
-            wanted = "expert, expert+noise, random or module:factory"
+        if self.policy not in POLICIES and ":" not in self.policy:
+            wanted = f"{', '.join(POLICIES)} or module:factory"
             raise UserError("policy", got=self.policy, wanted=wanted, fix="policy=expert")
 
 

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 from physisforcing.core.errors import UserError
 from physisforcing.core.lerobot import LeRobotWriter, robot_features
 
+from .diversions import record_diverted_expert
 from .recording import EpisodeRecorder, record_expert, record_noisy_expert
 from .seeds import Job, Outcome
 
 if TYPE_CHECKING:
     from .collect import CollectConfig
+
+#: Policies by name; others are ``module:factory``.
+POLICIES = ("expert", "expert+noise", "expert+random", "random")
 
 
 def load_policy(name: str) -> Any:
@@ -83,6 +87,8 @@ class Collector:
             info = record_noisy_expert(
                 env.unwrapped, job.seed, recorder, hold_frames=config.hold_frames, noise_rad=config.noise_rad
             )
+        elif config.policy == "expert+random":
+            info = record_diverted_expert(env.unwrapped, job.seed, recorder, hold_frames=config.hold_frames)
         else:
             info, label = self._run_policy(env, job, recorder)
         if env.unwrapped.diverged:
@@ -154,6 +160,6 @@ class JointCollector:
 
 def episode_key(job: Job, policy: str) -> str:
     """Sorts by task, then seed; different policies never collide."""
-    if policy in ("expert", "expert+noise", "random"):
+    if policy in POLICIES:
         return f"{job.task}-{job.seed:08d}-{policy.replace('+', '-')}"
     return f"{job.task}-{job.seed:08d}-{hashlib.sha256(policy.encode()).hexdigest()[:8]}"

@@ -190,6 +190,14 @@ def record_expert(env: Any, seed: int, recorder: EpisodeRecorder, *, hold_frames
     return info
 
 
+def expert_targets(env: Any, seed: int) -> NDArray[np.float32]:
+    """Reset to ``seed``, play the expert without drawing and give its drive targets [T,A], those of frame 0 first."""
+    env.reset(seed=seed, options={"observe": False})
+    targets: list[NDArray[np.float32]] = []
+    env.play_expert(lambda _: targets.append(env.observe(pictures=False)["state"]))
+    return np.stack(targets)
+
+
 def record_noisy_expert(
     env: Any, seed: int, recorder: EpisodeRecorder, *, hold_frames: int = 4, noise_rad: float = 0.06
 ) -> dict[str, Any]:
@@ -198,12 +206,9 @@ def record_noisy_expert(
     The recorded action is the one executed, noise included, so pictures and joints stay consistent; what a model learns
     from it is how to come back from states beside the expert's path.
     """
-    env.reset(seed=seed, options={"observe": False})
-    targets: list[NDArray[np.float32]] = []
-    env.play_expert(lambda _: targets.append(env.observe(pictures=False)["state"]))
+    clean_PA = expert_targets(env, seed)[1:]
     _, info = env.reset(seed=seed, options={"observe": False})
     recorder.frame(env)
-    clean_PA = np.stack(targets)[1:]
     grippers = [k for k, name in enumerate(env.action_spec.names) if name.endswith("gripper")]
     generator = np.random.default_rng([seed, 0x6E6F])
     noisy_PA = clean_PA + joint_noise(len(clean_PA), clean_PA.shape[1], generator, noise_rad, grippers)

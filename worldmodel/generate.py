@@ -1,4 +1,4 @@
-"""``physis generate``: a video from a first frame and an instruction."""
+"""``physis generate``: a video from a first frame, an instruction and, with an action model, recorded actions."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from physisforcing.core.errors import UserError
+
+if TYPE_CHECKING:
+    from physisforcing.core.lerobot import LeRobotDataset
 
 HELP = """usage: physis generate image=first.png instruction="..." out=video.mp4 [key=value ...]
 
@@ -18,7 +22,9 @@ HELP = """usage: physis generate image=first.png instruction="..." out=video.mp4
   physis generate dataset=runs/bell episode=3 start=0 out=bell.mp4 seed=7 steps=8
 
 image: head-camera picture (PNG, JPEG or the first frame of an MP4), 240x320 or 120x160. With dataset=, picture, instruction and
-joint targets come from a demonstration. state=[14 numbers]: joint targets now (the usual start pose where it is left out)."""
+joint targets come from a demonstration. state=[14 numbers]: joint targets now (the usual start pose where it is left out).
+An action model (model=...) imagines what the demonstration's actions do; actions_episode=5: those of another episode, from its step
+start on."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,6 +35,7 @@ class GenerateConfig:
     dataset: str | None = None
     episode: int = 0
     start: int = 0
+    actions_episode: int | None = None
     instruction: str | None = None
     state: list[float] = field(default_factory=list)
     out: str = "generated.mp4"
@@ -65,6 +72,7 @@ def generate(config: GenerateConfig) -> Path:
         steps=config.steps or None,
     )
     picture, instruction, history = _context(config, model.spec.proprioception_lags, model.home_state_A)
+    wants_actions = "actions" in model.spec.conditions or config.actions_episode is not None
     rollout = model.rollout(
         RolloutRequest(
             context_BVTHWC=picture[None, None, None],
@@ -72,6 +80,7 @@ def generate(config: GenerateConfig) -> Path:
             seeds_BS=np.array([[config.seed]], dtype=np.int64),
             horizon=model.spec.horizons[0],
             proprioception_BKA=history[None],
+            actions_BSPA=_actions(config)[None, None] if wants_actions else None,
         )
     )
     assert rollout.frames_BSVTHWC is not None
@@ -100,14 +109,9 @@ def _context(
         from physisforcing.core.lerobot import LeRobotDataset
 
         dataset = LeRobotDataset(config.dataset)
-        if not 0 <= config.episode < dataset.num_episodes:
-            raise UserError("episode", got=config.episode, wanted=f"0..{dataset.num_episodes - 1}", fix="episode=0")
-        info = dataset.episodes[config.episode]
-        if not 0 <= config.start < info.length:
-            raise UserError("start", got=config.start, wanted=f"0..{info.length - 1}", fix="start=0")
+        states = _states(dataset, "episode", config.episode, config.start)
         picture = dataset.frames(config.episode, [config.start])[0]
-        states = np.asarray(dataset.columns(config.episode)["observation.state"], dtype=np.float32)
-        instruction = config.instruction or info.instruction
+        instruction = config.instruction or dataset.episodes[config.episode].instruction
         return fit_picture(picture, config.dataset), instruction, lagged_states(states, config.start, lags)
     assert config.image is not None
     if not config.instruction:
@@ -122,6 +126,31 @@ def _context(
         config.instruction,
         np.repeat(state[None], len(lags), 0),
     )
+
+
+def _actions(config: GenerateConfig) -> NDArray[np.float32]:
+    """The actions [32,14] that an episode of the dataset executed from step ``start`` on."""
+    from physisforcing.core.lerobot import LeRobotDataset
+
+    from .data.windows import window_actions
+
+    if config.dataset is None:
+        fix = "dataset=<a LeRobot dataset> episode=0, or a text model"
+        raise UserError("actions", got="a picture alone", wanted="a demonstration whose actions are imagined", fix=fix)
+    field, episode = "episode", config.episode
+    if config.actions_episode is not None:
+        field, episode = "actions_episode", config.actions_episode
+    return window_actions(_states(LeRobotDataset(config.dataset), field, episode, config.start), config.start)
+
+
+def _states(dataset: LeRobotDataset, field: str, episode: int, start: int) -> NDArray[np.float32]:
+    """Drive targets [T,14] of an episode that has a step ``start``; ``UserError`` names ``field`` or the start."""
+    if not 0 <= episode < dataset.num_episodes:
+        raise UserError(field, got=episode, wanted=f"0..{dataset.num_episodes - 1}", fix=f"{field}=0")
+    if not 0 <= start < dataset.episodes[episode].length:
+        wanted = f"0..{dataset.episodes[episode].length - 1}, the steps of {field} {episode}"
+        raise UserError("start", got=start, wanted=wanted, fix="start=0")
+    return np.asarray(dataset.columns(episode)["observation.state"], dtype=np.float32)
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:

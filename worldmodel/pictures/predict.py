@@ -69,8 +69,8 @@ def predict_window(
         state = torch.from_numpy(lagged_states(states, window.start, lags))[None]
         actions = torch.from_numpy(window_actions(states, window.start))[None]
     name = f"{model.spec.name} {model.spec.fingerprint}"
-    options = {"sigma": sigma, "model": name, "actions_1PA": actions}
-    return predict(model.denoiser, forcing, latents, text, state, batch, window.relations, **options)  # type: ignore[arg-type]
+    inputs = latents, text, state, batch, window.relations
+    return predict(model.denoiser, forcing, *inputs, sigma=sigma, model=name, actions_1PA=actions)
 
 
 @torch.no_grad()
