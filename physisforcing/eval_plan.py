@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +13,10 @@ from typing import Any
 from physisforcing.core.errors import IncompleteCoverageError, UserError, unknown_name
 from physisforcing.core.files import replace_text
 from physisforcing.core.lerobot_format import write_json
-from physisforcing.core.results import ResultKey, ResultsFile, config_hash
+from physisforcing.core.results import ResultKey, config_hash
 
 from .plan_episodes import MODEL, SETTLE, EpisodeRunner, weight_folders
+from .plan_scenes import FIRST_SEED, Scenes, plan_scenes, refuse_first_seed, scene_source
 
 HELP = """usage: physis eval plan [field=value ...] [--json]
 
@@ -46,8 +46,6 @@ examples:
 ORACLES = ("none", "video")
 BASELINES = ("noop", "random", "retrieval")
 PROTOCOLS = ("standard", "worldarena")
-#: Evaluation seeds start here; what is below may have been trained on.
-FIRST_SEED = 100_000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -175,36 +173,22 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate(config: EvalPlanConfig, *, command: str = "physis eval plan", progress: bool = True) -> dict[str, Any]:
     """Run or continue an evaluation; returns the summary that ``summary.json`` holds."""
-    from tqdm import tqdm
-
-    from physisforcing.envs.seeds import FixedJobs, Job, Outcome, run_seeds
+    from .episode_jobs import run_jobs
 
     config.check()
     output = Path(config.output)
     plan = _Plan(config)
-    output.mkdir(parents=True, exist_ok=True)
-    results = ResultsFile(output / "results.jsonl")
-    if (torn := results.report_torn()) is not None:
-        print(torn, file=sys.stderr)
-    todo = [job for job in plan.jobs if not results.done(plan.key(job), retry_errors=config.retry_errors)]
-    bar = tqdm(total=len(todo), desc="episodes", unit="ep", disable=not progress, file=sys.stderr)
-
-    def on_outcome(outcome: Outcome) -> None:
-        job = Job(task=outcome.task, seed=outcome.seed)
-        row = dict(outcome.details)
-        status = row.pop("status", "error")
-        task, policy = outcome.task.split("/")
-        row = {"task": task, "policy": policy, "seed": job.seed, "error": outcome.message, **row}
-        if outcome.attempts > 1:
-            row["attempts"] = outcome.attempts
-        results.append(plan.key(job), status, **row, seconds=round(outcome.seconds, 3))
-        bar.update()
-        bar.set_postfix_str(f"{outcome.task} {job.seed}: {status}")
-
-    with bar:
-        make = partial(EpisodeRunner, config, plan.entries, plan.filmed, plan.environments)
-        run_seeds(FixedJobs(todo), make, workers=config.workers, on_outcome=on_outcome)
-    rows = [row for job in plan.jobs if (row := results.get(plan.key(job))) is not None]
+    scenes = plan.scenes
+    make = partial(EpisodeRunner, config, scenes.entries, plan.filmed, scenes.environments)
+    rows = run_jobs(
+        plan.jobs,
+        plan.key,
+        output,
+        make,
+        workers=config.workers,
+        retry_errors=config.retry_errors,
+        progress=progress,
+    )
     return _write_summary(config, plan, rows, command, output)
 
 
@@ -216,10 +200,8 @@ class _Plan:
 
         self.config = config
         self.skipped: list[str] = []
-        self.manifests: dict[str, str] = {}
-        #: Task -> arguments of the environment, where a manifest names them.
-        self.environments: dict[str, dict[str, Any]] = {}
-        self.entries, seeds = self._scenes()
+        self.scenes = self._scenes()
+        seeds = self.scenes.seeds
         self.policies = self._policies()
         self._fingerprints = self._identify()
         self._config_hash = config_hash(
@@ -238,53 +220,23 @@ class _Plan:
     def key(self, job: Any) -> ResultKey:
         task, policy = job.task.split("/")
         return ResultKey(
-            manifest=self.manifests[task],
+            manifest=self.scenes.manifests[task],
             episode=f"{task}/{job.seed}",
             fingerprint=self._fingerprints[policy],
             config=self._config_hash,
         )
 
-    def _scenes(self) -> tuple[dict[tuple[str, int], Any], dict[str, list[int]]]:
+    def _scenes(self) -> Scenes:
         config = self.config
-        if config.oracle:
-            from physisforcing.planner.oracle import HeldOutDemonstrations
+        if not config.oracle:
+            return plan_scenes(config.tasks, config.episodes, config.manifest, config.first_seed)
+        from physisforcing.planner.oracle import HeldOutDemonstrations
 
-            self._refuse_first_seed("the scenes are those of demos=")
-            demos = HeldOutDemonstrations(config.demos)
-            name = f"demonstrations-{demos.dataset.fingerprint()[:12]}@{scene_source()}"
-            self.manifests = dict.fromkeys(config.tasks, name)
-            return {}, {task: demos.seeds(task, config.episodes) for task in config.tasks}
-        from physisforcing.envs.seeds import SPLITS
-
-        entries: dict[tuple[str, int], Any] = {}
-        seeds = {}
-        for task in config.tasks:
-            manifest = find_manifest(config.manifest, task)
-            if manifest is None:
-                first = FIRST_SEED if config.first_seed is None else config.first_seed
-                self.manifests[task] = f"seeds-from-{first}@{scene_source()}"
-                seeds[task] = list(range(first, first + config.episodes))
-                continue
-            self._refuse_first_seed(f"{manifest.name} says which scenes of {task} there are")
-            mine = [entry for entry in manifest.entries if entry.task == task][: config.episodes]
-            if not mine:
-                fix = f"use a manifest of {task}, for instance manifest=test_{task}"
-                raise UserError("manifest", got=f"{manifest.name}, without {task}", wanted=f"scenes of {task}", fix=fix)
-            if len(mine) < config.episodes:
-                wanted = f"{config.episodes} scenes of {task} in {manifest.name}"
-                raise UserError("episodes", got=len(mine), wanted=wanted, fix=f"episodes={len(mine)}, or manifest=none")
-            if any(entry.seed < SPLITS["validation"][0] for entry in mine):
-                fix = "use a manifest of the validation or test split"
-                raise UserError("manifest", got=manifest.name, wanted="scenes nobody trained on", fix=fix)
-            self.manifests[task], self.environments[task] = manifest.key, manifest.environment()
-            entries |= {(task, entry.seed): entry for entry in mine}
-            seeds[task] = [entry.seed for entry in mine]
-        return entries, seeds
-
-    def _refuse_first_seed(self, why: str) -> None:
-        if (given := self.config.first_seed) is not None:
-            fix = "leave it out" if self.config.oracle else "leave it out, or add manifest=none"
-            raise UserError("first_seed", got=given, wanted=f"to be left out: {why}", fix=fix)
+        refuse_first_seed(config.first_seed, "the scenes are those of demos=", "leave it out")
+        demos = HeldOutDemonstrations(config.demos)
+        name = f"demonstrations-{demos.dataset.fingerprint()[:12]}@{scene_source()}"
+        seeds = {task: demos.seeds(task, config.episodes) for task in config.tasks}
+        return Scenes(seeds=seeds, manifests=dict.fromkeys(config.tasks, name))
 
     def _policies(self) -> list[str]:
         from physisforcing.planner.oracle import ORACLE_POLICIES
@@ -340,30 +292,6 @@ def _training_demonstrations(root: str) -> Any:
     return dataset
 
 
-def scene_source() -> str:
-    """Digest of what builds a scene here from a seed. A frozen manifest names the same three and checks every scene."""
-    from physisforcing.core.vulkan import ensure_vulkan_env
-    from physisforcing.envs.robotwin.embodiment import load_embodiment, resolve_assets
-    from physisforcing.envs.robotwin.runtime import load_runtime
-
-    ensure_vulkan_env()  # before RoboTwin imports SAPIEN
-    assets = resolve_assets(None)
-    robot = load_embodiment(assets, None).name
-    return config_hash({"assets": assets.label, "runtime": load_runtime().label, "embodiment": robot})[:12]
-
-
-def find_manifest(name: str, task: str) -> Any:
-    """The frozen scenes of ``task``, or None for plain seeds: ``auto`` takes the shipped test set where there is one, the name
-    of a set that set's manifest of the task.
-    """
-    from physisforcing.envs.manifest import SETS, load_manifest, shipped_manifests
-
-    if name == "auto":
-        path = shipped_manifests().get(f"test_{task}")
-        return None if path is None else load_manifest(path)
-    return None if name == "none" else load_manifest(f"{name}_{task}" if name in SETS else name)
-
-
 def _write_summary(
     config: EvalPlanConfig, plan: _Plan, rows: list[dict[str, Any]], command: str, output: Path
 ) -> dict[str, Any]:
@@ -374,7 +302,7 @@ def _write_summary(
     provenance = measurements.machine_provenance()
     scene = {name: rows[0].get(name) for name in ("assets", "embodiment", "renderer", "runtime")} if rows else {}
     notes = [
-        f"scenes: {', '.join(f'{task} {name}' for task, name in plan.manifests.items())}; control {config.control}; "
+        f"scenes: {', '.join(f'{task} {name}' for task, name in plan.scenes.manifests.items())}; control {config.control}; "
         + ", ".join(f"{name} {value}" for name, value in scene.items() if value),
         "interval: 95 % Wilson; p: two-sided Fisher exact test; errors stand in no denominator",
         f"{config.threads} numeric threads; another number may round differently",
@@ -388,7 +316,7 @@ def _write_summary(
         "provenance": provenance,
         "config": dataclasses.asdict(config),
     }
-    lines = measurements.from_summary(summary, protocol=config.claims, manifests=plan.manifests)
+    lines = measurements.from_summary(summary, protocol=config.claims, manifests=plan.scenes.manifests)
     text = markdown(summary, title=title, notes=notes)
     if config.protocol == "worldarena":
         summary["worldarena"] = worldarena.block(summary["tasks"], config.worldarena())

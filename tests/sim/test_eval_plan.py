@@ -181,7 +181,7 @@ def test_keys_without_a_manifest_hold_what_the_scenes_are_made_of(weights, demon
         found.append(keys())
     for policy in range(2):
         assert len({key[policy] for key in found}) == 4
-    assert _Plan(settings(weights, manifest="auto")).manifests[TASK].startswith(f"test_{TASK}@")
+    assert _Plan(settings(weights, manifest="auto")).scenes.manifests[TASK].startswith(f"test_{TASK}@")
 
 
 class RecordedDemonstration:

@@ -15,6 +15,7 @@ from physisforcing.core.lerobot import HEAD, LeRobotWriter, robot_features
 from physisforcing.envs.seeds import FixedJobs, Job, Outcome, run_seeds
 from physisforcing.eval_plan import EvalPlanConfig, PlannerSettings, _Plan, _write_summary, evaluate, main
 from physisforcing.plan_episodes import EpisodeRunner
+from physisforcing.plan_scenes import Scenes
 from physisforcing.planner.oracle import HeldOutDemonstrations
 
 
@@ -113,7 +114,7 @@ def test_an_output_under_another_name_is_a_typo() -> None:
 
 
 def test_a_killed_writer_leaves_the_summary_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = SimpleNamespace(manifests={"click_bell": "m"}, skipped=[])
+    plan = SimpleNamespace(scenes=Scenes(manifests={"click_bell": "m"}), skipped=[])
     row = {"task": "click_bell", "policy": "noop", "seed": 100_000, "status": "failure"}
 
     def write(episodes: int) -> None:
@@ -143,14 +144,16 @@ def test_a_killed_writer_leaves_the_summary_of_before(tmp_path: Path, monkeypatc
 
 def test_a_set_of_frozen_scenes_brings_its_environment() -> None:
     plan = _Plan(EvalPlanConfig(tasks=["click_bell"], manifest="test_ood", episodes=2, baselines=["noop"]))
-    assert plan.manifests["click_bell"].startswith("test_ood_click_bell@")
-    assert plan.environments["click_bell"] == {
+    assert plan.scenes.manifests["click_bell"].startswith("test_ood_click_bell@")
+    assert plan.scenes.environments["click_bell"] == {
         "embodiment": "aloha-agilex",
         "randomization": "test_ood",
         "instruction": "template_unseen",
         "scene_of": None,
     }
-    assert {job.seed for job in plan.jobs} == {seed for _, seed in plan.entries} and len(plan.entries) == 2
+    assert {job.seed for job in plan.jobs} == {seed for _, seed in plan.scenes.entries} and len(
+        plan.scenes.entries
+    ) == 2
     assert plan.config.claims == "interpolated-test_ood" and EvalPlanConfig(manifest="test").claims == "interpolated"
     with pytest.raises(UserError, match="without click_bell"):
         _Plan(EvalPlanConfig(tasks=["click_bell"], manifest="test_stack_blocks_two", episodes=2))

@@ -16,6 +16,7 @@ from physisforcing.core.types import Observation
 from physisforcing.envs.manifest import load_manifest
 from physisforcing.envs.seeds import Job
 from physisforcing.eval_plan import EvalPlanConfig, PlannerSettings, _Plan, _write_summary
+from physisforcing.plan_scenes import Scenes
 from physisforcing.planner import worldarena
 from physisforcing.planner.worldarena import PromptedPolicy, ProtocolSettings, read_template
 
@@ -141,7 +142,7 @@ def written(tmp_path: Path, found: list[dict[str, object]], **settings: object) 
         protocol="worldarena", tasks=list(worldarena.TASKS), max_steps=400, control="topp", **settings
     )  # type: ignore[arg-type]
     config.planner.execute_horizon = 45
-    plan = SimpleNamespace(manifests=dict.fromkeys(worldarena.TASKS, "m"), skipped=[])
+    plan = SimpleNamespace(scenes=Scenes(manifests=dict.fromkeys(worldarena.TASKS, "m")), skipped=[])
     summary = _write_summary(config, plan, found, "physis eval plan protocol=worldarena", tmp_path)  # type: ignore[arg-type]
     lines = json.loads((tmp_path / "measurements.json").read_text())
     return summary, (tmp_path / "summary.md").read_text(), lines

@@ -1,0 +1,53 @@
+"""Work through closed-loop episodes and keep their results: a killed evaluation continues where it stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from physisforcing.core.results import ResultKey, ResultsFile
+
+
+def run_jobs(
+    jobs: Sequence[Any],
+    key: Callable[[Any], ResultKey],
+    output: Path,
+    make: Callable[[], Any],
+    *,
+    workers: int = 0,
+    retry_errors: bool = False,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Run the ``envs.seeds.Job``s that ``output/results.jsonl`` has no line of, and return the lines of all.
+
+    A job's task is ``<task>/<policy>``. ``make``: makes the handler of a process (``envs.seeds.Handler``), whose outcome's details hold
+    ``status`` and whatever else the line says; a job that crashed twice is an ``error``.
+    """
+    from tqdm import tqdm
+
+    from physisforcing.envs.seeds import FixedJobs, Job, Outcome, run_seeds
+
+    output.mkdir(parents=True, exist_ok=True)
+    results = ResultsFile(output / "results.jsonl")
+    if (torn := results.report_torn()) is not None:
+        print(torn, file=sys.stderr)
+    todo = [job for job in jobs if not results.done(key(job), retry_errors=retry_errors)]
+    bar = tqdm(total=len(todo), desc="episodes", unit="ep", disable=not progress, file=sys.stderr)
+
+    def on_outcome(outcome: Outcome) -> None:
+        job = Job(task=outcome.task, seed=outcome.seed)
+        row = dict(outcome.details)
+        status = row.pop("status", "error")
+        task, policy = outcome.task.split("/")
+        row = {"task": task, "policy": policy, "seed": job.seed, "error": outcome.message, **row}
+        if outcome.attempts > 1:
+            row["attempts"] = outcome.attempts
+        results.append(key(job), status, **row, seconds=round(outcome.seconds, 3))
+        bar.update()
+        bar.set_postfix_str(f"{outcome.task} {job.seed}: {status}")
+
+    with bar:
+        run_seeds(FixedJobs(todo), make, workers=workers, on_outcome=on_outcome)
+    return [row for job in jobs if (row := results.get(key(job))) is not None]
