@@ -1,4 +1,4 @@
-"""Requests to a world model as data: checked against its spec, merged, split again, and computed in parts."""
+"""Requests to a world model as data: merged, split again, and computed in parts (checked by ``core.requests``)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.protocols import WorldModel
-from physisforcing.core.types import Rollout, RolloutRequest, WorldModelSpec
+from physisforcing.core.requests import check_request as check_request
+from physisforcing.core.types import Rollout, RolloutRequest
 
 #: Fields of a request, and of a rollout, whose first axis are the contexts.
 _CONTEXT_FIELDS = ("context_BVTHWC", "proprioception_BKA", "actions_BSPA", "goal_BVHWC")
@@ -21,7 +21,8 @@ def kind_of(request: RolloutRequest) -> tuple[Any, ...]:
     """What two requests must have in common to be merged."""
     arrays = [getattr(request, name) for name in _CONTEXT_FIELDS]
     shapes = tuple(None if array is None else (array.dtype.str, array.shape[1:]) for array in arrays)
-    return request.horizon, request.returns, request.features, request.seeds_BS.shape[1], shapes
+    named = request.ids is not None
+    return request.horizon, request.returns, request.features, request.seeds_BS.shape[1], shapes, named
 
 
 def merge(requests: Sequence[RolloutRequest]) -> RolloutRequest:
@@ -35,7 +36,8 @@ def merge(requests: Sequence[RolloutRequest]) -> RolloutRequest:
         for name in (*_CONTEXT_FIELDS, "seeds_BS")
     }
     instructions = [sentence for request in requests for sentence in request.instructions]
-    return dataclasses.replace(requests[0], instructions=instructions, **joined)
+    ids = None if requests[0].ids is None else [name for request in requests for name in request.ids or ()]
+    return dataclasses.replace(requests[0], instructions=instructions, ids=ids, **joined)
 
 
 def split(answer: Rollout, requests: Sequence[RolloutRequest]) -> list[Rollout]:
@@ -84,57 +86,10 @@ def _contexts(request: RolloutRequest, rows: slice) -> RolloutRequest:
         name: None if (array := getattr(request, name)) is None else array[rows]
         for name in (*_CONTEXT_FIELDS, "seeds_BS")
     }
-    return dataclasses.replace(request, instructions=request.instructions[rows], **arrays)
+    ids = None if request.ids is None else request.ids[rows]
+    return dataclasses.replace(request, instructions=request.instructions[rows], ids=ids, **arrays)
 
 
 def _candidates(request: RolloutRequest, columns: slice) -> RolloutRequest:
     actions = None if request.actions_BSPA is None else request.actions_BSPA[:, columns]
     return dataclasses.replace(request, seeds_BS=request.seeds_BS[:, columns], actions_BSPA=actions)
-
-
-def check_request(request: RolloutRequest, spec: WorldModelSpec) -> None:
-    """What can be said about a request from the model's spec alone.
-
-    Raises ``MissingCapabilityError`` for what the model does not offer, ``UserError`` for arrays that do not belong together.
-    """
-    offered = {
-        "horizon": (request.horizon in spec.horizons, request.horizon, f"one of {spec.horizons}"),
-        "returns": (request.returns <= spec.returns, sorted(request.returns), f"a subset of {sorted(spec.returns)}"),
-    }
-    for name, condition in (("actions_BSPA", "actions"), ("goal_BVHWC", "goal")):
-        given = getattr(request, name) is not None
-        wanted = f"nothing: the model's conditions are {sorted(spec.conditions)}"
-        offered[condition] = (not given or condition in spec.conditions, condition, wanted)
-    for name, (fine, got, wanted) in offered.items():
-        if not fine:
-            raise MissingCapabilityError(name, got=got, wanted=wanted, fix=f"ask {spec.name} for what its spec offers")
-    if request.seeds_BS.ndim != 2 or 0 in request.seeds_BS.shape or request.seeds_BS.dtype.kind != "i":
-        got = f"{request.seeds_BS.dtype} {request.seeds_BS.shape}"
-        raise UserError("seeds_BS", got=got, wanted="integers [B,S]", fix="one seed a candidate of each context")
-    batch, samples = request.seeds_BS.shape
-    views = 1 if spec.views.tiles else len(spec.views.names)
-    picture = (spec.views.height, spec.views.width, 3)
-    _check_array(request, "context_BVTHWC", "u", (batch, views, spec.context_frames, *picture))
-    _check_array(request, "goal_BVHWC", "u", (batch, views, *picture))
-    _check_array(request, "proprioception_BKA", "f", (batch, len(spec.proprioception_lags), None))
-    _check_array(request, "actions_BSPA", "f", (batch, samples, None, None))
-    if len(request.instructions) != batch:
-        got = len(request.instructions)
-        raise UserError("instructions", got=got, wanted=f"{batch} sentences", fix="one instruction a context")
-    if spec.proprioception_lags and request.proprioception_BKA is None:
-        fix = f"joint targets at lags {spec.proprioception_lags}"
-        raise UserError("proprioception_BKA", got=None, wanted="joint targets", fix=fix)
-
-
-def _check_array(request: RolloutRequest, name: str, kind: str, shape: tuple[int | None, ...]) -> None:
-    """An array that is given has this kind of numbers and this shape (None: any length), and its floats are finite."""
-    array = getattr(request, name)
-    if array is None:
-        return
-    fits = array.ndim == len(shape) and all(w in (None, n) for n, w in zip(array.shape, shape, strict=True))
-    fits = fits and (array.dtype == np.uint8 if kind == "u" else array.dtype.kind == "f")
-    if not fits or (kind == "f" and not np.isfinite(array).all()):
-        got = f"{array.dtype} {array.shape}" if not fits else "numbers that are not finite"
-        numbers = "uint8" if kind == "u" else "finite floats"
-        wanted = f"{numbers} [{', '.join('any' if n is None else str(n) for n in shape)}]"
-        raise UserError(name, got=got, wanted=wanted, fix="see core.types.RolloutRequest")
