@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,26 +13,33 @@ from numpy.typing import NDArray
 from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.protocols import InverseDynamics, VideoRecorderHook, WorldModel
 from physisforcing.core.results import config_hash
-from physisforcing.core.types import DT, ActionChunk, ActionSpec, Observation, RolloutRequest
+from physisforcing.core.types import DT, ActionSpec, Observation
 
-from .frame_store import resize_to
+from .imagination import Imagination, Imaginer, context_pictures, lagged
+from .verifiers import Verifier, VerifierInput, make_verifier
 
 
 @dataclass(slots=True, kw_only=True)
 class ActionPlannerConfig:
     """``execute_horizon``: rows of the chunk that are executed before the next plan. ``min_motion``: a chunk whose targets all
-    stay within this distance of the drive targets (radians; gripper opening) would not move the robot and is imagined again with
-    the next noise seed, at most ``max_resamples`` times. ``horizon``: imagined frames, the current one included."""
+    stay within this distance of the drive targets (radians; gripper opening) would not move the robot; where no candidate
+    moves, all are imagined again with the next noise seeds, at most ``max_resamples`` times. ``horizon``: imagined frames, the
+    current one included. ``candidates``: futures imagined for a plan, of which ``verifier`` (``verifiers.make_verifier``)
+    chooses one. ``rollout_chunks``: a plan is so many rollouts long, each going on from the last picture of the one before."""
 
     execute_horizon: int = 32
     horizon: int = 17
     min_motion: float = 0.02
     max_resamples: int = 3
+    candidates: int = 1
+    verifier: str = ""
+    rollout_chunks: int = 1
 
 
-def noise_seed(episode_seed: int, replan: int, candidate: int) -> int:
+def noise_seed(episode_seed: int, replan: int, candidate: int, chunk: int = 0) -> int:
     """Seed of one rollout's noise, from what it is for and nothing else: 63 bits of a hash."""
-    digest = hashlib.sha256(f"rollout:{episode_seed}:{replan}:{candidate}".encode()).digest()
+    later = f":{chunk}" if chunk else ""
+    digest = hashlib.sha256(f"rollout:{episode_seed}:{replan}:{candidate}{later}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -54,16 +62,22 @@ class StateHistory:
 
     def lagged(self, lags: tuple[int, ...]) -> NDArray[np.float32]:
         """[K,A] drive targets ``lags`` control steps ago, clamped at the episode's start."""
-        last = len(self._rows) - 1
-        return np.stack([self._rows[max(0, last - lag)] for lag in lags])
+        return lagged(self.rows_RA, lags)
+
+    @property
+    def rows_RA(self) -> NDArray[np.float32]:
+        """Drive targets of all control steps so far, the last row is now."""
+        return np.stack(self._rows)
 
 
 class ActionPlanner:
     """World model and inverse dynamics as a ``core.protocols.Policy``.
 
-    Context is the head picture now, resized by area to the world model's view. Noise depends on (episode seed, number of the
-    plan, candidate). ``recorder`` receives the imagined video of every executed plan. ``action_spec``: limits that chunks are
-    clipped to, as the environment would do, so that the history holds what is executed; clipped rows are counted.
+    Context are the pictures now, resized by area to the world model's views. The candidates of a plan are one batched rollout;
+    noise depends on (episode seed, number of the plan, candidate, chunk). ``recorder`` receives the imagined video of every
+    executed plan (where the decoder reads pictures at all). ``action_spec``: limits that chunks are clipped to, as the environment
+    would do, so that the history holds what is executed; clipped rows are counted. ``verifier``: instead of the one that the
+    settings name, for instance with a trained classifier.
     """
 
     def __init__(
@@ -73,21 +87,42 @@ class ActionPlanner:
         config: ActionPlannerConfig | None = None,
         recorder: VideoRecorderHook | None = None,
         action_spec: ActionSpec | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
         self.world_model, self.inverse_dynamics, self.recorder = world_model, inverse_dynamics, recorder
         self.config = config or ActionPlannerConfig()
-        self._limits = None if action_spec is None else np.array([action_spec.low, action_spec.high], np.float32)
+        self.action_spec = action_spec
+        self.verifier = self._chosen(verifier)
         self._check()
+        pictures = self.config.rollout_chunks > 1 or (self.verifier is not None and "frames" in self.verifier.needs)
+        self._imaginer = Imaginer(
+            world_model,
+            inverse_dynamics,
+            horizon=self.config.horizon,
+            limits_2A=None if action_spec is None else np.array([action_spec.low, action_spec.high], np.float32),
+            returns=frozenset({"frames"}) if pictures else frozenset(),
+        )
         self.reset(task="", seed=0, instruction="")
 
     @property
     def fingerprint(self) -> str:
-        parts = {"world_model": self.world_model.spec.fingerprint, "decoder": self.inverse_dynamics.fingerprint}
+        """Weights and settings; what does not change the result is left out."""
+        parts: dict[str, Any] = {
+            "world_model": self.world_model.spec.fingerprint,
+            "decoder": self.inverse_dynamics.fingerprint,
+        }
         parts |= asdict(self.config)
+        del parts["verifier"]
+        if self.verifier is None:
+            del parts["candidates"]
+        else:
+            parts["verifier"] = self.verifier.fingerprint
+        if self.config.rollout_chunks == 1:
+            del parts["rollout_chunks"]
         return f"{self.world_model.spec.name}-{config_hash(parts)}"
 
     def reset(self, *, task: str, seed: int, instruction: str) -> None:
-        self._seed, self._instruction = seed, instruction
+        self._task, self._seed, self._instruction = task, seed, instruction
         self._history = StateHistory()
         self._executed: NDArray[np.float32] | None = None
         self._counts = {
@@ -99,75 +134,130 @@ class ActionPlanner:
             "decoding_s": 0.0,
             "spread": 0.0,
         }
+        if self.verifier is not None:
+            self._counts |= dict.fromkeys(("candidates", "verifying_s", "verifier_chosen", "verifier_mean"), 0.0)
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
         """Joint targets [execute_horizon, A] from now."""
         self._history.observe(observation.step, observation.state_A, self._executed)
-        for candidate in range(self.config.max_resamples + 1):
-            frames, chunk = self._imagine(observation, candidate)
-            targets_PA = chunk.actions_PA if self._limits is None else chunk.actions_PA.clip(*self._limits)
-            still = float(np.abs(targets_PA - observation.state_A).max()) < self.config.min_motion
-            if not still:
+        for attempt in range(self.config.max_resamples + 1):
+            imagined = self._imagine(observation, attempt)
+            motion_S = np.abs(imagined.actions_SPA - observation.state_A).max(axis=(1, 2)).astype(np.float64)
+            moves_S = motion_S >= self.config.min_motion
+            if moves_S.any():
                 break
-            if candidate < self.config.max_resamples:
+            if attempt < self.config.max_resamples:
                 self._counts["resampled"] += 1
-        self._counts["still"] += still
+        best = self._best(imagined, moves_S, observation)
+        self._counts["still"] += not moves_S.any()
         self._counts["plans"] += 1
-        if chunk.spread_P is not None:
-            self._counts["spread"] += float(chunk.spread_P.mean())
-        if self.recorder is not None:
-            self.recorder.imagined(observation.step, frames)
-        rows = np.ascontiguousarray(targets_PA[: self.config.execute_horizon], np.float32)
-        self._counts["clipped"] += float((rows != chunk.actions_PA[: len(rows)]).any(axis=1).sum())
+        if imagined.spread_SP is not None:
+            self._counts["spread"] += float(imagined.spread_SP[best].mean())
+        if self.recorder is not None and imagined.frames_STHWC is not None:
+            self.recorder.imagined(observation.step, imagined.frames_STHWC[best])
+        rows = np.ascontiguousarray(imagined.actions_SPA[best, : self.config.execute_horizon], np.float32)
+        self._counts["clipped"] += float((rows != imagined.decoded_SPA[best, : len(rows)]).any(axis=1).sum())
         self._executed = rows
         return rows
 
     def telemetry(self) -> dict[str, float]:
         """Plans, resampled plans, plans that stayed still after all resamples, rows clipped to the joint limits, seconds, mean
-        spread (radians)."""
+        spread (radians). With several candidates also how many were imagined, and the mean over plans of the verifier's score of
+        the chosen one and of all of them."""
         plans = max(1.0, self._counts["plans"])
-        return self._counts | {"spread": self._counts["spread"] / plans}
+        means = ("spread", "verifier_chosen", "verifier_mean")
+        return self._counts | {name: self._counts[name] / plans for name in means if name in self._counts}
 
-    def _imagine(self, observation: Observation, candidate: int) -> tuple[NDArray[np.uint8], ActionChunk]:
-        spec = self.world_model.spec
-        pictures = [observation.images[name] for name in spec.views.names]
-        context = np.stack([resize_to(p[None], spec.views.height, spec.views.width) for p in pictures])
-        request = RolloutRequest(
-            context_BVTHWC=context[None],
-            instructions=[self._instruction or observation.instruction],
-            seeds_BS=np.array([[noise_seed(self._seed, int(self._counts["plans"]), candidate)]], np.int64),
-            horizon=self.config.horizon,
-            proprioception_BKA=self._history.lagged(spec.proprioception_lags)[None]
-            if spec.proprioception_lags
-            else None,
+    def _imagine(self, observation: Observation, attempt: int) -> Imagination:
+        """All candidates of the ``attempt``-th try of this plan."""
+        plan, count = int(self._counts["plans"]), self.config.candidates
+        candidates = range(attempt * count, (attempt + 1) * count)
+        chunks = range(self.config.rollout_chunks)
+        seeds_KS = [[noise_seed(self._seed, plan, candidate, chunk) for candidate in candidates] for chunk in chunks]
+        imagined = self._imaginer.imagine(
+            context_pictures(observation, self.world_model.spec),
+            self._instruction or observation.instruction,
+            self._history.rows_RA,
+            np.array(seeds_KS, np.int64),
+            about=(self._task, self._seed, plan),
         )
+        self._counts["imagination_s"] += imagined.imagination_s
+        self._counts["decoding_s"] += imagined.decoding_s
+        if self.verifier is not None:
+            self._counts["candidates"] += count
+        return imagined
+
+    def _best(self, imagined: Imagination, moves_S: NDArray[np.bool_], observation: Observation) -> int:
+        """The candidate to execute: the best one that moves, the first of equals."""
+        if self.verifier is None:
+            return 0
         began = time.perf_counter()
-        rollout = self.world_model.rollout(request)
-        self._counts["imagination_s"] += time.perf_counter() - began
-        assert rollout.frames_BSVTHWC is not None
-        frames = rollout.frames_BSVTHWC[0, 0, 0]
-        began = time.perf_counter()
-        chunk = self.inverse_dynamics.decode(rollout, observation.state_A[None], request.instructions)[0][0]
-        self._counts["decoding_s"] += time.perf_counter() - began
-        return frames, chunk
+        scores_S = self.verifier.score(
+            VerifierInput(
+                actions_SPA=imagined.actions_SPA,
+                decoded_SPA=imagined.decoded_SPA,
+                state_A=observation.state_A,
+                execute=self.config.execute_horizon,
+                seeds_S=imagined.seeds_S,
+                task=self._task,
+                instruction=self._instruction or observation.instruction,
+                frames_STHWC=imagined.frames_STHWC,
+                spread_SP=imagined.spread_SP,
+                action_spec=self.action_spec,
+            )
+        )
+        assert scores_S.shape == moves_S.shape and np.isfinite(scores_S).all(), scores_S
+        best = int(np.where(moves_S, scores_S, -np.inf).argmax()) if moves_S.any() else int(scores_S.argmax())
+        self._counts["verifying_s"] += time.perf_counter() - began
+        self._counts["verifier_chosen"] += float(scores_S[best])
+        self._counts["verifier_mean"] += float(scores_S.mean())
+        return best
+
+    def _chosen(self, verifier: Verifier | None) -> Verifier | None:
+        """The verifier to use; None where there is nothing to choose from."""
+        config = self.config
+        for name in ("candidates", "rollout_chunks"):
+            if getattr(config, name) < 1:
+                raise UserError(f"planner.{name}", got=getattr(config, name), wanted="at least 1", fix=f"{name}=1")
+        if config.candidates == 1:
+            return None
+        if verifier is None and not config.verifier:
+            fix = "planner.verifier=spread, or planner.candidates=1"
+            raise UserError("planner.verifier", got="", wanted="a way to choose among candidates", fix=fix)
+        chosen = make_verifier(config.verifier) if verifier is None else verifier
+        if "action_spec" in chosen.needs and self.action_spec is None:
+            fix = "give the planner the environment's action_spec, or use planner.verifier=spread"
+            raise MissingCapabilityError("planner.verifier", got="no limits", wanted="an ActionSpec", fix=fix)
+        return chosen
 
     def _check(self) -> None:
-        spec, config = self.world_model.spec, self.config
-        if spec.context_frames != 1 or "frames" not in spec.returns:
+        spec, config, needs = self.world_model.spec, self.config, self.inverse_dynamics.needs
+        continued = {"frames"} if config.rollout_chunks > 1 else set()
+        continued |= (self.verifier.needs & {"frames"}) if self.verifier is not None else set()
+        returns = needs.returns | continued
+        if spec.context_frames != 1 or not returns <= spec.returns:
             raise MissingCapabilityError(
                 "world_model",
                 got=f"{spec.context_frames} context frames, returns {sorted(spec.returns)}",
-                wanted="1 context frame, returns frames",
+                wanted=f"1 context frame, returns {' and '.join(sorted(returns))}",
                 fix="plan with an image-to-video model",
             )
-        if config.horizon not in spec.horizons:
+        if config.horizon not in spec.horizons or (needs.horizons and config.horizon not in needs.horizons):
+            both = [frames for frames in spec.horizons if not needs.horizons or frames in needs.horizons]
             raise MissingCapabilityError(
                 "planner.horizon",
                 got=config.horizon,
-                wanted=f"one of {spec.horizons}",
-                fix="choose a horizon of the model",
+                wanted=f"one of {both}",
+                fix="choose a horizon of the model that the decoder takes",
             )
-        rows = round((config.horizon - 1) * spec.frame_dt / DT)
+        if needs.frame_dt is not None and abs(needs.frame_dt - spec.frame_dt) > 1e-6:
+            raise MissingCapabilityError(
+                "world_model",
+                got=f"a picture every {spec.frame_dt:.3f} s",
+                wanted=f"every {needs.frame_dt:.3f} s, as the decoder was trained",
+                fix="use a decoder for this rate",
+            )
+        rows = round((config.horizon - 1) * spec.frame_dt / DT) * config.rollout_chunks
         if not 1 <= config.execute_horizon <= rows:
             raise UserError(
                 "planner.execute_horizon",
