@@ -238,7 +238,8 @@ def published_markdown(content: Mapping[str, Any] | None = None) -> str:
     for row in content["rows"]:
         cells = [f"{row[task]} %" for task in tasks] + [f"{row['mean']:.1f} %"]
         low, high = row["mean_interval"]
-        sources = "; ".join(content["sources"][name] for name in row["sources"])
+        sources = ", ".join(row["sources"])
         lines.append("| " + " | ".join([row["planner"], *cells, f"{100 * low:.1f}-{100 * high:.1f} %", sources]) + " |")
-    lines += ["", f"Intervals: computed here from the printed shares at n={content['episodes_per_task']} a task."]
+    lines += ["", *(f"- {name}: {where}" for name, where in content["sources"].items())]
+    lines.append(f"- intervals: computed here from the printed shares at n={content['episodes_per_task']} a task")
     return "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ LAYOUTS = {
     "LeRobot v2.1": "meta/info.json with codebase_version v2.x",
     "RoboTwin HDF5": "data/episode0.hdf5, in the folder or one or two below",
     "XPolicyLab HDF5": "data/episode_0000000.hdf5, in the folder or one or two below",
+    "WorldArena": "<task>/aloha-agilex_clean_50/aloha-agilex_clean_50/ with video and actions",
 }
 
 
@@ -22,6 +23,7 @@ def detect_layout(root: str | Path) -> str:
     """One of ``LAYOUTS``; ``DatasetError`` names all of them when nothing fits."""
     from .hdf5_robotwin import robotwin_folders
     from .hdf5_xpolicylab import xpolicylab_folders
+    from .worldarena import demo_folders
 
     root = Path(root)
     info = root / "meta" / "info.json"
@@ -39,6 +41,8 @@ def detect_layout(root: str | Path) -> str:
     if (root / "staging").is_dir():
         fix = "run the same collect command again to finish it"
         raise DatasetError(str(root), got="an unfinished collection", wanted="a dataset", fix=fix)
+    if demo_folders(root):
+        return "WorldArena"
     robotwin, xpolicylab = robotwin_folders(root), xpolicylab_folders(root)
     if robotwin and xpolicylab:
         got = f"both layouts: {robotwin[0]} and {xpolicylab[0]}"
@@ -79,6 +83,10 @@ def open_dataset(
         from .hdf5_xpolicylab import open_xpolicylab
 
         return open_xpolicylab(root, **given)
+    if layout == "WorldArena":
+        from .worldarena import WorldArenaDataset
+
+        return WorldArenaDataset(root)
     if layout == "LeRobot v2.1":
         from .lerobot_v21 import LeRobotV21Dataset
 
