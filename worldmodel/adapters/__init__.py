@@ -1,0 +1,1 @@
+"""Other people's world models behind core's ``WorldModel``: diffusers pipelines, recorded videos, Python factories."""
