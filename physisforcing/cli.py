@@ -39,6 +39,7 @@ VERBS: dict[str, Verb] = {
     ),
     "train idm": Verb("physisforcing.planner.train", "train the inverse dynamics model"),
     "generate": Verb("physisforcing.worldmodel.generate", "imagine a video from a first frame and an instruction"),
+    "check worldmodel": Verb("physisforcing.check", "whether anyone's world model keeps the contract"),
     "eval plan": Verb("physisforcing.eval_plan", "plan in closed loop and count successes, with baselines"),
     "serve env": Verb("physisforcing.envs.serve", "serve one environment to another process or machine"),
     "report": Verb("physisforcing.core.report.command", "write the HTML report of a run"),
