@@ -32,6 +32,7 @@ VERBS: dict[str, Verb] = {
     "data pack": Verb("physisforcing.core.archive", "datasets as one small file: pictures, joints, poses, contacts"),
     "data unpack": Verb("physisforcing.core.archive", "the datasets of an archive"),
     "data inspect": Verb("physisforcing.data_inspect", "check a dataset, summarise it, draw tracks and masks"),
+    "data export": Verb("physisforcing.data_export", "demonstrations or imagined episodes in WorldArena's layouts"),
     "data targets": Verb("physisforcing.worldmodel.data.targets", "compute and cache teacher targets"),
     "train vae": Verb("physisforcing.worldmodel.training.command", "train the video autoencoder"),
     "train worldmodel": Verb(
