@@ -18,7 +18,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from physisforcing.core.connection import Connection, hello, raise_failure
+from physisforcing.core.connection import TOKEN_VARIABLE, Connection, hello, raise_failure
 from physisforcing.core.errors import UserError
 from physisforcing.core.protocols import Policy
 from physisforcing.core.types import DT, ActionSpec
@@ -29,7 +29,6 @@ from .spaces import build_space
 from .spawn import ServerLostError, ServerProcess
 
 SERVICE = "physis env"
-TOKEN_VARIABLE = "PHYSIS_TOKEN"
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)

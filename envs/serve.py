@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ipaddress
 import json
 import os
 import queue
@@ -21,12 +20,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from physisforcing.core.connection import HELLO_LIMITS, Connection, check_hello, failure
+from physisforcing.core.connection import HELLO_LIMITS, TOKEN_VARIABLE, Connection, check_hello, check_token, failure
 from physisforcing.core.errors import UserError, VulkanUnavailableError
 from physisforcing.core.wire import WireError
 
 from .host import EnvHost, make_robotwin
-from .remote import SERVICE, TOKEN_VARIABLE
+from .remote import SERVICE
 
 HELP = """Serve one RoboTwin environment over TCP, for physisforcing.envs.remote.RemoteEnv.
 
@@ -48,7 +47,6 @@ examples:
 HELLO_S = 10.0
 #: Connections whose hello is being waited for at the same time; more are closed at once.
 STRANGERS = 8
-SHORTEST_TOKEN = 16
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,29 +76,13 @@ class ServeConfig:
                 raise UserError(name, got=getattr(self, name), wanted="seconds above 0", fix=f"{name}=60")
         if not 0 <= self.port <= 65535:
             raise UserError("port", got=self.port, wanted="0 to 65535", fix="port=0 takes a free one")
-        if not is_loopback(self.host) and len(self.token) < SHORTEST_TOKEN:
-            raise UserError(
-                "token",
-                got=f"{len(self.token)} characters for host {self.host}, which others reach",
-                wanted=f"at least {SHORTEST_TOKEN} characters",
-                fix=f"set {TOKEN_VARIABLE} to a long random text on both sides, or keep host=127.0.0.1 and use an SSH tunnel",
-            )
+        check_token(self.host, self.token)
 
     def options(self) -> dict[str, Any]:
         """What ``RoboTwinEnv`` gets besides the task."""
         names = ("cameras", "depth", "body_ids", "control", "shadows", "instruction", "assets", "embodiment")
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {**chosen, **self.env}
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches ``host``."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False  # a name: whoever resolves it may reach it
 
 
 class EnvServer:

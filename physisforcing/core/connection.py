@@ -7,6 +7,7 @@ Every request is answered by ``{"ok": True, ...}`` or ``{"ok": False, "error": {
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import socket
 import time
 from typing import Any
@@ -16,6 +17,9 @@ from .wire import HEADER, Limits, WireError, body_size, decode_body, encode, tru
 
 #: Raised by one when a message changes its meaning; both sides compare it in the hello.
 PROTOCOL = 1
+#: Where servers and their clients read the token, unless it is given.
+TOKEN_VARIABLE = "PHYSIS_TOKEN"
+SHORTEST_TOKEN = 16
 #: Before the hello is accepted, nothing longer than this is read.
 HELLO_LIMITS = Limits(message_bytes=4096, array_bytes=0, arrays=0, depth=3, values=32, string_bytes=1024)
 _USER_ERRORS = {kind.__name__: kind for kind in (UserError, MissingCapabilityError, DatasetError, WireError)}
@@ -80,6 +84,27 @@ class Connection:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name: whoever resolves it may reach it
+
+
+def check_token(host: str, token: str) -> None:
+    """``UserError`` for a server that others reach without a token worth the name."""
+    if not is_loopback(host) and len(token) < SHORTEST_TOKEN:
+        raise UserError(
+            "token",
+            got=f"{len(token)} characters for host {host}, which others reach",
+            wanted=f"at least {SHORTEST_TOKEN} characters",
+            fix=f"set {TOKEN_VARIABLE} to a long random text on both sides, or keep host=127.0.0.1 and use an SSH tunnel",
+        )
 
 
 def hello(service: str, token: str) -> dict[str, Any]:

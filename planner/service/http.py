@@ -1,0 +1,126 @@
+"""One HTTP exchange with a deadline for the whole of it, standard library only. Follows no redirect and uses no proxy."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from physisforcing.core.errors import UserError
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Reply:
+    """``headers``: names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class NoReplyError(ConnectionError):
+    """No whole answer came: refused, cut, or nothing in time (then ``timed_out``)."""
+
+    def __init__(self, message: str, *, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Address:
+    """Where a service is. ``prefix``: path before ``/v1``."""
+
+    scheme: str
+    host: str
+    port: int
+    prefix: str = ""
+
+    @classmethod
+    def of(cls, url: str) -> Address:
+        """``UserError`` for anything but ``http(s)://host[:port][/prefix]``."""
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:
+            parts, port = urlsplit(""), None
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+            fix = "http://127.0.0.1:8080 for a server that `physis serve worldmodel port=8080` started"
+            raise UserError("url", got=url, wanted="http(s)://host[:port]", fix=fix)
+        return cls(
+            scheme=parts.scheme,
+            host=parts.hostname,
+            port=port or (443 if parts.scheme == "https" else 80),
+            prefix=parts.path.rstrip("/"),
+        )
+
+    def connect(self, timeout_s: float) -> http.client.HTTPConnection:
+        if self.scheme == "https":
+            context = ssl.create_default_context()
+            return http.client.HTTPSConnection(self.host, self.port, timeout=timeout_s, context=context)
+        return http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
+
+
+def exchange(
+    address: Address,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    *,
+    timeout_s: float,
+    connect_s: float = 5.0,
+    most_bytes: int = 2**30,
+) -> Reply:
+    """Send a request and read the whole answer within ``timeout_s``. ``NoReplyError`` where that fails.
+
+    A server may answer and close before it has read the body: what it said is read then, too.
+    """
+    deadline = time.monotonic() + timeout_s
+    connection = address.connect(min(connect_s, timeout_s))
+    try:
+        connection.connect()
+        assert connection.sock is not None
+        connection.sock.settimeout(_left(deadline))
+        try:
+            connection.request(method, address.prefix + path, body, dict(headers or {}))
+        except (BrokenPipeError, ConnectionResetError):
+            if body is None:
+                raise  # else the server may have answered before it had read everything
+        return _answer(connection, deadline, most_bytes)
+    except TimeoutError as error:
+        raise NoReplyError(f"{address.host}:{address.port} did not answer in time", timed_out=True) from error
+    except (OSError, http.client.HTTPException) as error:
+        what = str(error) or type(error).__name__
+        raise NoReplyError(f"{address.host}:{address.port}: {what}") from error
+    finally:
+        connection.close()
+
+
+def _answer(connection: http.client.HTTPConnection, deadline: float, most_bytes: int) -> Reply:
+    sock = connection.sock
+    sock.settimeout(_left(deadline))
+    response = connection.getresponse()
+    parts, size = [], 0
+    while True:
+        sock.settimeout(_left(deadline))
+        part = response.read1(2**18)
+        if not part:
+            break
+        parts.append(part)
+        size += len(part)
+        if size > most_bytes:
+            raise NoReplyError(f"the answer is larger than {most_bytes} bytes")
+    if response.length:  # announced bytes that never came
+        raise NoReplyError(f"the answer was cut off, {response.length} bytes are missing")
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return Reply(status=response.status, headers=headers, body=b"".join(parts))
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
