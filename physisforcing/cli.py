@@ -39,6 +39,7 @@ VERBS: dict[str, Verb] = {
         "physisforcing.worldmodel.training.command", "train the video model with the physics losses"
     ),
     "train idm": Verb("physisforcing.planner.train", "train the inverse dynamics model"),
+    "train success": Verb("physisforcing.planner.train_success", "train the judge of whether a task is done"),
     "generate": Verb("physisforcing.worldmodel.generate", "imagine a video from a first frame and an instruction"),
     "check worldmodel": Verb("physisforcing.check", "whether anyone's world model keeps the contract"),
     "eval plan": Verb("physisforcing.eval_plan", "plan in closed loop and count successes, with baselines"),
