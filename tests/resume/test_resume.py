@@ -50,6 +50,7 @@ def bank(seed: int) -> WindowBank:
         sentence_W=torch.randint(2, (count,), generator=generator),
         proprioception_WKA=torch.randn(count, 3, 14, generator=generator),
         targets=BankTargets(row_W=torch.arange(count), targets=targets),
+        actions_WPA=torch.randn(count, 16, 14, generator=generator),
     )
 
 
@@ -72,11 +73,15 @@ def codec_folder(tmp_path, name="codec", settings="{}"):
     return folder
 
 
-def test_ten_steps_equal_five_and_five(tmp_path):
+@pytest.mark.parametrize("actions", [False, True])
+def test_ten_steps_equal_five_and_five(tmp_path, actions):
     banks = bank(0), bank(1)
-    train_world_model(config(tmp_path, "straight", 10), banks)
+    straight = config(tmp_path, "straight", 10)
+    straight.actions = actions
+    train_world_model(straight, banks)
     # A run that is stopped after its checkpoint at step 5 and one that starts again in the same folder.
     stopped = config(tmp_path, "stopped", 10)
+    stopped.actions = actions
     from physisforcing.worldmodel.training import worldmodel as module
 
     class Stop(Exception):
@@ -104,6 +109,7 @@ def test_ten_steps_equal_five_and_five(tmp_path):
         resumed = load_training(tmp_path / "stopped" / "last")[0][name]
         assert straight.keys() == resumed.keys()
         assert all(torch.equal(straight[key], resumed[key]) for key in straight), name
+        assert any("denoiser.actions." in key for key in straight) == (actions and name != "rng"), name
     finals = [json.loads((tmp_path / run / "heldout.json").read_text())["after"] for run in ("straight", "stopped")]
     assert finals[0] == finals[1]
 
