@@ -33,7 +33,8 @@ settings (field=value):
   numbering=number       chunks: names hold the episode's number; list_index: its place in the list, as theirs do
   name=model             track2: name of the model
   seed=0  prompt_template={instruction}  min_rows=128   imagined: noise; text around the sentence; control steps of an episode
-  planner=pico           imagined: planner.world_model, planner.codec, planner.decoder, planner.denoising_steps, planner.device
+  planner=pico           imagined: planner.world_model (any, see physis check worldmodel --help), planner.codec, planner.decoder,
+                         planner.denoising_steps, planner.device
 
 examples:
   physis data export input=runs/bell output=runs/worldarena
@@ -183,21 +184,19 @@ class _Imagining:
     """The planner's models, imagining from the pictures of demonstrations."""
 
     def __init__(self, config: DataExportConfig) -> None:
-        from physisforcing.planner.imagined import Imaginer
+        from physisforcing.planner.imagined import EpisodeImaginer
         from physisforcing.planner.inverse_dynamics import load_inverse_dynamics
         from physisforcing.planner.train import choose_device, weights_folder
         from physisforcing.planner.worldarena import PLAIN_PROMPT, read_template
-        from physisforcing.worldmodel.model import load_world_model
+
+        from .world_models import load_any
 
         planner, self.config = config.planner, config
         device = choose_device(planner.device)
-        folders = {
-            name: weights_folder(getattr(planner, name), part, field=f"planner.{name}")
-            for name, part in (("world_model", "worldmodel"), ("codec", "vae"), ("decoder", "idm"))
-        }
-        steps = planner.denoising_steps or None
-        model = load_world_model(folders["world_model"], device, codec=folders["codec"], steps=steps)
-        self._imaginer = Imaginer(model, load_inverse_dynamics(folders["decoder"], device))
+        decoder = weights_folder(planner.decoder, "idm", field="planner.decoder")
+        codec = None if planner.codec == "shipped" else planner.codec
+        model = load_any(planner.world_model, device, codec=codec, steps=planner.denoising_steps or None)
+        self._imaginer = EpisodeImaginer(model, load_inverse_dynamics(decoder, device))
         self._before, self._after = read_template(config.prompt_template).split(PLAIN_PROMPT)
         self._spec = model.spec
         self.fps = 1 / model.spec.frame_dt
@@ -211,7 +210,8 @@ class _Imagining:
         # Noise depends on (seed of this export, scene, picture), never on the order of episodes.
         seed = noise_seed(self.config.seed, max(0, info.seed if info.seed >= 0 else info.index), start)
         prompt = f"{self._before}{info.instruction}{self._after}"
-        return self._imaginer.imagine(picture, history, prompt, seed=seed, min_rows=rows), seed
+        made = self._imaginer.imagine(picture, history, prompt, seed=seed, min_rows=rows, task=info.task_name)
+        return made, seed
 
     def episode(self, dataset: Any, index: int, number: int) -> Any:
         """A whole imagined episode from the first picture of a demonstration."""
