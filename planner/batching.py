@@ -12,7 +12,16 @@ from physisforcing.core.errors import UserError
 from physisforcing.core.protocols import WorldModel
 from physisforcing.core.types import Rollout, RolloutRequest, WorldModelSpec
 
-from .requests import check_request, kind_of, merge, rollout_in_parts, split
+from .requests import (
+    as_asked,
+    check_request,
+    kind_of,
+    merge,
+    rollout_in_equal_parts,
+    rollout_in_parts,
+    singly,
+    split,
+)
 
 #: Requests that wait for their turn at the same time, where nothing else is said.
 MOST_WAITING = 256
@@ -35,6 +44,9 @@ class Batcher:
     asks, gives everybody the pictures of a request alone. An error reaches the caller whose request made it and nobody else.
     ``cost`` is shared by samples; ``batched`` is the number of samples that were computed together.
 
+    ``pad``: every call of the model has exactly ``max_batch`` samples, one candidate a context, filled up with copies. On a GPU a
+    matrix product of another size may round differently; with equal sizes pictures do not depend on the company.
+
     ``rollout`` raises ``BusyError`` while ``max_waiting`` requests wait, and ``ClosedError`` after ``close``.
     """
 
@@ -44,11 +56,12 @@ class Batcher:
         *,
         max_batch: int | None = None,
         wait_s: float = 0.005,
+        pad: bool = False,
         max_waiting: int = MOST_WAITING,
     ) -> None:
         self._model, self._spec = world_model, world_model.spec
         self.max_batch = self._spec.max_batch if max_batch is None else max_batch
-        self.wait_s, self.max_waiting = wait_s, max_waiting
+        self.wait_s, self.pad, self.max_waiting = wait_s, pad, max_waiting
         for name, value in (("max_batch", self.max_batch), ("max_waiting", max_waiting)):
             if value < 1:
                 raise UserError(name, got=value, wanted="at least 1", fix=f"{name}=16")
@@ -72,7 +85,7 @@ class Batcher:
     def rollout(self, request: RolloutRequest) -> Rollout:
         """See core's ``WorldModel``; also ``BusyError`` and ``ClosedError``. Blocks until the answer is there."""
         check_request(request, self._spec)
-        ticket = _Ticket(request)
+        ticket = _Ticket(singly(request) if self.pad else request)
         with self._changed:
             if self._closed:
                 raise ClosedError("the world model is closed")
@@ -84,7 +97,7 @@ class Batcher:
         if ticket.error is not None:
             raise ticket.error
         assert ticket.answer is not None
-        return ticket.answer
+        return as_asked(ticket.answer, request) if self.pad else ticket.answer
 
     def close(self) -> None:
         """End: the rollout under way is finished and answered, what waits gets ``ClosedError``. Again is harmless."""
@@ -136,7 +149,8 @@ class Batcher:
 
     def _answer(self, group: list[_Ticket]) -> None:
         try:
-            answer = rollout_in_parts(self._model, merge([t.request for t in group]), self.max_batch)
+            compute = rollout_in_equal_parts if self.pad else rollout_in_parts
+            answer = compute(self._model, merge([t.request for t in group]), self.max_batch)
             parts = split(answer, [t.request for t in group])
         except BaseException as error:  # whatever it is: nobody may wait for ever
             if len(group) == 1:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from physisforcing.core.protocols import WorldModel
 from physisforcing.core.requests import check_request as check_request
@@ -81,15 +82,64 @@ def rollout_in_parts(world_model: WorldModel, request: RolloutRequest, max_batch
     return dataclasses.replace(answers[0], cost=cost, **arrays)
 
 
-def _contexts(request: RolloutRequest, rows: slice) -> RolloutRequest:
+def _contexts(request: RolloutRequest, rows: slice | NDArray[np.int64]) -> RolloutRequest:
+    chosen = np.arange(len(request.seeds_BS))[rows]
     arrays: dict[str, Any] = {
         name: None if (array := getattr(request, name)) is None else array[rows]
         for name in (*_CONTEXT_FIELDS, "seeds_BS")
     }
-    ids = None if request.ids is None else request.ids[rows]
-    return dataclasses.replace(request, instructions=request.instructions[rows], ids=ids, **arrays)
+    ids = None if request.ids is None else [request.ids[row] for row in chosen]
+    instructions = [request.instructions[row] for row in chosen]
+    return dataclasses.replace(request, instructions=instructions, ids=ids, **arrays)
 
 
 def _candidates(request: RolloutRequest, columns: slice) -> RolloutRequest:
     actions = None if request.actions_BSPA is None else request.actions_BSPA[:, columns]
     return dataclasses.replace(request, seeds_BS=request.seeds_BS[:, columns], actions_BSPA=actions)
+
+
+def singly(request: RolloutRequest) -> RolloutRequest:
+    """The same samples [B,S] as B x S contexts with one candidate each."""
+    batch, samples = request.seeds_BS.shape
+    if samples == 1:
+        return request
+    arrays: dict[str, Any] = {
+        name: None if (array := getattr(request, name)) is None else np.repeat(array, samples, axis=0)
+        for name in _CONTEXT_FIELDS
+        if name != "actions_BSPA"
+    }
+    actions = request.actions_BSPA
+    if actions is not None:
+        actions = actions.reshape(batch * samples, 1, *actions.shape[2:])
+    return dataclasses.replace(
+        request,
+        instructions=[sentence for sentence in request.instructions for _ in range(samples)],
+        ids=None if request.ids is None else [name for name in request.ids for _ in range(samples)],
+        seeds_BS=request.seeds_BS.reshape(-1, 1),
+        actions_BSPA=actions,
+        **arrays,
+    )
+
+
+def as_asked(answer: Rollout, request: RolloutRequest) -> Rollout:
+    """The answer to ``singly(request)`` -> the answer to ``request``."""
+    arrays: dict[str, Any] = {
+        name: None
+        if (array := getattr(answer, name)) is None
+        else array.reshape(*request.seeds_BS.shape, *array.shape[2:])
+        for name in _ANSWER_FIELDS
+    }
+    return dataclasses.replace(answer, **arrays)
+
+
+def rollout_in_equal_parts(world_model: WorldModel, request: RolloutRequest, size: int) -> Rollout:
+    """One rollout of exactly ``size`` contexts, or several, for a request with one candidate a context: the last context is repeated
+    until the number fits, and what that gave is dropped."""
+    batch, samples = request.seeds_BS.shape
+    assert samples == 1, "part it with singly() first"
+    rows = np.minimum(np.arange(-(-batch // size) * size), batch - 1)
+    answer = rollout_in_parts(world_model, _contexts(request, rows), size)
+    arrays: dict[str, Any] = {
+        name: None if (array := getattr(answer, name)) is None else array[:batch] for name in _ANSWER_FIELDS
+    }
+    return dataclasses.replace(answer, **arrays)
