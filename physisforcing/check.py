@@ -222,7 +222,8 @@ def work(arguments: Sequence[str]) -> None:
         except UserError as error:
             got = error.got if error.got is None or isinstance(error.got, str | int | float) else repr(error.got)
             say(user_error={"field": error.field, "got": got, "wanted": error.wanted, "fix": error.fix})
-        say(done=True)
+        else:
+            say(done=True)
     os._exit(0)  # threads of the model may not keep the process
 
 

@@ -167,9 +167,10 @@ def check_features(probe: Probe) -> Outcome:
         raise NotApplicable("returns with features")
     middle = probe.features.taps[0]
     taps = tuple(sorted({1, middle, spec.blocks}))
-    request = probe.request([probe.row(0)], [[11]], returns=frozenset({"features"}))
+    request, wider = (probe.request([probe.row(0)], [[11]], returns=frozenset({"features"})) for _ in range(2))
+    wider.features = FeatureRequest(taps=taps)
     alone = output(probe.model.rollout(request), "features")
-    together = output(probe.model.rollout(replace(request, features=FeatureRequest(taps=taps))), "features")
+    together = output(probe.model.rollout(wider), "features")
     if alone.shape[2] != 1 or together.shape[2] != len(taps):
         raise ContractBroken(f"{len(taps)} taps gave {together.shape[2]} feature maps, one tap {alone.shape[2]}")
     place = taps.index(middle)
@@ -183,9 +184,10 @@ def check_first_frame(probe: Probe) -> Outcome:
     if "frames" not in probe.spec.returns:
         raise NotApplicable("returns with frames")
     first = output(probe.base(), "frames")[0, 0, :, 0]
-    own = difference(first, probe.row(0).context_VTHWC[:, -1], "frames")
-    others = [probe.row(i).context_VTHWC[:, -1] for i in range(1, 4)]
-    other = min((difference(first, context, "frames").mean for context in others if context.size), default=math.inf)
+    mine, others = probe.row(0).context_VTHWC[:, -1], [probe.row(i).context_VTHWC[:, -1] for i in range(1, 4)]
+    apart = [difference(first, context, "frames").mean for context in others if not np.array_equal(context, mine)]
+    other = min(apart, default=255.0)  # no other context: nothing to mistake it for
+    own = difference(first, mine, "frames")
     figures = {"mean_to_context": round(own.mean, 3), "mean_to_another_context": round(other, 3)}
     limit = probe.settings.first_frame_tolerance
     if own.mean > limit:
