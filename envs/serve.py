@@ -11,17 +11,17 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from physisforcing.core.connection import HELLO_LIMITS, TOKEN_VARIABLE, Connection, check_hello, check_token, failure
 from physisforcing.core.errors import UserError, VulkanUnavailableError
+from physisforcing.core.serving import own_output, stopped_by_signals, stopped_with_parent
 from physisforcing.core.wire import WireError
 
 from .host import EnvHost, make_robotwin
@@ -223,24 +223,6 @@ def _part(connection: Connection) -> None:
     connection.close()
 
 
-@contextlib.contextmanager
-def _stopped_by_signals(server: EnvServer) -> Iterator[None]:
-    before = {number: signal.signal(number, lambda *_: server.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _own_output() -> Any:
-    """Standard output for our lines alone: what libraries print goes to standard error from now on."""
-    ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    sys.stdout.flush()
-    os.dup2(2, 1)
-    return ours
-
-
 def main(argv: list[str]) -> int:
     """``physis serve env [field=value ...] [--json]``. Runs until interrupted or terminated, then returns 0."""
     parser = argparse.ArgumentParser(
@@ -253,9 +235,9 @@ def main(argv: list[str]) -> int:
 
     config = compose("serve_env", options.overrides, ServeConfig)
     config.token = config.token or os.environ.get(TOKEN_VARIABLE, "")
-    output = _own_output()
+    output = own_output()
     server = EnvServer(config)
-    with _stopped_by_signals(server):
+    with stopped_by_signals(server.stop):
         ready = {"host": config.host, "port": server.open(), "task": config.task, "pid": os.getpid()}
         text = "serving {task} at {host}:{port} (pid {pid}; Ctrl-C ends it)".format(**ready)
         print(json.dumps({"ok": True, **ready}) if options.json else text, file=output, flush=True)
@@ -265,25 +247,18 @@ def main(argv: list[str]) -> int:
 
 def serve_parent() -> int:
     """The server that ``spawn.ServerProcess`` starts: settings on standard input, which is its lifeline."""
-    output = _own_output()
+    output = own_output()
     lifeline = sys.stdin.buffer
     try:
         server = EnvServer(ServeConfig(**json.loads(lifeline.readline())))
-        threading.Thread(target=_until_closed, args=(lifeline.fileno(), server.stop), daemon=True).start()
-        with _stopped_by_signals(server):
+        stopped_with_parent(lifeline.fileno(), server.stop)
+        with stopped_by_signals(server.stop):
             print(json.dumps({"ok": True, "port": server.open()}), file=output, flush=True)
             server.run()
     except (UserError, VulkanUnavailableError) as error:
         print(json.dumps(failure(error)), file=output, flush=True)
         return 1
     return 0
-
-
-def _until_closed(handle: int, then: Callable[[], None]) -> None:
-    """Unbuffered, because a thread that waits inside a buffered reader keeps the interpreter from ending."""
-    while os.read(handle, 4096):
-        pass
-    then()
 
 
 if __name__ == "__main__":

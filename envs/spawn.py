@@ -1,4 +1,4 @@
-"""A server process for one environment: started, watched, stopped.
+"""A server in a process of its own, for an environment or a model: started, watched, stopped.
 
 Its settings and a fresh token go in through standard input, which stays open as a lifeline: the server stops when it closes,
 so it never outlives the process that started it. Its first line on standard output says where it listens.
@@ -24,28 +24,36 @@ _LONGEST_LINE = 2**16
 
 
 class ServerLostError(ConnectionError):
-    """The process that runs the environment died, hung or went away; the message names where it was."""
+    """The process that runs a server died, hung or went away; the message names where it was."""
 
 
-class ServerProcess:
-    """``python -m physisforcing.envs.serve`` with ``options`` for the environment and extra environment ``variables``."""
+class SpawnedServer:
+    """``python -m MODULE`` with ``settings`` and a fresh token as one JSON line on its standard input. ``what``: its name in errors."""
 
-    def __init__(self, task: str, *, python: str | None, variables: dict[str, str], options: dict[str, Any]) -> None:
-        self.token = secrets.token_hex(16)
+    def __init__(
+        self,
+        module: str,
+        settings: dict[str, Any],
+        *,
+        what: str,
+        python: str | None = None,
+        variables: dict[str, str] | None = None,
+    ) -> None:
+        self.token, self.what = secrets.token_hex(16), what
         try:
-            settings = json.dumps({"task": task, "token": self.token, "env": options})
+            said = json.dumps({**settings, "token": self.token})
         except TypeError as error:
             fix = "pass names, numbers and lists only"
             raise UserError("options", got=str(error), wanted="values that JSON can hold", fix=fix) from error
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
-        command = [python or sys.executable, "-m", "physisforcing.envs.serve"]
+        command = [python or sys.executable, "-m", module]
         try:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
-                env={**os.environ, **variables},
+                env={**os.environ, **(variables or {})},
                 start_new_session=True,  # an interrupt at the keyboard is for us; we close the lifeline
             )
         except OSError as error:
@@ -54,8 +62,12 @@ class ServerProcess:
             raise UserError("python", got=command[0], wanted=f"an interpreter ({error.strerror})", fix=fix) from error
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: wait_until_ready says how
-            self._process.stdin.write(settings.encode() + b"\n")
+            self._process.stdin.write(said.encode() + b"\n")
             self._process.stdin.flush()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     @property
     def pid(self) -> int:
@@ -69,8 +81,8 @@ class ServerProcess:
         except ValueError:
             said = None
         if not isinstance(said, dict):
-            raise ServerLostError(f"the environment server did not start within {timeout_s:g} s{self.post_mortem()}")
-        raise_failure(said, peer="the environment server")
+            raise ServerLostError(f"{self.what} did not start within {timeout_s:g} s{self.post_mortem()}")
+        raise_failure(said, peer=self.what)
         return int(said["port"])
 
     def _first_line(self, timeout_s: float) -> bytes:
@@ -116,3 +128,12 @@ class ServerProcess:
                 self._process.wait(wait_s)
                 break
         self._errors.close()
+
+
+class ServerProcess(SpawnedServer):
+    """``python -m physisforcing.envs.serve`` with ``options`` for the environment and extra environment ``variables``."""
+
+    def __init__(self, task: str, *, python: str | None, variables: dict[str, str], options: dict[str, Any]) -> None:
+        settings = {"task": task, "env": options}
+        module, what = "physisforcing.envs.serve", "the environment server"
+        super().__init__(module, settings, what=what, python=python, variables=variables)
