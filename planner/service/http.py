@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,6 +82,10 @@ def exchange(
     """
     deadline = time.monotonic() + timeout_s
     connection = address.connect(min(connect_s, timeout_s))
+    # A timeout of the socket starts again with every byte: headers that drip in would never end.
+    watch = threading.Timer(timeout_s, _cut, [connection])
+    watch.daemon = True
+    watch.start()
     try:
         connection.connect()
         assert connection.sock is not None
@@ -93,10 +99,22 @@ def exchange(
     except TimeoutError as error:
         raise NoReplyError(f"{address.host}:{address.port} did not answer in time", timed_out=True) from error
     except (OSError, http.client.HTTPException) as error:
-        what = str(error) or type(error).__name__
-        raise NoReplyError(f"{address.host}:{address.port}: {what}") from error
+        late = time.monotonic() >= deadline
+        what = "did not answer in time" if late else str(error) or type(error).__name__
+        raise NoReplyError(f"{address.host}:{address.port}: {what}", timed_out=late) from error
     finally:
+        watch.cancel()
         connection.close()
+
+
+def _cut(connection: http.client.HTTPConnection) -> None:
+    """End whatever the connection waits for."""
+    if isinstance(connection.sock, socket.socket):
+        try:
+            # Not ssl's own shutdown, which takes the cipher away while the other thread reads.
+            socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+        except OSError:
+            pass  # it was over already
 
 
 def _answer(connection: http.client.HTTPConnection, deadline: float, most_bytes: int) -> Reply:
