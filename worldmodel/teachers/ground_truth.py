@@ -41,8 +41,9 @@ def point_tracks(
     *,
     view: int = 0,
     maps: MapCache | None = None,
+    queries_N2: NDArray[np.floating] | None = None,
 ) -> PointTracks:
-    """Tracks of a regular query grid over a window of an episode.
+    """Tracks of a regular query grid over a window of an episode, or of ``queries_N2``, pixels (x, y) of the first frame.
 
     ``frames``: frame numbers, the first one stored with depth, repeats allowed (windows past the end of an episode).
     ``size``: (H, W) of the picture whose pixels the answer is in, default the stored size; only the scale may differ.
@@ -67,7 +68,8 @@ def point_tracks(
             fix="clamp the window to the episode",
         )
     scale = np.array([size[1] / gt.size[1], size[0] / gt.size[0]])
-    query = (query_grid(grid, size) + 0.5) / scale - 0.5
+    chosen = query_grid(grid, size) if queries_N2 is None else np.asarray(queries_N2, dtype=np.float64)
+    query = (chosen + 0.5) / scale - 0.5
     points = _AttachedPoints(gt, view, {} if maps is None else maps, int(wanted[0]), query)
     reference = np.array([gt.nearest_stored(int(frame)) for frame in wanted])
     moments, inverse = np.unique(np.concatenate([wanted, reference]), return_inverse=True)

@@ -1,0 +1,141 @@
+"""Several models on the same episodes: success with intervals, paired differences, or recipes over their training seeds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from physisforcing.core.paired_stats import paired_t, permutation_p_of_two, sign_flip_p, welch_t
+from physisforcing.core.stats import holm
+
+from .comparison_rows import (
+    ALL,
+    CONTROLS,
+    GAPS,
+    TESTED_SCORES,
+    Comparison,
+    ComparisonSettings,
+    EpisodeOutcome,
+    PairedSuccess,
+    ScoreDifference,
+    ScoreMean,
+    SeedDifference,
+    SuccessCell,
+)
+from .comparison_table import EpisodeTable, named_generator
+
+__all__ = [
+    "ALL", "CONTROLS", "GAPS", "TESTED_SCORES", "Comparison", "ComparisonSettings", "EpisodeOutcome", "PairedSuccess",
+    "ScoreDifference", "ScoreMean", "SeedDifference", "SuccessCell", "compare",
+]  # fmt: skip
+
+
+def compare(outcomes: Iterable[EpisodeOutcome], settings: ComparisonSettings | None = None) -> Comparison:
+    """Success, paired differences and scores of several models on one set of episodes.
+
+    Raises ``IncompleteCoverageError`` listing the episodes that some model lacks, and ``UserError`` for an episode given twice, an
+    unknown status and two models with one recipe and seed. A crashed episode counts as covered and stands in no denominator.
+    """
+    settings = settings or ComparisonSettings()
+    table = EpisodeTable(list(outcomes))
+    recipes = table.recipes(settings.min_training_seeds)
+    checkpoints = [m for m in table.models if not any(m in members.values() for members in recipes.values())]
+    pairs = list(itertools.combinations(checkpoints, 2))
+    paired = [table.paired(task, a, b, test=True) for task in table.scopes for a, b in pairs]
+    differences = [
+        table.score_difference(task, score, a, b, settings)
+        for task in table.scopes
+        for a, b in pairs
+        for score in settings.tested_scores
+        if table.has(score, a, b)
+    ]
+    seeds = _seed_differences(table, recipes, settings)
+    tests = _adjust([*paired, *differences, *seeds])
+    gaps = [
+        table.paired(task, control, m, test=False)
+        for control in GAPS
+        if control in table.controls
+        for task in table.scopes
+        for m in table.models
+    ]
+    unit, title, notes = _unit(recipes, checkpoints, settings)
+    return Comparison(
+        title=title,
+        unit=unit,
+        episodes={task: len(table.episodes[task]) for task in table.tasks},
+        success=[c for task in table.tasks for c in table.success(task)] + table.success_over_tasks(),
+        paired=paired,
+        gaps=gaps,
+        scores=table.score_means(settings),
+        score_differences=differences,
+        seeds=seeds,
+        tests=tests,
+        errors=table.errors(),
+        notes=notes,
+    )
+
+
+def _unit(
+    recipes: Mapping[str, Mapping[int, str]], checkpoints: Sequence[str], settings: ComparisonSettings
+) -> tuple[str, str, list[str]]:
+    few = (
+        f"Differences between checkpoints hold for these checkpoints alone: another training seed of the same recipe may turn them "
+        f"round. From {settings.min_training_seeds} seeds a recipe on, recipes are compared with the training seed as unit."
+    )
+    if not recipes:
+        return "checkpoint", "Checkpoint comparison", [few]
+    counts = ", ".join(f"{name}: {len(members)}" for name, members in recipes.items())
+    notes = [f"The unit of every difference between recipes is the training seed ({counts})."]
+    if not checkpoints:
+        return "training seed", "Comparison of recipes over training seeds", notes
+    rest = f"{', '.join(checkpoints)}: fewer than {settings.min_training_seeds} training seeds, compared as checkpoints only."
+    return "training seed", "Comparison of recipes over training seeds, and checkpoint comparison", [*notes, rest, few]
+
+
+def _adjust(rows: Sequence[PairedSuccess | ScoreDifference | SeedDifference]) -> int:
+    """Write Holm's adjusted p-value into every row that was tested; returns how many were."""
+    tested = [(row, row.p) for row in rows if row.p is not None]
+    for (row, _), value in zip(tested, holm([p for _, p in tested]), strict=True):
+        row.p_holm = value
+    return len(tested)
+
+
+def _seed_differences(
+    table: EpisodeTable, recipes: Mapping[str, Mapping[int, str]], settings: ComparisonSettings
+) -> list[SeedDifference]:
+    found = []
+    for (name_a, members_a), (name_b, members_b) in itertools.combinations(recipes.items(), 2):
+        for task in table.scopes:
+            for measure in ("success", *settings.tested_scores):
+                values_a, values_b = (table.seed_values(m, task, measure) for m in (members_a, members_b))
+                if min(len(values_a), len(values_b)) >= 2:
+                    found.append(_seed_difference(task, measure, name_a, name_b, values_a, values_b, settings))
+    return found
+
+
+def _seed_difference(
+    task: str,
+    measure: str,
+    name_a: str,
+    name_b: str,
+    values_a: Mapping[int, float],
+    values_b: Mapping[int, float],
+    settings: ComparisonSettings,
+) -> SeedDifference:
+    generator = named_generator(settings.seed, "seeds", task, measure, name_a, name_b)
+    a, b = list(values_a.values()), list(values_b.values())
+    if values_a.keys() == values_b.keys():
+        differences = [values_a[seed] - values_b[seed] for seed in sorted(values_a)]
+        difference, low, high = paired_t(differences)
+        p, exact = sign_flip_p(differences, generator)
+        method = f"paired by seed: t interval, sign flips ({'all' if exact else 'drawn'})"
+    else:
+        difference, low, high = welch_t(a, b)
+        p, exact = permutation_p_of_two(a, b, generator)
+        method = f"seeds differ: Welch's interval, permutation ({'all' if exact else 'drawn'})"
+    return SeedDifference(
+        task=task, measure=measure, a=name_a, b=name_b, seeds_a=len(a), seeds_b=len(b), mean_a=float(np.mean(a)),
+        mean_b=float(np.mean(b)), difference=difference, low=low, high=high, p=p, method=method,
+    )  # fmt: skip

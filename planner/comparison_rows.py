@@ -1,0 +1,163 @@
+"""What a comparison is made of: episodes that come in, rows of differences that go out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+#: Policies that run beside every comparison, and what each shows. They are compared with, never among each other.
+CONTROLS = {
+    "noop": "holds the first joint targets",
+    "random": "a new random target every 16 steps",
+    "retrieval": "replays the actions of the nearest training demonstration",
+    "retrieval_video": "decodes the video of the nearest training demonstration",
+    "frozen": "decodes the first picture repeated",
+    "noise": "decodes noise",
+    "black": "decodes black pictures",
+    "other": "decodes another episode's real video",
+    "objects_erased": "decodes the real future drawn without the task's objects",
+    "oracle": "decodes the real future",
+    "recorded": "replays the recorded actions",
+    "perfect": "plans with exact dynamics under the same planner",
+}
+#: Of these the report says how far each model stays behind (or leads).
+GAPS = ("perfect", "retrieval", "retrieval_video", "frozen")
+#: Scores whose differences are tested; for all of them lower is better. Other scores are shown as means.
+TESTED_SCORES = ("object_px_0.96s", "gripper_px_0.96s", "pose_mm", "pose_deg", "onset_error_steps", "object_melted")
+ALL = "all tasks"
+#: ``<score>_n`` in a row is what ``<score>`` was averaged over, not a score.
+COUNT_SUFFIX = "_n"
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class EpisodeOutcome:
+    """One episode of one model (or control). ``scores``: name -> value, None where it could not be measured. ``recipe``: what the
+    checkpoint was trained with, ``training_seed``: with which seed; models without them stand for themselves."""
+
+    task: str
+    episode: str
+    model: str
+    status: str
+    recipe: str = ""
+    training_seed: int | None = None
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class ComparisonSettings:
+    """``min_training_seeds``: from so many seeds a recipe on, recipes are compared with the seed as unit. ``seed`` feeds the bootstrap
+    and the permutations; each difference has its own stream, so that another model in the table does not change it."""
+
+    min_training_seeds: int = 5
+    resamples: int = 10_000
+    tested_scores: tuple[str, ...] = TESTED_SCORES
+    seed: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class SuccessCell:
+    """Episodes of one model on one task; 95 % Wilson interval. ``against``: Fisher's p against no-op and random."""
+
+    task: str
+    model: str
+    recipe: str
+    successes: int
+    n: int
+    errors: int
+    rate: float | None
+    low: float
+    high: float
+    against: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class PairedSuccess:
+    """A minus B on the episodes that both finished; ``dropped``: episodes where one of them crashed. ``p_holm`` None: not tested."""
+
+    task: str
+    a: str
+    b: str
+    n: int
+    dropped: int
+    only_a: int
+    only_b: int
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None = None
+    p_holm: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class ScoreMean:
+    """Mean of one score over episodes with its bootstrap interval; ``missing``: finished episodes without it."""
+
+    task: str
+    model: str
+    score: str
+    n: int
+    missing: int
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(slots=True, kw_only=True)
+class ScoreDifference:
+    """A minus B on the episodes where both have the score: paired bootstrap interval, sign-flip test."""
+
+    task: str
+    score: str
+    a: str
+    b: str
+    n: int
+    missing: int
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None = None
+    p_holm: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class SeedDifference:
+    """Recipe A minus recipe B; a training seed counts once, with its mean over episodes (over tasks, then equal weights)."""
+
+    task: str
+    measure: str
+    a: str
+    b: str
+    seeds_a: int
+    seeds_b: int
+    mean_a: float
+    mean_b: float
+    difference: float
+    low: float
+    high: float
+    p: float
+    method: str
+    p_holm: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Comparison:
+    """What ``compare`` found. ``tests``: how many p-values Holm's adjustment covers. ``errors``: crashed episodes, one sentence each."""
+
+    title: str
+    unit: str
+    episodes: dict[str, int]
+    success: list[SuccessCell]
+    paired: list[PairedSuccess]
+    gaps: list[PairedSuccess]
+    scores: list[ScoreMean]
+    score_differences: list[ScoreDifference]
+    seeds: list[SeedDifference]
+    tests: int
+    errors: list[str]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, None where nothing was measured."""
+        return asdict(self)

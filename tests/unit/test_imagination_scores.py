@@ -1,0 +1,343 @@
+"""Scores of imagined videos on drawn scenes whose true motion, and whose errors, are known by construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from physisforcing.core.errors import DatasetError, UserError
+from physisforcing.core.executed import ExecutedChunk, load_executed, roles_by_name, save_executed
+from physisforcing.core.types import DT
+from physisforcing.planner.imagination_fit import fit_similarity
+from physisforcing.planner.imagination_rows import merge_rows
+from physisforcing.planner.imagination_scores import own_and_other, score_imagination
+from physisforcing.planner.imagination_tracks import sample_points, true_tracks
+
+SIZE, FOCAL, STEPS = (240, 320), 300.0, 32
+TABLE, OBJECT, FINGER = 1, 35, 27
+#: Metres from the camera, and half a side in pixels.
+DEPTH = {OBJECT: 0.9, FINGER: 0.8}
+HALF = {OBJECT: 24, FINGER: 24}
+#: Pixel (x, y) and turn in degrees of a body after k control steps.
+Motion = Callable[[float], tuple[float, float, float]]
+
+
+def ramp(k: float, start: float, speed: float) -> float:
+    return max(k - start, 0.0) * speed
+
+
+def rests(k: float) -> tuple[float, float, float]:
+    return 150.0, 120.0, 0.0
+
+
+def pushed(k: float) -> tuple[float, float, float]:
+    """From step 8 on to the right and slightly down, turning."""
+    return 150.0 + ramp(k, 8, 1.5), 120.0 + ramp(k, 8, 0.4), ramp(k, 8, 0.8)
+
+
+def finger(k: float) -> tuple[float, float, float]:
+    return 60.0 + 1.2 * k, 50.0, 0.0
+
+
+@cache
+def texture(seed: int, height: int, width: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(30, 226, (height // 8, width // 8, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def draw(motions: dict[int, Motion], k: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Picture, body ids and depth: the nearest body is drawn last."""
+    picture, ids = texture(0, *SIZE).copy(), np.full(SIZE, TABLE, np.uint16)
+    depth = np.ones(SIZE, np.float32)
+    for body in sorted(motions, key=lambda b: -DEPTH[b]):
+        x, y, degrees = motions[body](k)
+        half = HALF[body]
+        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        middle = half - 0.5
+        matrix = np.array([[c, -s, x - c * middle + s * middle], [s, c, y - s * middle - c * middle]])
+        skin = texture(body, 2 * half, 2 * half)
+        cover = cv2.warpAffine(np.ones(skin.shape[:2], np.float32), matrix, SIZE[::-1], flags=cv2.INTER_LINEAR)[
+            ..., None
+        ]
+        moved = cv2.warpAffine(skin, matrix, SIZE[::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        picture = np.rint(picture * (1 - cover) + moved * cover).astype(np.uint8)
+        inside = cover[..., 0] > 0.5
+        ids[inside], depth[inside] = body, DEPTH[body]
+    return picture, ids, depth
+
+
+def video(motions: dict[int, Motion], times: np.ndarray) -> np.ndarray:
+    """Pictures at half size, as a world model gives them."""
+    frames = [draw(motions, t / DT)[0] for t in times]
+    return np.stack([cv2.resize(f, (160, 120), interpolation=cv2.INTER_AREA) for f in frames])
+
+
+def pose(body: int, motion: Motion, k: float) -> list[float]:
+    x, y, degrees = motion(k)
+    z, half = DEPTH[body], math.radians(degrees) / 2
+    return [(x - 159.5) / FOCAL * z, (y - 119.5) / FOCAL * z, z, math.cos(half), 0, 0, math.sin(half)]
+
+
+def execute(motions: dict[int, Motion], *, contact: int | None = None, steps: int = STEPS) -> ExecutedChunk:
+    _, ids, depth = draw(motions, 0)
+    still = [0.0, 0, 1, 1, 0, 0, 0]
+    poses = [[still, *(pose(b, motions[b], k) for b in (FINGER, OBJECT))] for k in range(steps + 1)]
+    rows = [] if contact is None else list(range(contact, steps + 1))
+    return ExecutedChunk(
+        poses_TK7=np.array(poses, np.float32),
+        body_ids_K=np.array([TABLE, FINGER, OBJECT], np.uint16),
+        body_names={TABLE: "table", FINGER: "fr_link8", OBJECT: "050_bell"},
+        contact_step_M=np.array(rows, np.int32),
+        contact_pair_M2=np.array([[FINGER, OBJECT]] * len(rows), np.uint16).reshape(-1, 2),
+        contact_impulse_M=np.ones(len(rows), np.float32),
+        intrinsics_33=np.array([[FOCAL, 0, 159.5], [0, FOCAL, 119.5], [0, 0, 1]]),
+        world_to_camera_44=np.eye(4),
+        depth_HW=depth,
+        body_HW=ids,
+        success_T=np.zeros(steps + 1, bool),
+        start_step=0,
+    )
+
+
+TIMES = np.arange(9) * 0.24
+TRUE = {OBJECT: pushed, FINGER: finger}
+
+
+@cache
+def truth() -> tuple[ExecutedChunk, np.ndarray]:
+    return execute(TRUE, contact=6), video(TRUE, TIMES)
+
+
+def scores(imagined: np.ndarray, times: np.ndarray = TIMES) -> dict:
+    executed, real = truth()
+    return score_imagination(imagined, times, executed, real, TIMES)
+
+
+def test_true_tracks_follow_the_drawing() -> None:
+    """Points of the object against the motion that drew it."""
+    executed, _ = truth()
+    points = sample_points(executed, points_per_body=32)
+    assert points.bodies("object") == [OBJECT] and points.bodies("gripper") == [FINGER] and points.bodies("robot") == []
+    mask = points.body_N == OBJECT
+    assert mask.sum() == 32
+    offset = points.query_N2[mask] - (150, 120)
+    x, y, degrees = pushed(STEPS)
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    expected = offset @ np.array([[c, s], [-s, c]]) + (x, y)
+    assert np.abs(points.truth.points_TN2[-1, mask] - expected).max() < 0.05
+    assert np.abs(offset).max() < HALF[OBJECT] - 2  # the rim is left out
+
+
+def test_a_perfect_imagination_scores_the_floor() -> None:
+    row = scores(truth()[1])
+    for group in ("object", "gripper", "arm"):
+        assert row[f"{group}_px_1.92s"] == row[f"{group}_px_1.92s_floor"] < 2.0
+        assert row[f"{group}_lost_1.92s"] == 0 and row[f"{group}_px_1.92s_n"] > 20
+    assert row["object_moved_px_1.92s"] == pytest.approx(np.hypot(24 * 1.5, 24 * 0.4), rel=0.1)
+    assert row["pose_mm"] < 4 and row["pose_deg"] < 1.5 and row["pose_missing"] == 0
+    assert row["onset_error_steps"] < 1 and row["onset_missed"] == 0 and row["onset_unknown"] == 0
+    assert row["contact_to_motion_steps"] == pytest.approx(
+        3.2, abs=0.7
+    )  # touched at 6, two pixels away at 8 + 2 / 1.55
+    assert row["object_melted"] < 0.05 and row["object_persists"] == 1 and row["scenery_px_0.96s"] < 0.5
+    assert row["object_unseen"] == 0 and row["still_px_0.96s"] is None and row["still_px_0.96s_n"] == 0
+
+
+def test_a_known_pose_error_is_recovered() -> None:
+    """The imagined object ends 12 px right, 5 px up and 10 degrees further turned, growing over the chunk."""
+
+    def wrong(k: float) -> tuple[float, float, float]:
+        x, y, degrees = pushed(k)
+        return x + 12 * k / STEPS, y - 5 * k / STEPS, degrees + 10 * k / STEPS
+
+    row = scores(video({OBJECT: wrong, FINGER: finger}, TIMES))
+    assert row["pose_mm"] == pytest.approx(np.hypot(12, 5) / FOCAL * DEPTH[OBJECT] * 1e3, abs=2.5)
+    assert row["pose_deg"] == pytest.approx(10, abs=1.5)
+    assert row["object_px_1.92s"] == pytest.approx(13.4, abs=1.2)  # 13 px, and the turn about the middle adds little
+    assert row["object_px_0.48s"] == pytest.approx(13 / 4, abs=0.8)
+    assert row["gripper_px_1.92s"] == pytest.approx(row["gripper_px_1.92s_floor"], abs=0.5)
+    assert row["object_melted"] < 0.1 and row["object_persists"] == 1
+
+
+def test_a_frozen_picture_misses_the_onset_but_melts_nothing() -> None:
+    row = scores(np.repeat(truth()[1][:1], len(TIMES), 0))
+    assert row["object_px_1.92s"] == pytest.approx(row["object_moved_px_1.92s"], abs=0.01)
+    assert row["onset_missed"] == 1 and row["onset_missed_n"] == 1 and row["onset_error_steps"] is None
+    assert row["object_melted"] == 0 and row["object_persists"] == 1
+    assert row["pose_mm"] == pytest.approx(np.hypot(24 * 1.5, 24 * 0.4) / FOCAL * 900, rel=0.05)
+
+
+def test_a_vanished_object_is_flagged() -> None:
+    frames = truth()[1].copy()
+    frames[4:] = video({FINGER: finger}, TIMES[4:])
+    row = scores(frames)
+    assert row["object_lost_1.92s"] > 0.7 and row["object_persists"] == 0 and row["object_melted"] > 0.5
+    assert (
+        row["pose_missing"] == 1 and row["pose_missing_floor"] == 0 and row["pose_mm"] is None and row["pose_mm_n"] == 0
+    )
+    assert row["object_lost_0.48s"] < 0.1 and row["gripper_lost_1.92s"] < 0.1
+
+
+def test_a_melting_object_is_flagged() -> None:
+    """The picture round the object is pulled apart in waves that grow to 9 px."""
+    ys, xs = np.mgrid[:120, :160].astype(np.float32)
+    frames = truth()[1].copy()
+    for t, time in enumerate(TIMES):
+        grow = np.float32(4.5 * t / (len(TIMES) - 1))
+        wave_x, wave_y = grow * np.sin(ys / 2.6), grow * np.sin(xs / 2.6)
+        x, y, _ = pushed(time / DT)
+        near = np.exp(-(((xs - x / 2) / 22) ** 4) - ((ys - y / 2) / 22) ** 4).astype(np.float32)
+        frames[t] = cv2.remap(frames[t], xs + wave_x * near, ys + wave_y * near, cv2.INTER_LINEAR)
+    row = scores(frames)
+    assert row["object_melted"] > 0.3 and row["object_persists"] == 0
+    assert row["object_melted"] > 5 * row["object_melted_floor"]
+
+
+@pytest.mark.parametrize("shift", [-4, 6])
+def test_an_onset_shift_is_recovered(shift: int) -> None:
+    def later(k: float) -> tuple[float, float, float]:
+        return pushed(k - shift)
+
+    times = np.arange(13) * 2 * DT
+    executed = execute(TRUE, contact=6, steps=24)
+    real = video(TRUE, times)
+    row = score_imagination(video({OBJECT: later, FINGER: finger}, times), times, executed, real, times)
+    assert row["onset_bias_steps"] == pytest.approx(shift, abs=1.0)
+    assert row["onset_error_steps"] == pytest.approx(abs(shift), abs=1.0)
+    assert row["onset_error_steps_floor"] < 1.0 and row["onset_missed"] == 0
+
+
+def test_a_false_onset_and_an_object_under_way() -> None:
+    still = {OBJECT: rests, FINGER: finger}
+    row = score_imagination(video(TRUE, TIMES), TIMES, execute(still), video(still, TIMES), TIMES)
+    assert row["onset_false"] == 1 and row["onset_false_floor"] == 0 and row["onset_missed"] is None
+    assert row["still_px_1.92s"] == pytest.approx(37.3, rel=0.1) and row["object_px_1.92s"] is None
+    assert row["pose_mm"] is None and row["pose_missing"] is None  # nothing moved: no pose to compare
+
+    def carried(k: float) -> tuple[float, float, float]:
+        return 150 + 1.2 * k, 120.0, 0.0
+
+    on = {OBJECT: carried, FINGER: finger}
+    few = TIMES[:3]
+    row = score_imagination(video(on, few), few, execute(on), video(on, few), few)
+    assert row["onset_unknown_n"] == row["onset_missed_n"] == 0  # it has no onset in this chunk
+
+
+def test_other_rates_and_shorter_chunks() -> None:
+    """24 frames a second against control steps of 0.06 s, and an imagination that is longer than what was executed."""
+    executed = execute(TRUE, contact=6, steps=10)
+    times = np.arange(20) / 24
+    steps = np.arange(11) * DT
+    row = score_imagination(video(TRUE, times), times, executed, video(TRUE, steps), steps)
+    assert row["seconds"] == pytest.approx(0.6)
+    assert "object_px_0.48s" in row and "object_px_0.96s" not in row
+    assert row["gripper_px_0.48s"] < 1 and row["gripper_px_0.48s_floor"] < 1
+    assert row["gripper_moved_px_0.48s"] == pytest.approx(9.6, abs=0.1)
+
+
+def test_own_and_other_execution() -> None:
+    def left(k: float) -> tuple[float, float, float]:
+        return 150.0 - ramp(k, 8, 1.5), 120.0, 0.0
+
+    def back(k: float) -> tuple[float, float, float]:
+        return 60.0 - 0.6 * k, 50.0 + k, 0.0
+
+    other = execute({OBJECT: left, FINGER: back})
+    row = own_and_other(truth()[1], TIMES, truth()[0], other)
+    assert row["arm_own_px"] < 2.5 and row["object_own_px"] < 2.5
+    assert row["arm_other_px"] == pytest.approx(np.hypot(1.8 * STEPS, STEPS), abs=2)
+    assert row["object_other_px"] == pytest.approx(np.hypot(24 * 3, 24 * 0.4), abs=3)
+    same = own_and_other(truth()[1], TIMES, truth()[0], truth()[0])
+    assert same["arm_own_px"] is None and same["arm_own_px_n"] == 0  # equal executions tell nothing
+
+
+def test_rows_hold_plain_values_and_merge_exactly() -> None:
+    rows = [scores(truth()[1]), scores(np.repeat(truth()[1][:1], len(TIMES), 0))]
+    for row in rows:
+        assert all(v is None or (type(v) in (float, int) and math.isfinite(v)) for v in row.values())
+    merged = merge_rows(rows)
+    assert merged["chunks"] == 2 and merged["seconds"] == pytest.approx(3.84)
+    for name in ("object_px_1.92s", "pose_mm", "onset_missed", "object_melted"):
+        weights = [row[f"{name}_n"] for row in rows]
+        assert merged[f"{name}_n"] == sum(weights)
+        assert merged[name] == pytest.approx(np.average([row[name] for row in rows], weights=weights))
+    assert (
+        merged["onset_error_steps"] == rows[0]["onset_error_steps"]
+    )  # the frozen one has none, and does not count as 0
+    assert merged["still_px_1.92s"] is None
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    executed, real = truth()
+    for imagined, times, match in (
+        (real[:, :, :100], TIMES, "shape of the camera"),
+        (real.astype(np.float32), TIMES, "uint8"),
+        (real, TIMES[:-1], "time a frame"),
+        (real, TIMES + 0.1, "from 0"),
+    ):
+        with pytest.raises(UserError, match=match):
+            score_imagination(imagined, times, executed, real, TIMES)
+
+
+def test_similarity_survives_outliers_and_needs_two_points() -> None:
+    generator = np.random.default_rng(0)
+    before = generator.uniform(0, 40, (40, 2))
+    angle, scale = math.radians(25), 1.1
+    turn = scale * np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    after = before @ turn + (7, -3) + generator.normal(0, 0.2, (40, 2))
+    after[::5], after[1::5] = generator.uniform(0, 80, (8, 2)), before[1::5]  # 8 astray, 8 left behind
+    fit = fit_similarity(before, after, np.ones(40, bool), tolerance_px=2)
+    assert fit.degrees == pytest.approx(25, abs=0.5) and abs(fit.turn) == pytest.approx(scale, abs=0.01)
+    assert fit.inliers_N.sum() >= 24 and not fit.inliers_N[::5].any()
+    assert np.abs(fit.apply(before[2:5]) - after[2:5]).max() < 1
+    one = np.zeros(40, bool)
+    one[3] = True
+    assert fit_similarity(before, after, one, tolerance_px=2) is None
+    assert fit_similarity(before[:1].repeat(5, 0), after[:5], np.ones(5, bool), tolerance_px=2) is None
+
+
+def test_executed_chunks_come_back_and_damage_is_named(tmp_path: Path) -> None:
+    chunk = truth()[0]
+    save_executed(tmp_path / "a.safetensors", chunk)
+    again = load_executed(tmp_path / "a.safetensors")
+    for field in dataclasses.fields(ExecutedChunk):
+        before, after = getattr(chunk, field.name), getattr(again, field.name)
+        assert np.array_equal(before, after) if isinstance(before, np.ndarray) else before == after, field.name
+    assert again.first_contact(OBJECT, [FINGER]) == 6 and again.first_contact(OBJECT, [TABLE]) is None
+    blob = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "b.safetensors").write_bytes(blob[: len(blob) // 2])
+    with pytest.raises(DatasetError, match=r"b\.safetensors"):
+        load_executed(tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="success_T"):
+        save_executed(tmp_path / "c.safetensors", dataclasses.replace(chunk, success_T=np.zeros(3, bool)))
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_roles_follow_the_names() -> None:
+    names = [
+        "table",
+        "footprint",
+        "fl_link2",
+        "fl_link7",
+        "left_camera",
+        "hand",
+        "left_finger",
+        "link3",
+        "021_cup",
+        "box",
+    ]
+    roles = ("scenery", "robot", "robot", "gripper", "robot", "gripper", "gripper", "robot", "object", "object")
+    assert roles_by_name(names) == roles
+
+
+def test_true_tracks_of_no_points() -> None:
+    tracks, depth = true_tracks(truth()[0], np.zeros((0, 2)))
+    assert tracks.points_TN2.shape == (STEPS + 1, 0, 2) and depth.shape == (0,)
