@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError)
 
 

@@ -227,4 +227,4 @@ def test_the_commands(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main(["pack", "track1", str(videos), archive]) == 2
     assert "--model-name" in capsys.readouterr().err
     assert cli.main(["check", "track1", str(tmp_path / "none.tar.gz")]) == 2
-    assert gzip.open(archive).read(16).startswith(b"model_readme.md")
+    assert gzip.decompress(Path(archive).read_bytes()).startswith(b"model_readme.md")
