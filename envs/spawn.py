@@ -28,7 +28,10 @@ class ServerLostError(ConnectionError):
 
 
 class SpawnedServer:
-    """``python -m MODULE`` with ``settings`` and a fresh token as one JSON line on its standard input. ``what``: its name in errors."""
+    """``python -m MODULE`` with ``settings``, and a fresh token where they have none, as one JSON line on its standard input.
+
+    ``what``: its name in errors.
+    """
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class SpawnedServer:
         python: str | None = None,
         variables: dict[str, str] | None = None,
     ) -> None:
-        self.token, self.what = secrets.token_hex(16), what
+        self.token, self.what = str(settings.get("token") or secrets.token_hex(16)), what
         try:
             said = json.dumps({**settings, "token": self.token})
         except TypeError as error:

@@ -44,6 +44,7 @@ VERBS: dict[str, Verb] = {
     "check worldmodel": Verb("physisforcing.check", "whether anyone's world model keeps the contract"),
     "eval plan": Verb("physisforcing.eval_plan", "plan in closed loop and count successes, with baselines"),
     "serve env": Verb("physisforcing.envs.serve", "serve one environment to another process or machine"),
+    "serve model": Verb("physisforcing.serve_model", "hold one world model for many simulators"),
     "serve worldmodel": Verb("physisforcing.serve_worldmodel", "serve a world model by WorldArena 2.0's v1 contract"),
     "check service": Verb("physisforcing.planner.service.conformance", "whether a world-model server keeps the contract"),
     "pack track1": Verb("physisforcing.planner.track1_pack", "pack generated videos as a WorldArena Track 1 submission"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,29 +45,35 @@ def make_policy(settings: Mapping[str, Any]) -> Policy:
 
 
 def _planner(values: Mapping[str, Any]) -> Policy:
+    from physisforcing.core.connection import TOKEN_VARIABLE
     from physisforcing.eval_plan import PlannerSettings
-    from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
+    from physisforcing.planner.action_planner import ActionPlanner
     from physisforcing.planner.inverse_dynamics import load_inverse_dynamics
     from physisforcing.planner.train import choose_device, weights_folder
-    from physisforcing.worldmodel.model import load_world_model
+
+    from .model_process import ServerAddress
+    from .planners import check_planner, open_world_model, planner_config, planner_verifier
 
     known = [field.name for field in dataclasses.fields(PlannerSettings)]
     for name in values:
         if name not in known:
             raise unknown_name("planner", name, known, see="physis eval plan --help")
     chosen = PlannerSettings(**values)
+    check_planner(chosen)
+    if chosen.server == "auto":
+        fix = "start one with physis serve model and give its HOST:PORT"
+        raise UserError("planner.server", got="auto", wanted="HOST:PORT, or nothing", fix=fix)
     device = choose_device(chosen.device)
-    world_model = load_world_model(
-        weights_folder(chosen.world_model, "worldmodel", field="world_model"),
-        device,
-        codec=weights_folder(chosen.codec, "vae", field="codec"),
-        steps=chosen.denoising_steps or None,
-    )
-    config = ActionPlannerConfig(
-        execute_horizon=chosen.execute_horizon, min_motion=chosen.min_motion, max_resamples=chosen.max_resamples
-    )
+    folders = {
+        "world_model": weights_folder(chosen.world_model, "worldmodel", field="world_model"),
+        "codec": weights_folder(chosen.codec, "vae", field="codec"),
+    }
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    server = ServerAddress(address=chosen.server, token=token) if chosen.server else None
+    world_model = open_world_model(chosen, folders, device, server)
     decoder = load_inverse_dynamics(weights_folder(chosen.decoder, "idm", field="decoder"), device)
-    return ActionPlanner(world_model, decoder, config)
+    verifier = planner_verifier(chosen, device)
+    return ActionPlanner(world_model, decoder, planner_config(chosen), verifier=verifier)
 
 
 _interface = deploy_interface(make_policy)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from physisforcing.core.errors import IncompleteCoverageError, UserError, unknown_name
 from physisforcing.core.files import replace_text
@@ -17,6 +17,9 @@ from physisforcing.core.results import ResultKey, config_hash
 
 from .plan_episodes import MODEL, SETTLE, EpisodeRunner, weight_folders
 from .plan_scenes import FIRST_SEED, Scenes, plan_scenes, refuse_first_seed, scene_source
+
+if TYPE_CHECKING:
+    from .model_process import ServerAddress
 
 HELP = """usage: physis eval plan [field=value ...] [--json]
 
@@ -37,11 +40,16 @@ settings (field=value):
   protocol=worldarena    adjust_bottle and click_bell, 100 frozen episodes, limit 400, control=topp, 45 executed rows a plan, and
                          the mean of both tasks beside the published rows (docs/worldarena.md); other settings given with it win
   planner.prompt_template={instruction}    a text with {instruction} in it, or the .txt file that holds it
+  planner.candidates=1   futures imagined for a plan; planner.verifier chooses: spread, smoothness, track_consistency, success (needs
+                         planner.success=FOLDER, physis train success), combined, random, or a sum such as 2*spread+smoothness
+  planner.rollout_chunks=1    rollouts a plan is long: the next one goes on from the last picture (planner.execute_horizon up to 32 each)
+  planner.server=auto    one process holds the world model for all workers; or HOST:PORT of physis serve model
 
 examples:
   physis eval plan tasks=[click_bell] episodes=50 train_demos=runs/bell output=runs/plan
   physis eval plan task=click_bell planner.oracle=video demos=runs/heldout episodes=20 output=runs/oracle
-  physis eval plan protocol=worldarena planner.execute_horizon=32 output=runs/worldarena"""
+  physis eval plan protocol=worldarena planner.execute_horizon=32 output=runs/worldarena
+  physis eval plan planner.candidates=4 planner.verifier=spread planner.server=auto workers=4 output=runs/best_of_4"""
 
 ORACLES = ("none", "video")
 BASELINES = ("noop", "random", "retrieval")
@@ -62,6 +70,11 @@ class PlannerSettings:
     denoising_steps: int = 0
     device: str = "cpu"
     prompt_template: str = "{instruction}"
+    candidates: int = 1
+    verifier: str = ""
+    success: str = ""
+    rollout_chunks: int = 1
+    server: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,7 +134,10 @@ class EvalPlanConfig:
         from physisforcing.envs.robotwin.tasks import task_info
         from physisforcing.planner.worldarena import read_template
 
+        from .planners import check_planner
+
         read_template(self.planner.prompt_template)
+        check_planner(self.planner)
         if self.protocol not in PROTOCOLS:
             raise unknown_name("protocol", self.protocol, PROTOCOLS, see="physis eval plan --help")
         if self.protocol == "worldarena":
@@ -174,31 +190,33 @@ def main(argv: Sequence[str]) -> int:
 def evaluate(config: EvalPlanConfig, *, command: str = "physis eval plan", progress: bool = True) -> dict[str, Any]:
     """Run or continue an evaluation; returns the summary that ``summary.json`` holds."""
     from .episode_jobs import run_jobs
+    from .model_process import model_server
 
     config.check()
     output = Path(config.output)
-    plan = _Plan(config)
-    scenes = plan.scenes
-    make = partial(EpisodeRunner, config, scenes.entries, plan.filmed, scenes.environments)
-    rows = run_jobs(
-        plan.jobs,
-        plan.key,
-        output,
-        make,
-        workers=config.workers,
-        retry_errors=config.retry_errors,
-        progress=progress,
-    )
+    with model_server(config) as server:
+        plan = _Plan(config, server)
+        scenes = plan.scenes
+        make = partial(EpisodeRunner, config, scenes.entries, plan.filmed, scenes.environments, server)
+        rows = run_jobs(
+            plan.jobs,
+            plan.key,
+            output,
+            make,
+            workers=config.workers,
+            retry_errors=config.retry_errors,
+            progress=progress,
+        )
     return _write_summary(config, plan, rows, command, output)
 
 
 class _Plan:
     """Which episodes, under which keys. A job's task is ``<task>/<policy>``."""
 
-    def __init__(self, config: EvalPlanConfig) -> None:
+    def __init__(self, config: EvalPlanConfig, server: ServerAddress | None = None) -> None:
         from physisforcing.envs.seeds import Job
 
-        self.config = config
+        self.config, self._server = config, server
         self.skipped: list[str] = []
         self.scenes = self._scenes()
         seeds = self.scenes.seeds
@@ -256,15 +274,16 @@ class _Plan:
         from physisforcing.planner.worldarena import read_template
         from physisforcing.worldmodel.storage import fingerprint
 
+        from .planners import result_settings
+
         config = self.config
         parts = {name: fingerprint(folder) for name, folder in weight_folders(config).items()}
         retrieved = ""
         if "retrieval" in self.policies:
             retrieved = _training_demonstrations(config.train_demos).fingerprint()[:12]
-        settings = {
-            k: v for k, v in dataclasses.asdict(config.planner).items() if k not in ("world_model", "codec", "decoder")
-        }
-        settings["prompt_template"] = read_template(config.planner.prompt_template)
+        settings = result_settings(config.planner, self._server)
+        template = read_template(config.planner.prompt_template)
+        settings |= {} if template == PlannerSettings().prompt_template else {"prompt_template": template}
         known = {
             MODEL: f"model-{config_hash(parts | settings)}",
             "noop": "noop",

@@ -12,6 +12,7 @@ from physisforcing.core.errors import UserError
 
 if TYPE_CHECKING:
     from .eval_plan import EvalPlanConfig
+    from .model_process import ServerAddress
 
 #: Name of the planner itself in results.
 MODEL = "model"
@@ -42,6 +43,7 @@ class EpisodeRunner:
         entries: dict[tuple[str, int], Any],
         filmed: dict[tuple[str, int], str],
         environments: dict[str, dict[str, Any]],
+        server: ServerAddress | None = None,
     ) -> None:
         # cuBLAS reads this when it starts; without it its matrix products may differ between runs.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -52,7 +54,7 @@ class EpisodeRunner:
 
         torch.set_num_threads(config.threads)
         self.config, self.entries, self.filmed, self.environments = config, entries, filmed, environments
-        self.folders, self.device = weight_folders(config), choose_device(config.planner.device)
+        self.folders, self.device, self._server = weight_folders(config), choose_device(config.planner.device), server
         self.decoder = load_inverse_dynamics(self.folders["decoder"], self.device)
         self._env: Any = None
         self._task = ""
@@ -111,20 +113,20 @@ class EpisodeRunner:
         from physisforcing.envs import baselines
 
         if name == MODEL:
-            from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
+            from physisforcing.planner.action_planner import ActionPlanner
             from physisforcing.planner.worldarena import prompted
 
-            p = self.config.planner
-            settings = ActionPlannerConfig(
-                execute_horizon=p.execute_horizon, min_motion=p.min_motion, max_resamples=p.max_resamples
-            )
-            limits, world_model = env.unwrapped.action_spec, self._world_model()
-            known = world_model.denoiser.conditioner.config.state_dim
-            if known != limits.dim:
+            from .planners import planner_config, state_dim
+
+            p, world_model = self.config.planner, self._world_model()
+            limits, known = env.unwrapped.action_spec, state_dim(world_model)
+            if known not in (None, limits.dim):
                 fix = "train one on this robot, or use scenes of the robot that the model knows"
                 got = f"scenes of a robot with {limits.dim} numbers an action"
                 raise UserError("planner.world_model", got=got, wanted=f"{known}, as the model was trained", fix=fix)
-            planner = ActionPlanner(world_model, self.decoder, settings, imagination, limits)
+            planner = ActionPlanner(
+                world_model, self.decoder, planner_config(p), imagination, limits, verifier=self._verifier()
+            )
             return prompted(planner, p.prompt_template), p.execute_horizon
         if name == "noop":
             return baselines.NoOp(), 0
@@ -209,15 +211,18 @@ class EpisodeRunner:
 
     def _world_model(self) -> Any:
         if "world_model" not in self._parts:
-            from physisforcing.worldmodel.model import load_world_model
+            from .planners import open_world_model
 
-            self._parts["world_model"] = load_world_model(
-                self.folders["world_model"],
-                self.device,
-                codec=self.folders["codec"],
-                steps=self.config.planner.denoising_steps or None,
-            )
+            planner = self.config.planner
+            self._parts["world_model"] = open_world_model(planner, self.folders, self.device, self._server)
         return self._parts["world_model"]
+
+    def _verifier(self) -> Any:
+        if "verifier" not in self._parts:
+            from .planners import planner_verifier
+
+            self._parts["verifier"] = planner_verifier(self.config.planner, self.device)
+        return self._parts["verifier"]
 
     def _retrieval(self) -> Any:
         if "retrieval" not in self._parts:

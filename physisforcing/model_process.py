@@ -1,0 +1,115 @@
+"""The process that holds the world model for the simulators of an evaluation: started, watched, started again when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from physisforcing.core.connection import TOKEN_VARIABLE
+
+if TYPE_CHECKING:
+    from physisforcing.envs.spawn import SpawnedServer
+
+    from .eval_plan import EvalPlanConfig
+
+#: Loading a large model from a slow disk takes its time.
+START_S = 600.0
+#: How often a server that died is started again in one evaluation.
+RESTARTS = 3
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class ServerAddress:
+    """Where a world-model server listens. ``connect_s``: how long a client waits for one that is being started again."""
+
+    address: str
+    token: str = field(default="", repr=False)
+    connect_s: float = 10.0
+
+
+class ModelProcess:
+    """``physisforcing.serve_model`` with ``settings`` in a process of its own.
+
+    A thread watches it: when it dies it is started again at the same address, at most ``RESTARTS`` times. Episodes that were
+    waiting for it end in an error; later ones find the new one.
+    """
+
+    def __init__(self, settings: dict[str, Any], *, restarts: int = RESTARTS) -> None:
+        self._left, self._stopped = restarts, threading.Event()
+        self._process: SpawnedServer
+        port = self._start(settings)
+        self._again = {**settings, "port": port, "token": self._process.token}
+        self.address = ServerAddress(address=f"127.0.0.1:{port}", token=self._process.token, connect_s=120.0)
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="model process")
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _start(self, settings: dict[str, Any]) -> int:
+        """The port, once the process listens."""
+        from physisforcing.envs.spawn import SpawnedServer
+
+        self._process = SpawnedServer("physisforcing.serve_model", settings, what="the world-model server")
+        try:
+            return self._process.wait_until_ready(START_S)
+        except BaseException:
+            self._process.stop()
+            raise
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(0.5):
+            if self._process.alive:
+                continue
+            print(f"the world-model server died{self._process.post_mortem()}", file=sys.stderr)
+            self._process.stop()
+            if not self._left or self._stopped.is_set():
+                return
+            self._left -= 1
+            try:
+                self._start(self._again)
+            except Exception as error:
+                print(f"it could not be started again: {error}", file=sys.stderr)
+                return
+
+    def stop(self) -> None:
+        """End the process. Again is harmless."""
+        self._stopped.set()
+        self._process.stop()
+        self._thread.join()
+        self._process.stop()
+
+
+@contextlib.contextmanager
+def model_server(config: EvalPlanConfig) -> Iterator[ServerAddress | None]:
+    """Where the world model of an evaluation is served while it runs: None where every process loads its own."""
+    from .plan_episodes import weight_folders
+
+    planner = config.planner
+    if not planner.server or config.oracle:
+        yield None
+        return
+    if planner.server != "auto":
+        yield ServerAddress(address=planner.server, token=os.environ.get(TOKEN_VARIABLE, ""))
+        return
+    folders = weight_folders(config)
+    process = ModelProcess(
+        {
+            "model": str(folders["world_model"]),
+            "codec": str(folders["codec"]),
+            "steps": planner.denoising_steps,
+            "device": planner.device,
+            "threads": config.threads,
+            "clients": max(64, config.workers + 1),
+        }
+    )
+    try:
+        yield process.address
+    finally:
+        process.stop()

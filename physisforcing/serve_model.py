@@ -1,0 +1,144 @@
+"""``physis serve model``: one world model in one process for the simulators of ``physis eval plan planner.server=HOST:PORT``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from physisforcing.core.connection import TOKEN_VARIABLE, failure
+from physisforcing.core.errors import UserError
+from physisforcing.core.serving import own_output, stopped_by_signals, stopped_with_parent
+
+from .planners import GPU_BATCH
+
+if TYPE_CHECKING:
+    from physisforcing.planner.model_server import ModelServer
+
+HELP = """Serve one world model to many simulators: their requests become common rollouts.
+
+settings (field=value):
+  model=shipped          the weights in this package, a world-model folder, or anything that physis check worldmodel takes
+  codec=FOLDER           of a world-model folder; by default vae beside it
+  steps=0                denoising steps (0: the model's own)   device=cpu   threads=2 (numeric threads)
+  port=0                 0: a free one, printed   host=127.0.0.1
+  token=SECRET           needed for a host that others reach; better in the variable PHYSIS_TOKEN, which other users do not see
+  clients=64             connections at the same time
+  batch=0                samples computed together (0: 16 on a GPU, always exactly so many; the model's bound on a CPU)
+  wait_s=0.005           how long a request may wait for company
+  --json                 the first and only line of the output is JSON with the port
+
+examples:
+  physis serve model device=cuda port=7000
+  physis eval plan planner.server=127.0.0.1:7000 planner.device=cuda workers=8 output=runs/plan
+  physis eval plan planner.server=auto planner.device=cuda workers=8 output=runs/plan     starts and stops one itself"""
+
+
+@dataclass(slots=True, kw_only=True)
+class ServeModelConfig:
+    """Settings of ``physis serve model`` (see ``HELP``)."""
+
+    model: str = "shipped"
+    codec: str = ""
+    steps: int = 0
+    device: str = "cpu"
+    threads: int = 2
+    host: str = "127.0.0.1"
+    port: int = 0
+    token: str = field(default="", repr=False)
+    clients: int = 64
+    batch: int = 0
+    wait_s: float = 0.005
+
+
+def make_server(config: ServeModelConfig) -> ModelServer:
+    """Load the model and make the server; it does not listen yet."""
+    # cuBLAS reads this when it starts; without it its matrix products may differ between runs.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    from physisforcing.planner.model_server import ModelServer, ModelServerConfig
+    from physisforcing.planner.train import choose_device
+
+    from .world_models import load_any
+
+    device = choose_device(config.device)
+    gpu = device != "cpu"
+    settings = ModelServerConfig(
+        host=config.host,
+        port=config.port,
+        token=config.token,
+        clients=config.clients,
+        batch=config.batch or (GPU_BATCH if gpu else 0),
+        pad=gpu,
+        wait_s=config.wait_s,
+    )
+    settings.check()
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(True)
+    model = load_any(config.model, device, codec=config.codec or None, steps=config.steps or None)
+    return ModelServer(model, settings, about=_about(config, device, model))
+
+
+def _about(config: ServeModelConfig, device: str, model: Any) -> dict[str, Any]:
+    """What clients compare with their own settings."""
+    from physisforcing.worldmodel.model import FlowWorldModel
+    from physisforcing.worldmodel.storage import fingerprint
+
+    about: dict[str, Any] = {"device": device, "threads": config.threads}
+    if isinstance(model, FlowWorldModel):
+        from physisforcing.core.paths import weights_root
+
+        folder = weights_root() / "worldmodel" if config.model == "shipped" else Path(config.model)
+        codec = Path(config.codec) if config.codec else folder.parent / "vae"
+        about |= {"world_model": fingerprint(folder), "codec": fingerprint(codec), "denoising_steps": model.steps}
+        about["state_dim"] = model.denoiser.conditioner.config.state_dim
+    return about
+
+
+def main(argv: Sequence[str]) -> int:
+    """``physis serve model [field=value ...] [--json]``. Runs until interrupted or terminated, then returns 0."""
+    parser = argparse.ArgumentParser(
+        prog="physis serve model", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="field=value")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready")
+    options = parser.parse_args(list(argv))
+    from physisforcing.core.config import compose
+
+    config = compose("serve_model", options.overrides, ServeModelConfig)
+    config.token = config.token or os.environ.get(TOKEN_VARIABLE, "")
+    output = own_output()
+    server = make_server(config)
+    with stopped_by_signals(server.stop):
+        ready = {"host": config.host, "port": server.open(), "model": config.model, "pid": os.getpid()}
+        text = "serving {model} at {host}:{port} (pid {pid}; Ctrl-C ends it)".format(**ready)
+        print(json.dumps({"ok": True, **ready}) if options.json else text, file=output, flush=True)
+        server.run()
+    return 0
+
+
+def serve_parent() -> int:
+    """The server that ``model_process.ModelProcess`` starts: settings on standard input, which is its lifeline."""
+    output, lifeline = own_output(), sys.stdin.buffer
+    try:
+        settings = json.loads(lifeline.readline())
+        # Before the weights are loaded, so that a parent that is gone is noticed while they are.
+        stopped_with_parent(lifeline.fileno(), lambda: os._exit(0))
+        server = make_server(ServeModelConfig(**settings))
+        with stopped_by_signals(server.stop):
+            print(json.dumps({"ok": True, "port": server.open()}), file=output, flush=True)
+            server.run()
+    except UserError as error:
+        print(json.dumps(failure(error)), file=output, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(serve_parent())
