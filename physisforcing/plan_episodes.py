@@ -113,21 +113,7 @@ class EpisodeRunner:
         from physisforcing.envs import baselines
 
         if name == MODEL:
-            from physisforcing.planner.action_planner import ActionPlanner
-            from physisforcing.planner.worldarena import prompted
-
-            from .planners import planner_config, state_dim
-
-            p, world_model = self.config.planner, self._world_model()
-            limits, known = env.unwrapped.action_spec, state_dim(world_model)
-            if known not in (None, limits.dim):
-                fix = "train one on this robot, or use scenes of the robot that the model knows"
-                got = f"scenes of a robot with {limits.dim} numbers an action"
-                raise UserError("planner.world_model", got=got, wanted=f"{known}, as the model was trained", fix=fix)
-            planner = ActionPlanner(
-                world_model, self.decoder, planner_config(p), imagination, limits, verifier=self._verifier()
-            )
-            return prompted(planner, p.prompt_template), p.execute_horizon
+            return self._planner(self._world_model(), env, imagination), self.config.planner.execute_horizon
         if name == "noop":
             return baselines.NoOp(), 0
         if name == "random":
@@ -137,6 +123,24 @@ class EpisodeRunner:
         from physisforcing.planner.video_decoding import RetrievedVideo
 
         return RetrievedVideo(self._retrieval(), self.decoder), 0
+
+    def _planner(self, world_model: Any, env: Any, imagination: Any) -> Any:
+        """The planner of the settings with this world model; ``imagination`` receives what it imagines."""
+        from physisforcing.planner.action_planner import ActionPlanner
+        from physisforcing.planner.worldarena import prompted
+
+        from .planners import planner_config, state_dim
+
+        settings = self.config.planner
+        limits, known = env.unwrapped.action_spec, state_dim(world_model)
+        if known not in (None, limits.dim):
+            fix = "train one on this robot, or use scenes of the robot that the model knows"
+            got = f"scenes of a robot with {limits.dim} numbers an action"
+            raise UserError("planner.world_model", got=got, wanted=f"{known}, as the model was trained", fix=fix)
+        planner = ActionPlanner(
+            world_model, self.decoder, planner_config(settings), imagination, limits, verifier=self._verifier()
+        )
+        return prompted(planner, settings.prompt_template)
 
     # ------------------------------------------------------------------ oracle
 
