@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from physisforcing.core.report import SuccessRow, Table
 
 from .comparison_controls import Sensitivity, Verdict
-from .comparison_rows import CONTROLS, Comparison, PairedSuccess, ScoreDifference, SeedDifference
+from .comparison_rows import CONTROLS, Comparison, PairedSuccess, ScoreDifference, ScoreMean, SeedDifference
 from .imagined_success import ImaginedSuccess
 
 FEW = "-"
@@ -24,7 +24,12 @@ SEEDS = (
     "A training seed counts once, with its mean over episodes. Adjusted by Holm over all {tests} tests of this report."
 )
 GAP = "How far a model stays behind under the same planner: first minus second on the same episodes. Not tested."
-MEANS = "Mean over episodes with its bootstrap interval (95 %); missing: finished episodes in which it could not be measured."
+MEANS = (
+    "Mean over episodes with its bootstrap interval (95 %); missing: finished episodes in which it could not be measured; floor: the same "
+    "score of the video that was really rendered, which is what the measuring itself costs."
+)
+#: Ending of a score of the real video.
+FLOOR = "_floor"
 IMAGINED = "Imagined success, as a classifier sees it, against what happened. Balanced accuracy of .5 is chance."
 SENSITIVITY = (
     "How often an imagination is nearer to what really follows from its own condition than to what follows from another one. A model that "
@@ -164,25 +169,28 @@ def _seeds(found: Sequence[SeedDifference], text: str) -> Table:
 
 
 def _means(comparison: Comparison) -> list[Table]:
-    """One table a task: scores down, models across."""
+    """One table a task: scores down, models across; the measuring floor of a score stands in its cell."""
     found = []
     for task, group in itertools.groupby(comparison.scores, key=lambda row: row.task):
         cells = {(row.score, row.model): row for row in group}
         models = [c.model for c in comparison.success if c.task == task and any(m == c.model for _, m in cells)]
-        rows = []
-        for score in dict.fromkeys(score for score, _ in cells):
-            line = [score]
-            for model in models:
-                row = cells.get((score, model))
-                missing = f", {row.missing} missing" if row is not None and row.missing else ""
-                if row is None or row.mean is None:
-                    line.append(f"{FEW}{missing}")
-                else:
-                    line.append(f"{_number(row.mean)} ({_numbers(row.low, row.high)}) n={row.n}{missing}")
-            rows.append(line)
-        numeric = list(range(1, len(models) + 1))
-        found.append(Table(title=f"Scores, {task}", text=MEANS, head=["score", *models], rows=rows, numeric=numeric))
+        names = list(dict.fromkeys(score for score, _ in cells))
+        own = [name for name in names if not (name.endswith(FLOOR) and name.removesuffix(FLOOR) in names)]
+        rows = [
+            [name, *(_mean_cell(cells.get((name, m)), cells.get((f"{name}{FLOOR}", m))) for m in models)]
+            for name in own
+        ]
+        numeric, head = list(range(1, len(models) + 1)), ["score", *models]
+        found.append(Table(title=f"Scores, {task}", text=MEANS, head=head, rows=rows, numeric=numeric, folded=True))
     return found
+
+
+def _mean_cell(row: ScoreMean | None, floor: ScoreMean | None) -> str:
+    missing = f", {row.missing} missing" if row is not None and row.missing else ""
+    if row is None or row.mean is None:
+        return f"{FEW}{missing}"
+    beside = f"; floor {_number(floor.mean)}" if floor is not None and floor.mean is not None else ""
+    return f"{_number(row.mean)} ({_numbers(row.low, row.high)}) n={row.n}{missing}{beside}"
 
 
 def _imagined(found: Mapping[str, ImaginedSuccess]) -> Table:

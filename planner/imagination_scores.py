@@ -48,6 +48,16 @@ class ImaginationScoring:
     followed_px: float = 8.0
 
 
+@dataclass(slots=True, kw_only=True)
+class ScoredChunk:
+    """``row``: the scores; ``points`` and their tracks in the imagined and in the real video, to draw them (``imagination_media``)."""
+
+    row: Row
+    points: BodyPoints
+    imagined: TimedTracks
+    floor: TimedTracks
+
+
 def score_imagination(
     imagined_THWC: NDArray[np.uint8],
     times_T: Sequence[float] | NDArray[np.floating],
@@ -58,6 +68,20 @@ def score_imagination(
     *,
     tracker: PointTracker | None = None,
 ) -> Row:
+    """The row of ``score_chunk``."""
+    return score_chunk(imagined_THWC, times_T, executed, real_THWC, real_times_T, config, tracker=tracker).row
+
+
+def score_chunk(
+    imagined_THWC: NDArray[np.uint8],
+    times_T: Sequence[float] | NDArray[np.floating],
+    executed: ExecutedChunk,
+    real_THWC: NDArray[np.uint8],
+    real_times_T: Sequence[float] | NDArray[np.floating],
+    config: ImaginationScoring | None = None,
+    *,
+    tracker: PointTracker | None = None,
+) -> ScoredChunk:
     """Score one imagined video against the execution of the same actions.
 
     ``imagined_THWC``: uint8, frame 0 the context frame, at ``times_T`` seconds from it. ``real_THWC``: what was rendered while the
@@ -88,7 +112,8 @@ def score_imagination(
         followed_px=config.followed_px,
     )
     row |= pose_scores(objects, end, executed, limits)
-    return row | onset_scores(objects, end, limits) | persistence_scores(objects, end, limits)
+    row |= onset_scores(objects, end, limits) | persistence_scores(objects, end, limits)
+    return ScoredChunk(row=row, points=points, imagined=imagined, floor=floor)
 
 
 def follow_both(

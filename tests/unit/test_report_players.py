@@ -122,6 +122,14 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
     assert text.count("<script") == 1 and "&lt;script&gt;" in text
 
 
+def test_a_folded_table_is_opened_without_a_script(tmp_path: Path) -> None:
+    data = make_data(tmp_path)
+    data.players, data.failures, data.tables[0].folded = [], [], True
+    text = write_report(data, tmp_path).read_text(encoding="utf-8")
+    assert "<details" in text and "<summary>Paired</summary>" in text and "<script" not in text
+    assert load_report(tmp_path / "report.json").tables[0].folded
+
+
 def test_players_are_chosen_to_fit(tmp_path: Path) -> None:
     data = make_data(tmp_path, groups=4)
     size = sum((tmp_path / p.path).stat().st_size for p in data.players[0].panels)
@@ -321,6 +329,8 @@ def test_phone_width_fits_and_shows_the_videos(tmp_path: Path, browser: Chromium
     browser.events.clear()
     browser.open(page, 390, 844, mobile=True, dark=dark)
     assert browser.run("document.documentElement.scrollWidth") <= 390
+    wide = "[...document.querySelectorAll('.scroll')].some(t => t.scrollWidth > t.clientWidth && t.tabIndex === 0)"
+    assert browser.run(wide)  # a wide table scrolls by itself, also by keyboard
     browser.run(f"{GROUP}.scrollIntoView()")
     browser.wait(READY)
     browser.run(

@@ -51,11 +51,15 @@ def _table(table: Table) -> Markup:
         fill("<tr>{cells}</tr>", cells=join(cell(i, t, "td" if i else "th") for i, t in enumerate(row)))
         for row in table.rows
     )
-    return fill(
-        '<h3 class="spaced">{title}</h3><p class="soft">{text}</p><div class="scroll" tabindex="0" role="region" aria-label="{title}">'
+    body = fill(
+        '<p class="soft">{text}</p><div class="scroll" tabindex="0" role="region" aria-label="{title}">'
         "<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>",
         title=table.title,
         text=table.text,
         head=head,
         rows=rows,
     )
+    frame = '<h3 class="spaced">{title}</h3>{body}'
+    if table.folded:
+        frame = '<details class="spaced"><summary>{title}</summary>{body}</details>'
+    return fill(frame, title=table.title, body=body)

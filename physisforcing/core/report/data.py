@@ -98,13 +98,15 @@ class Player:
 
 @dataclass(slots=True, kw_only=True)
 class Table:
-    """Cells that are text already. ``numeric``: columns that are set flush right. ``text``: what the table shows and how it was made."""
+    """Cells that are text already. ``numeric``: columns that are set flush right. ``text``: what the table shows and how it was made.
+    ``folded``: the page shows its title alone until a reader opens it."""
 
     title: str
     text: str
     head: list[str]
     rows: list[list[str]]
     numeric: list[int] = field(default_factory=list)
+    folded: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

@@ -92,7 +92,10 @@
     }
     for (const video of videos) {
       video.controls = false;
-      video.addEventListener("loadedmetadata", measure);
+      video.addEventListener("loadedmetadata", () => {
+        video.style.aspectRatio = `${video.videoWidth} / ${video.videoHeight}`;  // also while it is unloaded again
+        measure();
+      });
     }
     unload();
     bar.hidden = false;

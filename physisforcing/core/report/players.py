@@ -46,12 +46,13 @@ def _group(player: Player, folder: Path) -> Markup:
     )
     word = OUTCOMES[player.outcome]
     return fill(
-        '<figure class="card wide" data-players data-outcome="{o}"><h3>{t}{mark}</h3><div class="synchronised">{v}</div>'
+        '<figure class="card wide" data-players data-outcome="{o}"><h3>{t}{mark}</h3><div class="synchronised{thirds}">{v}</div>'
         '<div class="controls" hidden><button type="button">Play</button>'
         '<input type="range" min="0" max="1" value="0" step="{step}" aria-label="Time in {t}">'
         '<output>0.00 s</output><label>speed <select><option value="1">1</option><option value="0.5">1/2</option>'
         '<option value="0.25">1/4</option></select></label></div><figcaption>{c}</figcaption></figure>',
         o=player.outcome,
+        thirds=" thirds" if len(player.panels) % 3 == 0 else "",
         t=player.title,
         mark=fill(' <span class="outcome {k}">{w}</span>', k="good" if player.outcome == "success" else "bad", w=word)
         if word
