@@ -24,19 +24,24 @@ from physisforcing.core.errors import DatasetError, UserError
 FIRST_TEST_SEED = 100_000
 VALIDATION_SEEDS = range(50_000, 60_000)
 HEAD = "observation.images.head"
+MEASURED = "observation.state_measured"
 
 
 @dataclass(slots=True, kw_only=True)
 class FrameStore:
     """``frames_NHWC`` uint8 and ``states_NA`` float32 of all episodes one after the other; episode e is the rows
     ``first_E[e] : first_E[e] + length_E[e]``. ``states_NA[t]`` are the drive targets u[t], so that the target approached
-    during step t is the next row."""
+    during step t is the next row. ``measured_NA``: the joints as measured, where every dataset has them; ``instructions_E``,
+    ``tasks_E``: of each episode, empty for stores made without."""
 
     frames_NHWC: Tensor
     states_NA: Tensor
     first_E: Tensor
     length_E: Tensor
     seeds_E: NDArray[np.int64]
+    measured_NA: Tensor | None = None
+    instructions_E: tuple[str, ...] = ()
+    tasks_E: tuple[str, ...] = ()
 
     @property
     def episodes(self) -> int:
@@ -49,6 +54,9 @@ class FrameStore:
             first_E=self.first_E.to(device),
             length_E=self.length_E.to(device),
             seeds_E=self.seeds_E,
+            measured_NA=None if self.measured_NA is None else self.measured_NA.to(device),
+            instructions_E=self.instructions_E,
+            tasks_E=self.tasks_E,
         )
 
     def draw(
@@ -93,6 +101,20 @@ def split_by_seed(seeds_E: Sequence[int] | NDArray[np.int64], *, share: float) -
     return np.array([s in VALIDATION_SEEDS or s in held_out for s in seeds], dtype=bool)
 
 
+def split_episodes(store: FrameStore, *, share: float) -> tuple[Tensor, Tensor]:
+    """(training episodes, held-out episodes) as ``split_by_seed`` says, int64 on the store's device. ``UserError`` where one is empty."""
+    held_out = torch.from_numpy(split_by_seed(store.seeds_E, share=share)).to(store.first_E.device)
+    train_E, validation_E = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    if not len(train_E) or not len(validation_E):
+        raise UserError(
+            "data",
+            got=f"{len(train_E)} training and {len(validation_E)} validation episodes",
+            wanted="at least one of each",
+            fix="collect more episodes, or raise validation_share",
+        )
+    return train_E, validation_E
+
+
 def load_frame_store(roots: Iterable[str | Path], *, height: int, width: int) -> FrameStore:
     """Decode LeRobot datasets into one store on the CPU.
 
@@ -119,19 +141,37 @@ def load_frame_store(roots: Iterable[str | Path], *, height: int, width: int) ->
     ends = lengths.cumsum()
     frames = np.empty((int(ends[-1]), height, width, 3), np.uint8)
 
-    def read(number: int) -> NDArray[np.float32]:
+    def read(number: int) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         dataset, episode = infos[number]
         pictures = resize_to(dataset.frames(episode.index, key=HEAD), height, width)
         frames[ends[number] - episode.length : ends[number]] = pictures
-        return np.asarray(dataset.columns(episode.index)["observation.state"], np.float32)
+        columns = dataset.columns(episode.index)
+        measured = columns.get(MEASURED)
+        return np.asarray(columns["observation.state"], np.float32), None if measured is None else np.asarray(measured)
 
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        states = list(pool.map(read, range(len(infos))))
-    return make_store(frames, np.concatenate(states), lengths.tolist(), [int(e.seed) for _, e in infos])
+        columns = list(pool.map(read, range(len(infos))))
+    states, measured = zip(*columns, strict=True)
+    return make_store(
+        frames,
+        np.concatenate(states),
+        lengths.tolist(),
+        [int(e.seed) for _, e in infos],
+        measured_NA=None if any(m is None for m in measured) else np.concatenate(measured),
+        instructions_E=[e.instruction for _, e in infos],
+        tasks_E=[e.task_name for _, e in infos],
+    )
 
 
 def make_store(
-    frames_NHWC: NDArray[np.uint8], states_NA: NDArray[np.float32], lengths_E: Sequence[int], seeds_E: Sequence[int]
+    frames_NHWC: NDArray[np.uint8],
+    states_NA: NDArray[np.float32],
+    lengths_E: Sequence[int],
+    seeds_E: Sequence[int],
+    *,
+    measured_NA: NDArray[np.float32] | None = None,
+    instructions_E: Sequence[str] = (),
+    tasks_E: Sequence[str] = (),
 ) -> FrameStore:
     """A store from plain arrays (frames already at the decoder's size)."""
     lengths = torch.as_tensor(np.asarray(lengths_E, np.int64))
@@ -142,6 +182,9 @@ def make_store(
         first_E=lengths.cumsum(0) - lengths,
         length_E=lengths,
         seeds_E=np.asarray(seeds_E, np.int64),
+        measured_NA=None if measured_NA is None else torch.from_numpy(np.ascontiguousarray(measured_NA, np.float32)),
+        instructions_E=tuple(instructions_E),
+        tasks_E=tuple(tasks_E),
     )
 
 

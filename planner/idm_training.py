@@ -21,8 +21,8 @@ from torch import Tensor
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.codec import VideoCodec
 
-from .frame_store import FIRST_TEST_SEED, FrameStore, split_by_seed
-from .inverse_dynamics import InverseDynamicsConfig, PixelInverseDynamics, chunk_errors
+from .frame_store import FIRST_TEST_SEED, FrameStore, split_episodes
+from .inverse_dynamics import InverseDynamicsConfig, PictureDecoder, PixelInverseDynamics, chunk_errors
 from .roundtrip import RoundTripPool, round_trip
 
 Log = Callable[[dict[str, Any]], None]
@@ -115,23 +115,22 @@ def loss_terms(
 
 
 def train_inverse_dynamics(
-    config: IdmTrainConfig, store: FrameStore, codec: VideoCodec | None, *, device: str = "cpu", log: Log | None = None
-) -> tuple[PixelInverseDynamics, dict[str, Any]]:
-    """Train on ``store``; ``codec`` gives the round-trip half. Returns the averaged weights and the held-out errors."""
+    config: IdmTrainConfig,
+    store: FrameStore,
+    codec: VideoCodec | None,
+    *,
+    device: str = "cpu",
+    log: Log | None = None,
+    build: Callable[[InverseDynamicsConfig], PictureDecoder] = PixelInverseDynamics,
+) -> tuple[PictureDecoder, dict[str, Any]]:
+    """Train what ``build`` makes on ``store``; ``codec`` gives the round-trip half. Returns the averaged weights and the held-out
+    errors."""
     _check(config, store, codec)
     torch.manual_seed(config.seed)
-    model = PixelInverseDynamics(config.model).to(device)
+    model = build(config.model).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     store = store.to(device)
-    held_out = torch.from_numpy(split_by_seed(store.seeds_E, share=config.validation_share)).to(device)
-    train_E, validation_E = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-    if not len(train_E) or not len(validation_E):
-        raise UserError(
-            "data",
-            got=f"{len(train_E)} training and {len(validation_E)} validation episodes",
-            wanted="at least one of each",
-            fix="collect more episodes, or raise validation_share",
-        )
+    train_E, validation_E = split_episodes(store, share=config.validation_share)
     model.set_statistics(*statistics(store, train_E, chunk=config.model.chunk, floor=config.delta_floor))
     generator = torch.Generator(device).manual_seed(config.seed + 1)
     steps = _fit(config, model, store, codec, train_E, generator, log or (lambda row: None))
@@ -145,7 +144,7 @@ def train_inverse_dynamics(
 
 def _fit(
     config: IdmTrainConfig,
-    model: PixelInverseDynamics,
+    model: PictureDecoder,
     store: FrameStore,
     codec: VideoCodec | None,
     train_E: Tensor,
@@ -178,7 +177,7 @@ def _fit(
             parts.append(pool.draw(decoded))
         frames, now, targets = (torch.cat(p) for p in zip(*parts, strict=True))
         frames = augment(frames, share=config.augment_share, generator=generator)
-        now = _noisy_start(now, config.state_noise, generator)
+        now = noisy_start(now, config.state_noise, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean, log_variance = network(frames, now)
         fit, likelihood = loss_terms(mean, log_variance, targets, model.delta_std_A, beta=config.huber_beta)
@@ -205,7 +204,7 @@ def _fit(
     return step
 
 
-def _optimizer(model: PixelInverseDynamics, config: IdmTrainConfig, *, fused: bool) -> torch.optim.Optimizer:
+def _optimizer(model: PictureDecoder, config: IdmTrainConfig, *, fused: bool) -> torch.optim.Optimizer:
     """AdamW; matrices and kernels decay, biases and norms do not."""
     decay = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -215,7 +214,7 @@ def _optimizer(model: PixelInverseDynamics, config: IdmTrainConfig, *, fused: bo
 
 @torch.no_grad()
 def evaluate_decoder(
-    model: PixelInverseDynamics,
+    model: PictureDecoder,
     store: FrameStore,
     codec: VideoCodec | None,
     *,
@@ -268,14 +267,15 @@ def _schedule(step: int, done: float, config: IdmTrainConfig) -> float:
     return min(1.0, (step + 1) / max(1, config.warmup)) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _noisy_start(now_BA: Tensor, largest: float, generator: torch.Generator) -> Tensor:
+def noisy_start(now_BA: Tensor, largest: float, generator: torch.Generator) -> Tensor:
+    """Start joints with noise of deviation U(0, ``largest``) on half of the windows, so that a decoder looks at the pictures too."""
     uniform = torch.rand(2, len(now_BA), 1, generator=generator, device=now_BA.device)
     noise = torch.randn(now_BA.shape, generator=generator, device=now_BA.device)
     return now_BA + noise * largest * uniform[0] * (uniform[1] < 0.5)
 
 
 @torch.no_grad()
-def _update_average(average: PixelInverseDynamics, model: PixelInverseDynamics, decay: float) -> None:
+def _update_average(average: PictureDecoder, model: PictureDecoder, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 

@@ -73,7 +73,7 @@ class _ChannelNorm(nn.Module):
             return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias).permute(0, 3, 1, 2)
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     """Pre-activation residual block: norm, SiLU, 3x3 convolution, twice."""
 
     def __init__(self, channels: int) -> None:
@@ -104,9 +104,9 @@ class FrameEncoder(nn.Module):
                 "height, width", got=(config.height, config.width), wanted="multiples of 8", fix="use 120 x 160"
             )
         self.stem = nn.Conv2d(6 * 16, c1, 3, padding=1)
-        self.fine = nn.Sequential(*[_Residual(c1) for _ in range(config.blocks[0])])
+        self.fine = nn.Sequential(*[Residual(c1) for _ in range(config.blocks[0])])
         self.down = nn.Conv2d(c1, c2, 3, stride=2, padding=1)
-        self.coarse = nn.Sequential(*[_Residual(c2) for _ in range(config.blocks[1])])
+        self.coarse = nn.Sequential(*[Residual(c2) for _ in range(config.blocks[1])])
         self.norm_fine, self.norm_coarse = _ChannelNorm(c1), _ChannelNorm(c2)
         self.lateral = nn.Conv2d(c2, c1, 1)
         self.heat = nn.Conv2d(c1, config.keypoints, 1)
@@ -131,59 +131,28 @@ class FrameEncoder(nn.Module):
             return self.norm_out(self.project(torch.cat([xy.flatten(1), level, flat.float()], dim=-1)))
 
 
-class PixelInverseDynamics(nn.Module):
-    """Window of pictures + drive targets now -> drive targets of the following control steps.
+class PictureDecoder(nn.Module):
+    """What decoders of pictures share: statistics, checks and ``core.protocols.InverseDynamics``.
 
-    ``forward(frames_BTHWC uint8, state_BA)`` gives ``(targets_BPA, log_variance_BPA)``: row i is the target approached during
-    step i, i.e. u[t+1+i]. Targets are absolute (radians; gripper 0..1), computed as start + scale * network; the log variance
-    is of the target divided by ``delta_std_A``. Implements ``core.protocols.InverseDynamics`` through ``decode``.
+    ``forward(frames_BTHWC uint8, state_BA)`` of a subclass gives ``(targets_BPA, log_variance_BPA)``: row i is the target approached
+    during step i; the log variance is of the target divided by ``delta_std_A``.
     """
 
     state_mean_A: Tensor
     state_std_A: Tensor
     delta_std_A: Tensor
 
-    def __init__(self, config: InverseDynamicsConfig | None = None) -> None:
+    def __init__(self, config: InverseDynamicsConfig) -> None:
         super().__init__()
-        self.config = config or InverseDynamicsConfig()
-        c = self.config
-        self.encoder = FrameEncoder(c)
-        self.state_token = nn.Linear(c.action_dim, c.dim)
-        self.position = nn.Parameter(torch.zeros(c.frames + 1, c.dim))
-        layer = nn.TransformerEncoderLayer(
-            c.dim, c.heads, 4 * c.dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.temporal = nn.TransformerEncoder(layer, c.layers, norm=nn.LayerNorm(c.dim), enable_nested_tensor=False)
-        last = nn.Linear(c.dim, 2 * c.steps_per_frame * c.action_dim)
-        nn.init.trunc_normal_(last.weight, std=0.02)
-        nn.init.zeros_(last.bias)
-        self.head = nn.Sequential(nn.Linear(c.dim + c.action_dim, c.dim), nn.GELU(), last)
+        self.config = config
         for name in STATISTICS:
-            self.register_buffer(name, torch.full((c.action_dim,), float("nan")))
-        nn.init.trunc_normal_(self.position, std=0.02)
+            self.register_buffer(name, torch.full((config.action_dim,), float("nan")))
         self.fingerprint = "untrained"
 
     def set_statistics(self, mean_A: Tensor, std_A: Tensor, delta_std_A: Tensor) -> None:
         """Normalisation of the training data; part of the weights."""
         for name, value in zip(STATISTICS, (mean_A, std_A, delta_std_A), strict=True):
             getattr(self, name).copy_(value)
-
-    def forward(self, frames_BTHWC: Tensor, state_BA: Tensor) -> tuple[Tensor, Tensor]:
-        c = self.config
-        assert frames_BTHWC.dtype == torch.uint8 and frames_BTHWC.shape[1:] == (c.frames, c.height, c.width, 3)
-        video = rearrange(frames_BTHWC, "B T H W C -> B T C H W").to(self.position.dtype) / 127.5 - 1.0
-        difference = torch.cat([torch.zeros_like(video[:, :1]), video[:, 1:] - video[:, :-1]], dim=1)
-        x = rearrange(torch.cat([video, difference], dim=2), "B T C H W -> (B T) C H W")
-        frames = rearrange(
-            self.encoder(x.contiguous(memory_format=torch.channels_last)), "(B T) D -> B T D", T=c.frames
-        )
-        with torch.autocast(frames.device.type, enabled=False):
-            state = (state_BA - self.state_mean_A) / self.state_std_A
-            tokens = torch.cat([self.state_token(state)[:, None], frames], dim=1)
-            hidden = self.temporal(tokens + self.position)[:, 2:]
-            out = self.head(torch.cat([hidden, state[:, None].expand(-1, hidden.shape[1], -1)], dim=-1))
-        mean, log_variance = rearrange(out, "B T (Q P A) -> Q B (T P) A", Q=2, P=c.steps_per_frame, A=c.action_dim)
-        return state_BA[:, None] + mean * self.delta_std_A, log_variance.clamp(-12.0, 4.0)
 
     @property
     def needs(self) -> DecoderNeeds:
@@ -211,7 +180,7 @@ class PixelInverseDynamics(nn.Module):
         Grippers are clipped to [0, 1]. Raises ``MissingCapabilityError`` for another rate, size or number of frames.
         """
         self._check(frames_BTHWC, times_T, state_BA)
-        device = self.position.device
+        device = self.delta_std_A.device
         frames = torch.from_numpy(np.ascontiguousarray(frames_BTHWC)).to(device)
         state = torch.from_numpy(np.array(state_BA, np.float32)).to(device)
         targets, log_variance = self(frames, state)
@@ -253,6 +222,48 @@ class PixelInverseDynamics(nn.Module):
                 wanted=f"finite [{len(frames)}, {c.action_dim}]",
                 fix="pass the drive targets of the observation",
             )
+
+
+class PixelInverseDynamics(PictureDecoder):
+    """Window of pictures + drive targets now -> drive targets of the following control steps.
+
+    ``forward(frames_BTHWC uint8, state_BA)`` gives ``(targets_BPA, log_variance_BPA)``: row i is the target approached during
+    step i, i.e. u[t+1+i]. Targets are absolute (radians; gripper 0..1), computed as start + scale * network; the log variance
+    is of the target divided by ``delta_std_A``.
+    """
+
+    def __init__(self, config: InverseDynamicsConfig | None = None) -> None:
+        super().__init__(config or InverseDynamicsConfig())
+        c = self.config
+        self.encoder = FrameEncoder(c)
+        self.state_token = nn.Linear(c.action_dim, c.dim)
+        self.position = nn.Parameter(torch.zeros(c.frames + 1, c.dim))
+        layer = nn.TransformerEncoderLayer(
+            c.dim, c.heads, 4 * c.dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.temporal = nn.TransformerEncoder(layer, c.layers, norm=nn.LayerNorm(c.dim), enable_nested_tensor=False)
+        last = nn.Linear(c.dim, 2 * c.steps_per_frame * c.action_dim)
+        nn.init.trunc_normal_(last.weight, std=0.02)
+        nn.init.zeros_(last.bias)
+        self.head = nn.Sequential(nn.Linear(c.dim + c.action_dim, c.dim), nn.GELU(), last)
+        nn.init.trunc_normal_(self.position, std=0.02)
+
+    def forward(self, frames_BTHWC: Tensor, state_BA: Tensor) -> tuple[Tensor, Tensor]:
+        c = self.config
+        assert frames_BTHWC.dtype == torch.uint8 and frames_BTHWC.shape[1:] == (c.frames, c.height, c.width, 3)
+        video = rearrange(frames_BTHWC, "B T H W C -> B T C H W").to(self.position.dtype) / 127.5 - 1.0
+        difference = torch.cat([torch.zeros_like(video[:, :1]), video[:, 1:] - video[:, :-1]], dim=1)
+        x = rearrange(torch.cat([video, difference], dim=2), "B T C H W -> (B T) C H W")
+        frames = rearrange(
+            self.encoder(x.contiguous(memory_format=torch.channels_last)), "(B T) D -> B T D", T=c.frames
+        )
+        with torch.autocast(frames.device.type, enabled=False):
+            state = (state_BA - self.state_mean_A) / self.state_std_A
+            tokens = torch.cat([self.state_token(state)[:, None], frames], dim=1)
+            hidden = self.temporal(tokens + self.position)[:, 2:]
+            out = self.head(torch.cat([hidden, state[:, None].expand(-1, hidden.shape[1], -1)], dim=-1))
+        mean, log_variance = rearrange(out, "B T (Q P A) -> Q B (T P) A", Q=2, P=c.steps_per_frame, A=c.action_dim)
+        return state_BA[:, None] + mean * self.delta_std_A, log_variance.clamp(-12.0, 4.0)
 
 
 def save_inverse_dynamics(model: PixelInverseDynamics, folder: str | Path, *, card: str | None = None) -> Path:

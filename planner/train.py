@@ -1,6 +1,7 @@
-"""``physis train idm``: train the inverse dynamics model on demonstrations and write a weights folder.
+"""``physis train idm``: train an inverse dynamics model on demonstrations and write a weights folder.
 
-Real frames and frames that went through the video codec only: never imagined ones, never evaluation seeds.
+The pixel decoder sees real frames and frames that went through the video codec only; feature and latent decoders are trained on a
+frozen world model. Never on evaluation seeds.
 """
 
 from __future__ import annotations
@@ -8,26 +9,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from physisforcing.core.errors import UserError
+from physisforcing.core.errors import UserError, unknown_name
 
+from .decoder_files import KINDS
+from .feature_decoder.training import FeatureTrainConfig
 from .idm_training import IdmTrainConfig
+from .latent_training import LatentTrainConfig
 
 USAGE = """usage: physis train idm data=[FOLDER,...] [field=value ...]
 
-Trains the decoder that reads joint targets out of (imagined) video.
+Trains a decoder that reads joint targets out of an imagination: of its pictures (decoder=pixel), its latents (latent), or features of one
+partial denoiser pass (feature). decoder=single_frame reads each picture alone: a reference.
 
 examples:
   physis train idm data=[runs/demos]
   physis train idm data=[runs/bell,runs/blocks] codec=runs/vae/codec output=runs/idm device=cuda
   physis train idm data=[runs/bell] train.steps=200 train.batch=8 train.roundtrip_pool=32
+  physis train idm decoder=feature data=[runs/bell] device=cuda feature.fit.time_limit_s=240 feature.fit.precision=bf16
+  physis train idm decoder=latent data=[runs/bell] world_model=runs/pico/export codec=runs/vae/codec latent.fit.steps=3000
 
-fields: data, codec (folder; 'shipped' is the packaged one), output, device (auto, cpu, cuda), threads, train.* (steps, time_limit_s, batch, lr,
-seed, roundtrip_share, ...). See configs/train_idm.yaml."""
+fields: data, decoder (pixel, single_frame, latent, feature), codec and world_model (folders; 'shipped' are the packaged ones), output,
+device (auto, cpu, cuda), threads, resume (feature and latent: go on from the checkpoints of fit.save_every), train.* for pictures (steps,
+time_limit_s, batch, lr, seed, roundtrip_share, ...), feature.*, latent.*. See configs/train_idm.yaml."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,11 +43,16 @@ class TrainIdmCommand:
     """Settings of ``physis train idm``."""
 
     data: list[str]
+    decoder: str = "pixel"
     codec: str = "shipped"
+    world_model: str = "shipped"
     output: str = "runs/idm"
     device: str = "auto"
     threads: int = 0
+    resume: bool = False
     train: IdmTrainConfig = field(default_factory=IdmTrainConfig)
+    feature: FeatureTrainConfig = field(default_factory=FeatureTrainConfig)
+    latent: LatentTrainConfig = field(default_factory=LatentTrainConfig)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,49 +70,74 @@ def run(command: TrainIdmCommand) -> dict[str, Any]:
     """Load, train, measure on held-out seeds, save. Returns the metrics that ``metrics.json`` holds."""
     import torch
 
-    from physisforcing.worldmodel.codec import load_codec
+    from .idm_training import print_row
+    from .train_decoders import train_on_world_model
 
-    from .frame_store import load_frame_store
-    from .idm_training import print_row, train_inverse_dynamics
-    from .inverse_dynamics import save_inverse_dynamics
-
+    if command.decoder not in KINDS:
+        raise unknown_name("decoder", command.decoder, KINDS, see="physis train idm --help")
+    if command.resume and command.decoder in ("pixel", "single_frame"):
+        fix = "repeat the run: it takes minutes"
+        raise UserError("resume", got=True, wanted="a feature or latent decoder", fix=fix)
     if command.threads:
         torch.set_num_threads(command.threads)
-    device = choose_device(command.device)
-    config = command.train
-    codec = None
-    if config.roundtrip_share > 0:
-        codec = load_codec(weights_folder(command.codec, "vae", field="codec"), device)
-    began = time.perf_counter()
-    store = load_frame_store(command.data, height=config.model.height, width=config.model.width)
-    print_row(
-        {
-            "event": "loaded",
-            "episodes": store.episodes,
-            "frames": len(store.frames_NHWC),
-            "seconds": time.perf_counter() - began,
-        }
-    )
-    output = Path(command.output)
+    device, output = choose_device(command.device), Path(command.output)
     output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with (output / "train.jsonl").open("w") as lines:
+    with (output / "train.jsonl").open("a" if command.resume else "w") as lines:
 
         def log(row: dict[str, Any]) -> None:
             lines.write(json.dumps(row) + "\n")
             lines.flush()
             print_row(row)
 
-        model, metrics = train_inverse_dynamics(config, store, codec, device=device, log=log)
-    metrics["train_seconds"] = time.perf_counter() - began
-    metrics["parameters"] = sum(p.numel() for p in model.parameters())
+        if command.decoder in ("feature", "latent"):
+            folders = {
+                "world_model": weights_folder(command.world_model, "worldmodel", field="world_model"),
+                "codec": weights_folder(command.codec, "vae", field="codec"),
+            }
+            metrics, save = train_on_world_model(command.decoder, command, device=device, folders=folders, log=log)
+        else:
+            metrics, save = train_on_pictures(command, device=device, log=log)
+    metrics.setdefault("train_seconds", time.perf_counter() - began)
     metrics["hardware"] = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
     metrics["torch"] = torch.__version__
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (output / "config.json").write_text(json.dumps(dataclasses.asdict(command), indent=2) + "\n")
-    save_inverse_dynamics(model, output / "model", card=model_card(command, metrics))
+    save(output / "model")
     print_row({"event": "done", **{f"{k}_deg": v["joint_deg"] for k, v in metrics["start"].items()}})
     return metrics
+
+
+def train_on_pictures(
+    command: TrainIdmCommand, *, device: str, log: Callable[[dict[str, Any]], None]
+) -> tuple[dict[str, Any], Callable[[Path], Path]]:
+    """The pixel decoder or the single-frame reference. Returns the metrics and a function that writes the weights folder."""
+    from physisforcing.worldmodel.codec import load_codec
+
+    from .frame_store import load_frame_store
+    from .idm_training import train_inverse_dynamics
+    from .inverse_dynamics import PixelInverseDynamics, save_inverse_dynamics
+    from .single_frame import SingleFrameInverseDynamics, save_single_frame_decoder
+    from .train_decoders import card
+
+    config, codec = command.train, None
+    if config.roundtrip_share > 0:
+        codec = load_codec(weights_folder(command.codec, "vae", field="codec"), device)
+    began = time.perf_counter()
+    store = load_frame_store(command.data, height=config.model.height, width=config.model.width)
+    loaded = {"episodes": store.episodes, "frames": len(store.frames_NHWC), "seconds": time.perf_counter() - began}
+    log({"event": "loaded", **loaded})
+    build = PixelInverseDynamics if command.decoder == "pixel" else SingleFrameInverseDynamics
+    began = time.perf_counter()
+    model, metrics = train_inverse_dynamics(config, store, codec, device=device, log=log, build=build)
+    metrics["train_seconds"] = time.perf_counter() - began
+    metrics["parameters"] = sum(p.numel() for p in model.parameters())
+    if isinstance(model, SingleFrameInverseDynamics):
+        single = model
+        return metrics, lambda folder: save_single_frame_decoder(single, folder, card=card("single_frame", metrics))
+    assert isinstance(model, PixelInverseDynamics)
+    pixel = model
+    return metrics, lambda folder: save_inverse_dynamics(pixel, folder, card=model_card(command, metrics))
 
 
 def choose_device(name: str) -> str:

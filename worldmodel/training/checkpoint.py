@@ -29,6 +29,7 @@ COMPLETE = "COMPLETE"
 #: Settings that may differ when a run continues: they say where it runs and what it reports, not what it computes.
 FREE_SETTINGS = (
     frozenset(f"run.{name}" for name in ("out", "resume", "device", "log_every", "save_every", "eval_every"))
+    | frozenset(f"fit.{name}" for name in ("log_every", "save_every"))
     | frozenset(f"data.{name}" for name in ("workers", "text_cache", "targets_cache"))
     | frozenset(
         f"teacher.{kind}.{name}" for kind in ("tracker", "depth", "encoder") for name in ("path", "source", "device")

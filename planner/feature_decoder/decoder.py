@@ -1,0 +1,154 @@
+"""Joint targets from the features of one partial denoiser pass (``core.protocols.InverseDynamics``).
+
+Nothing is denoised to a video: resampler and diffusion head read what the blocks of the denoiser say about frames that are still
+noise. Row 0 of what the head makes is the pose already reached; the chunk is all rows after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from physisforcing.core.errors import MissingCapabilityError, UserError
+from physisforcing.core.types import ActionChunk, DecoderNeeds, Rollout
+
+from ..decoder_checks import check_state, check_times, check_trained, present
+from ..inverse_dynamics import GRIPPERS, JOINTS
+from .action_head import ActionHead, Memory
+from .config import FeatureDecoderConfig, check_config
+from .goal import TextEncoder, embed_goals
+from .resampler import Resampler
+from .sampling import ddim, exponential_sigmas
+
+#: Entries computed in one call on a GPU; on a CPU each is computed alone, so that it is bit-equal wherever it stands in a batch.
+TOGETHER = 32
+
+
+class FeatureInverseDynamics(nn.Module):
+    """Resampler and action head with their normalisation. ``text`` embeds instructions; it is no part of the weights."""
+
+    target_mean_A: Tensor
+    target_scale_A: Tensor
+
+    def __init__(self, config: FeatureDecoderConfig | None = None, text: TextEncoder | None = None) -> None:
+        super().__init__()
+        self.config = check_config(config or FeatureDecoderConfig())
+        self.text = text
+        c = self.config
+        self.resampler = Resampler(
+            c.resampler, taps=len(c.taps), feature_dim=c.feature_dim, frames=c.latent_frames, grid=c.grid
+        )
+        self.head = ActionHead(
+            c.head,
+            rows=c.rows,
+            action_dim=c.action_dim,
+            goal_dim=c.goal_dim,
+            goal_tokens=c.goal_tokens,
+            latents=c.latent_frames * c.resampler.latents_per_frame,
+            sigma_data=c.sampling.sigma_data,
+            proprioception=c.proprioception,
+        )
+        unknown = float("nan") if c.normalise else 0.0
+        self.register_buffer("target_mean_A", torch.full((c.action_dim,), unknown))
+        self.register_buffer("target_scale_A", torch.full((c.action_dim,), unknown if c.normalise else 1.0))
+        self.fingerprint = "untrained"
+
+    def set_statistics(self, mean_A: Tensor, std_A: Tensor) -> None:
+        """Mean and deviation of the training targets; they become 0 and ``sigma_data``. Does nothing where ``normalise`` is off."""
+        if self.config.normalise:
+            self.target_mean_A.copy_(mean_A)
+            self.target_scale_A.copy_(std_A / self.config.sampling.sigma_data)
+
+    def normalised(self, targets: Tensor) -> Tensor:
+        """Targets [...,A] (radians, gripper opening) as the head sees them."""
+        return (targets - self.target_mean_A) / self.target_scale_A
+
+    @property
+    def needs(self) -> DecoderNeeds:
+        return self.config.needs
+
+    def loss(
+        self,
+        features_BKFhwD: Tensor,
+        goal: tuple[Tensor, Tensor],
+        state_BA: Tensor,
+        rows_BRA: Tensor,
+        sigma_B: Tensor,
+        noise_BRA: Tensor,
+    ) -> Tensor:
+        """Score matching on target rows [B,R,A] (row 0: the pose now) at given levels and noise, a float32 scalar."""
+        memory = self._memory(features_BKFhwD, goal, state_BA)
+        return self.head.loss(self.normalised(rows_BRA), sigma_B, noise_BRA, memory)
+
+    def rows(self, features_BKFhwD: Tensor, goal: tuple[Tensor, Tensor], state_BA: Tensor, noise_SRA: Tensor) -> Tensor:
+        """DDIM samples [B,S,R,A] in radians and gripper openings. ``noise_SRA``: unit noise of the S draws, the same for every entry."""
+        s, batch, draws = self.config.sampling, len(features_BKFhwD), len(noise_SRA)
+        memory = self._memory(features_BKFhwD, goal, state_BA).repeat(draws)
+        noise = noise_SRA.to(state_BA.device).repeat(batch, 1, 1)
+        sigmas = exponential_sigmas(s.steps, s.last_sigma, s.sigma_max)
+        found = ddim(lambda x, sigma: self.head.denoise(x, sigma, memory), noise, sigmas)
+        return (found * self.target_scale_A + self.target_mean_A).unflatten(0, (batch, draws))
+
+    def draw_noise(self) -> Tensor:
+        """Unit noise [draws,R,A] of ``sampling.seed``. A decode gets no other seed, so that equal rollouts give equal chunks."""
+        c = self.config
+        generator = torch.Generator().manual_seed(c.sampling.seed)
+        return torch.randn(c.sampling.draws, c.rows, c.action_dim, generator=generator)
+
+    @torch.inference_mode()
+    def decode(
+        self, rollout: Rollout, state_BA: NDArray[np.float32], instructions: Sequence[str]
+    ) -> list[list[ActionChunk]]:
+        """See ``core.protocols.InverseDynamics``. Of several draws the one nearest to their mean becomes the chunk; their deviation
+        (RMS over joints, radians) is the spread, None for a single draw. Grippers are clipped to [0, 1]."""
+        features = self._check(rollout, state_BA, instructions)
+        assert self.text is not None
+        batch, samples = features.shape[:2]
+        device = self.head.row_position.device
+        goal = embed_goals(self.text, instructions, self.config.prompt, self.config.goal_tokens)
+        state, noise = torch.from_numpy(np.array(state_BA, np.float32)), self.draw_noise()
+        chunks = []
+        for part in torch.arange(batch * samples).split(1 if device.type == "cpu" else TOGETHER):
+            of = part // samples
+            read = torch.from_numpy(features[of.numpy(), (part % samples).numpy()]).float().to(device)
+            words = goal[0][of].to(device), goal[1][of].to(device)
+            rows = self.rows(read, words, state[of].to(device), noise).cpu().numpy()
+            chunks += [chunk_of(draws) for draws in rows]
+        return [chunks[b * samples : (b + 1) * samples] for b in range(batch)]
+
+    def _memory(self, features_BKFhwD: Tensor, goal: tuple[Tensor, Tensor], state_BA: Tensor) -> Memory:
+        state = self.normalised(state_BA) if self.config.proprioception else None
+        return self.head.encode(self.resampler(features_BKFhwD), *goal, state)
+
+    def _check(self, rollout: Rollout, state_BA: NDArray, instructions: Sequence[str]) -> NDArray:
+        c, features = self.config, present(rollout.features_BSKFhwD, "features")
+        check_trained(self.target_mean_A, "feature")
+        if self.text is None:
+            fix = "FeatureInverseDynamics(config, text=...) or load_feature_decoder(folder, text=...)"
+            raise UserError("decoder.text", got=None, wanted="an encoder of instructions", fix=fix)
+        wanted = (len(c.taps), c.latent_frames, *c.grid, c.feature_dim)
+        if features.ndim != 7 or features.shape[2:] != wanted:
+            fix = "use the world model, taps and horizon that the decoder was trained with"
+            raise MissingCapabilityError("features_BSKFhwD", got=features.shape, wanted=f"[B,S,{wanted}]", fix=fix)
+        check_times(rollout, self.needs)
+        check_state(state_BA, len(features), c.action_dim)
+        if len(instructions) != len(features):
+            fix = "one instruction a context"
+            raise UserError("instructions", got=len(instructions), wanted=f"{len(features)} sentences", fix=fix)
+        return features
+
+
+def chunk_of(draws_SRA: NDArray[np.float32]) -> ActionChunk:
+    """The chunk of S draws of all rows: row 0 dropped, the draw nearest to the mean, deviation over draws as spread."""
+    draws = draws_SRA[:, 1:].copy()
+    draws[..., GRIPPERS] = draws[..., GRIPPERS].clip(0.0, 1.0)
+    mean = draws.mean(0)
+    nearest = int(np.square(draws - mean)[..., JOINTS].mean((1, 2)).argmin())
+    spread = None
+    if len(draws) > 1:
+        spread = np.sqrt(draws[..., JOINTS].var(0, ddof=1).mean(-1)).astype(np.float32)
+    return ActionChunk(actions_PA=draws[nearest].astype(np.float32), spread_P=spread)

@@ -1,0 +1,106 @@
+"""Feature, latent and single-frame decoders behind ``physis train idm decoder=...``: data, world model, training, folder and card."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .frame_store import FrameStore, load_frame_store
+
+
+def train_on_world_model(
+    decoder: str,
+    command: Any,
+    *,
+    device: str,
+    folders: dict[str, Path],
+    log: Callable[[dict[str, Any]], None],
+) -> tuple[dict[str, Any], Callable[[Path], Path]]:
+    """``feature`` or ``latent`` on the demonstrations of ``command`` (``planner.train.TrainIdmCommand``).
+
+    ``folders``: ``world_model`` and ``codec``. Returns the metrics and a function that writes the weights folder.
+    """
+    from physisforcing.worldmodel.model import load_world_model
+    from physisforcing.worldmodel.storage import latents_fingerprint
+
+    from .decoder_windows import DecoderWindows, FrozenWorldModel
+
+    began = time.perf_counter()
+    model = load_world_model(folders["world_model"], device, codec=folders["codec"])
+    views = model.spec.views
+    store = load_frame_store(command.data, height=views.height, width=views.width).to(device)
+    log({"event": "loaded", "episodes": store.episodes, "seconds": time.perf_counter() - began})
+    settings = command.feature.model if decoder == "feature" else command.latent.model
+    shape = {"frames": settings.frames, "stride": settings.steps_per_frame}
+    tokens, prompt = (settings.goal_tokens, settings.prompt) if decoder == "feature" else (1, "{instruction}")
+    windows = DecoderWindows.build(store, model.text, **shape, tokens=tokens, prompt=prompt)
+    frozen, output = FrozenWorldModel(model, windows), Path(command.output)
+    if decoder == "feature":
+        from .feature_decoder.files import save_feature_decoder
+        from .feature_decoder.training import train_feature_decoder
+
+        made, metrics = train_feature_decoder(command.feature, frozen, folder=output, resume=command.resume, log=log)
+        metrics |= _facts(made, store, model.spec.fingerprint)
+        return metrics, lambda folder: save_feature_decoder(made, folder, card=card(decoder, metrics))
+    from .latent_decoder import save_latent_decoder
+    from .latent_training import train_latent_decoder
+
+    settings.latents_fingerprint = latents_fingerprint(folders["codec"])
+    trained, metrics = train_latent_decoder(command.latent, frozen, folder=output, resume=command.resume, log=log)
+    metrics |= _facts(trained, store, model.spec.fingerprint)
+    return metrics, lambda folder: save_latent_decoder(trained, folder, card=card(decoder, metrics))
+
+
+def _facts(model: Any, store: FrameStore, world_model: str) -> dict[str, Any]:
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "world_model": world_model,
+        "tasks": sorted(set(store.tasks_E)),
+        "seeds": [int(seed) for seed in store.seeds_E],
+    }
+
+
+#: What each row of a card's table is.
+ROWS = {
+    "model": "decoded, against drive targets",
+    "model_measured": "decoded, against measured joints",
+    "drive_measured": "recorded drive targets, against measured joints",
+    "hold": "start joints repeated",
+    "real": "the codec's latents",
+    "real_measured": "the codec's latents, against measured joints",
+    "denoised": "latents denoised in one step from level 0.5",
+    "frozen": "the first latent or picture repeated",
+    "roundtrip": "pictures through the codec",
+}
+TITLES = {
+    "feature": "Feature decoder: joint targets from one partial denoiser pass",
+    "latent": "Latent decoder: joint targets from imagined latents",
+    "single_frame": "Single-frame decoder: the pose in each picture alone (a reference, not something to plan with)",
+}
+
+
+def card(decoder: str, metrics: dict[str, Any]) -> str:
+    """README.md of a decoder's folder, every figure from this run's held-out evaluation."""
+    lines = ["---", "license: mit", "tags: [inverse-dynamics, robotics, robotwin]", "---", f"# {TITLES[decoder]}", ""]
+    lines += [
+        f"{metrics['parameters'] / 1e6:.2f} M parameters, float16 on disk. Trained on {metrics['episodes']['train']} demonstrations",
+        f"({metrics['episodes']['validation']} held out by seed), {metrics['steps']} steps; no evaluation seeds (100000 upward).",
+    ]
+    if "world_model" in metrics:
+        lines.append(f"Reads the world model {metrics['world_model']} and no other.")
+    lines += [
+        "",
+        "Held-out error (RMSE over joints in degrees, over grippers in percent of the opening), at the start of each of the",
+    ]
+    lines += [
+        f"{metrics['windows']['start']} held-out episodes once and in {metrics['windows']['anywhere']} windows at random frames:",
+        "",
+    ]
+    lines += ["| window at | row | joints (deg) | grippers (%) |", "| --- | --- | --- | --- |"]
+    for place in ("start", "anywhere"):
+        for name, value in metrics[place].items():
+            said = ROWS.get(name, name)
+            lines.append(f"| {place} | {said} | {value['joint_deg']:.3f} | {value['gripper_percent']:.2f} |")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,434 @@
+"""Feature, latent and single-frame decoders learn from demonstrations, runs continue exactly, held-out errors are of held-out seeds."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from physisforcing.core.errors import DatasetError, MissingCapabilityError, UserError
+from physisforcing.core.protocols import InverseDynamics
+from physisforcing.core.types import DT, FeatureRequest, Rollout
+from physisforcing.planner.decoder_files import load_decoder
+from physisforcing.planner.decoder_fit import Fit, FitConfig, tri_stage
+from physisforcing.planner.decoder_windows import DecoderWindows, FrozenWorldModel
+from physisforcing.planner.feature_decoder.config import (
+    ActionHeadConfig,
+    FeatureDecoderConfig,
+    ResamplerConfig,
+    SamplingConfig,
+)
+from physisforcing.planner.feature_decoder.decoder import FeatureInverseDynamics, chunk_of
+from physisforcing.planner.feature_decoder.training import (
+    FeatureTrainConfig,
+    LiveFeatures,
+    StoredFeatures,
+    score_matching,
+    train_feature_decoder,
+)
+from physisforcing.planner.frame_store import make_store
+from physisforcing.planner.idm_training import IdmTrainConfig, statistics, train_inverse_dynamics
+from physisforcing.planner.inverse_dynamics import InverseDynamicsConfig
+from physisforcing.planner.latent_decoder import (
+    LatentDecoderConfig,
+    LatentInverseDynamics,
+    save_latent_decoder,
+)
+from physisforcing.planner.latent_training import LatentBatches, LatentTrainConfig, train_latent_decoder
+from physisforcing.planner.single_frame import (
+    SingleFrameInverseDynamics,
+    between,
+    save_single_frame_decoder,
+)
+from physisforcing.worldmodel.backbones.wan import ConditionerConfig, WanConfig, build_denoiser
+from physisforcing.worldmodel.model import FlowWorldModel
+
+HEIGHT, WIDTH, FRAMES = 24, 32, 9
+
+
+class Words:
+    def batch(self, sentences):
+        rows = [torch.full((32, 384), 0.01 * len(sentence)) for sentence in sentences]
+        mask = torch.zeros(len(rows), 32, dtype=torch.bool)
+        mask[:, :3] = True
+        return torch.stack(rows) * mask.unsqueeze(-1), mask
+
+
+class CellCodec:
+    """Latents that need no autoencoder: 4x4 means of a picture's brightness in 4x4 cells of 8x8; latent k holds frames 4k-3..4k."""
+
+    latent_channels = 4
+
+    def encode(self, frames_BTHWC):
+        x = frames_BTHWC[..., 0].float() / 64 - 2
+        x = torch.cat([x[:, :1].expand(-1, 3, -1, -1), x], dim=1)
+        cells = torch.nn.functional.avg_pool2d(x, (8, 8))
+        return cells.unflatten(1, (-1, 4)).transpose(1, 2)
+
+
+def demonstrations(episodes=24, length=24, seed=0, instruction=None):
+    """A bright square follows joint 0 (sideways) and the left gripper (up and down); the measured joints are a step behind."""
+    rng = np.random.default_rng(seed)
+    frames, states, measured, said = [], [], [], []
+    for number in range(episodes):
+        start, goal = rng.uniform(-1, 1, (2, 2))
+        path = start + (goal - start) * (0.5 - 0.5 * np.cos(np.linspace(0, np.pi, length)))[:, None]
+        state = np.zeros((length, 14), np.float32)
+        state[:, 0], state[:, 6] = path[:, 0], 0.5 + 0.5 * path[:, 1]
+        ys, xs = np.mgrid[0:HEIGHT, 0:WIDTH]
+        x, y = 16 + 10 * path[:, 0, None, None], 12 + 7 * path[:, 1, None, None]
+        blob = np.exp(-((xs - x) ** 2 + (ys - y) ** 2) / 18)
+        frames.append(np.repeat((40 + 200 * blob)[..., None], 3, -1).astype(np.uint8))
+        states.append(state)
+        measured.append(np.concatenate([state[:1], state[:-1]]))
+        said.append(instruction or ("up" if number % 2 else "down and back"))
+    return make_store(
+        np.concatenate(frames),
+        np.concatenate(states),
+        [length] * episodes,
+        list(range(episodes)),
+        measured_NA=np.concatenate(measured),
+        instructions_E=said,
+        tasks_E=["toy"] * episodes,
+    )
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    torch.manual_seed(0)
+    size = WanConfig(latent_channels=4, num_heads=2, head_dim=12, num_layers=4, ffn_dim=48, tap=2)
+    denoiser = build_denoiser(size, ConditionerConfig(hidden=16))
+    torch.nn.init.normal_(denoiser.transformer.proj_out.weight, std=0.1)
+    settings = {"name": "toy", "frames": FRAMES, "frame_stride": 2, "sample_shift": 3.0, "denoising_steps": 1}
+    model = FlowWorldModel(denoiser, CellCodec(), settings, weights_fingerprint="x", text=Words())
+    store = demonstrations()
+    windows = DecoderWindows.build(store, Words(), frames=FRAMES, stride=2, tokens=4, prompt="{instruction}")
+    return FrozenWorldModel(model, windows)
+
+
+def feature_config(**changes) -> FeatureDecoderConfig:
+    values = {
+        "taps": (1, 3),
+        "feature_dim": 24,
+        "latent_frames": 3,
+        "grid": (3, 4),
+        "frames": FRAMES,
+        "goal_tokens": 4,
+        "resampler": ResamplerConfig(width=48, depth=2, heads=2, head_dim=24, latents_per_frame=4),
+        "head": ActionHeadConfig(
+            width=48, encoder_layers=1, decoder_layers=2, heads=4, attention_dropout=0.0, residual_dropout=0.0
+        ),
+        "sampling": SamplingConfig(steps=12, draws=3),
+    }
+    return FeatureDecoderConfig(**(values | changes))
+
+
+def feature_run(**fit) -> FeatureTrainConfig:
+    values = {"steps": 6, "batch": 8, "lr": 3e-3, "ema": 0.9, "log_every": 2}
+    return FeatureTrainConfig(model=feature_config(), fit=FitConfig(**(values | fit)), validation_windows=6)
+
+
+# --- windows and the frozen model ------------------------------------------------------------------------------------
+
+
+def test_rows_begin_with_the_pose_now(frozen):
+    windows, store = frozen.windows, frozen.windows.store
+    episode, start = torch.tensor([2, 5]), torch.tensor([0, 20])
+    rows, measured = windows.rows(episode, start), windows.rows(episode, start, measured=True)
+    assert rows.shape == measured.shape == (2, 17, 14)
+    states = store.states_NA[store.first_E[5] :][:24]
+    assert torch.equal(rows[1, :4], states[20:24]) and torch.equal(rows[1, 4:], states[-1:].expand(13, -1))
+    assert torch.equal(measured[0, 1:], rows[0, :-1]), "the toy's joints are a step behind"
+    lagged = windows.proprioception(episode, start, (0, 8, 16))
+    assert torch.equal(lagged[1], states[[20, 12, 4]]) and torch.equal(lagged[0, 1], lagged[0, 0])
+    tokens, keep = windows.goal(episode)
+    assert tokens.shape == (2, 4, 384) and keep.sum(1).tolist() == [3, 3]
+
+
+def test_features_are_those_of_a_rollout_with_the_same_noise(frozen):
+    """Training reads what ``rollout`` gives in use: same picture, words, proprioception and noise, same features."""
+    from physisforcing.worldmodel.features import denoiser_features
+
+    episode, start, request = torch.tensor([3]), torch.tensor([4]), FeatureRequest(taps=(1, 3))
+    found = frozen.features(episode, start, request, torch.Generator().manual_seed(7))
+    windows, model = frozen.windows, frozen.model
+    first = model.codec.encode(windows.first_pictures(episode, start))
+    noise = torch.randn(1, 4, 3, 3, 4, generator=torch.Generator().manual_seed(7))
+    words = Words().batch([windows.store.instructions_E[3]])[0]
+    state = windows.proprioception(episode, start, model.spec.proprioception_lags)
+    context = model.denoiser.context(words, state)
+    assert torch.equal(found, denoiser_features(model.denoiser.transformer, first, noise, context, request))
+    other = frozen.features(episode, start, request, torch.Generator().manual_seed(8))
+    assert not torch.equal(found, other), "fresh noise"
+
+
+def test_one_step_latents(frozen):
+    latents = frozen.model.codec.encode(frozen.windows.pictures(torch.tensor([1, 2]), torch.tensor([0, 2])))
+    sigma = torch.tensor([0.0, 0.7])
+    places = torch.tensor([1, 2]), torch.tensor([0, 2])
+    made = frozen.one_step(latents, *places, sigma, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made[0], latents[0])
+    assert torch.equal(made[1, :, 0], latents[1, :, 0]) and (made[1, :, 1:] - latents[1, :, 1:]).abs().max() > 0.01
+
+
+def test_what_does_not_fit_is_refused(frozen):
+    store = frozen.windows.store
+    short = DecoderWindows.build(store, Words(), frames=5, stride=2, tokens=4, prompt="{instruction}")
+    with pytest.raises(MissingCapabilityError, match="frames"):
+        FrozenWorldModel(frozen.model, short)
+    bare = dataclasses.replace(store, instructions_E=(), measured_NA=None)
+    with pytest.raises(DatasetError, match="without instructions"):
+        DecoderWindows.build(bare, Words(), frames=FRAMES, stride=2, tokens=4, prompt="{instruction}")
+    blind = DecoderWindows.build(
+        dataclasses.replace(store, measured_NA=None), Words(), frames=FRAMES, stride=2, tokens=4, prompt="{instruction}"
+    )
+    with pytest.raises(DatasetError, match="measured"):
+        blind.rows(torch.tensor([0]), torch.tensor([0]), measured=True)
+    config = dataclasses.replace(feature_run(), model=feature_config(feature_dim=25))
+    with pytest.raises(UserError, match="feature_dim"):
+        train_feature_decoder(config, frozen, folder=None)
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def test_tri_stage():
+    c = FitConfig(warmup_share=0.1, hold_share=0.2, first_scale=0.1, last_scale=0.01)
+    assert tri_stage(0.0, c) == pytest.approx(0.1) and tri_stage(0.05, c) == pytest.approx(0.55)
+    assert tri_stage(0.1, c) == 1.0 and tri_stage(0.29, c) == 1.0
+    half = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 0.5))
+    assert tri_stage(0.65, c) == pytest.approx(half) and tri_stage(1.0, c) == pytest.approx(0.01)
+    theirs = FitConfig()
+    assert tri_stage(1.0, theirs) == pytest.approx(1e-6) and tri_stage(0.02, theirs) == 1.0
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_weights(frozen, tmp_path):
+    def go(folder, stop_after=None, resume=False):
+        seen = []
+
+        def log(row):
+            seen.append(row["step"])
+            if stop_after is not None and row["step"] >= stop_after:
+                raise KeyboardInterrupt
+
+        config = feature_run(save_every=2, log_every=1)
+        config.model.head.residual_dropout = 0.2
+        return train_feature_decoder(config, frozen, folder=folder, resume=resume, log=log)[0], seen
+
+    straight, _ = go(tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "stopped", stop_after=5)
+    with pytest.raises(UserError, match="resume=true"):
+        go(tmp_path / "stopped")
+    continued, seen = go(tmp_path / "stopped", resume=True)
+    assert seen == [5, 6], "it goes on from step 4"
+    for (name, a), b in zip(straight.state_dict().items(), continued.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(UserError, match=r"fit\.lr"):
+        train_feature_decoder(feature_run(save_every=2, lr=1.0), frozen, folder=tmp_path / "stopped", resume=True)
+
+
+def test_the_average_is_what_is_left(tmp_path):
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    lives = []
+
+    def loss(generator):
+        lives.append(model.weight.item())
+        return {"loss": -model.weight.sum()}
+
+    config = FitConfig(steps=5, lr=0.1, ema=0.5, weight_decay=0.0)
+    fit = Fit(model, loss, config, folder=tmp_path)
+    fit.run()
+    lives.append(float(fit.average.tensors()["weight"]))  # swapped: the live weight after the last step
+    average = 0.0
+    for step, live in enumerate(lives[1:]):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * live
+    assert model.weight.item() == pytest.approx(average) != pytest.approx(lives[-1])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        Fit(model, lambda g: {"loss": model.weight.sum() * math.nan}, FitConfig(), folder=tmp_path).run()
+    for change, match in (({"precision": "fp16"}, "bf16"), ({"ema": 1.0}, "ema"), ({"steps": 0}, "steps")):
+        with pytest.raises(UserError, match=match):
+            Fit(model, lambda g: {}, FitConfig(**change), folder=tmp_path)
+
+
+# --- feature decoder -------------------------------------------------------------------------------------------------
+
+
+def test_the_feature_decoder_learns_windows_by_heart(frozen, tmp_path):
+    torch.manual_seed(0)
+    model = FeatureInverseDynamics(feature_config(), Words())
+    everyone = torch.arange(frozen.windows.store.episodes)
+    model.set_statistics(*statistics(frozen.windows.store, everyone, chunk=16, floor=0.05)[:2])
+    live = LiveFeatures(frozen, model.config, everyone, 0.0)
+    stored = StoredFeatures(live, windows=6, noises=1, generator=torch.Generator().manual_seed(0))
+    config = FitConfig(steps=220, batch=16, lr=6e-3, ema=0.95, beta2=0.99, weight_decay=0.0)
+
+    def loss(generator):
+        return score_matching(model, stored.draw(config.batch, generator), generator)
+
+    def error():
+        model.eval()
+        goal, state = tuple(g[:6] for g in stored.goal), stored.rows[:6, 0]
+        with torch.no_grad():
+            made = model.rows(stored.features[:6], goal, state, model.draw_noise()).numpy()
+        chunks = np.stack([chunk_of(draws).actions_PA for draws in made])
+        return float(np.sqrt(((chunks - stored.rows[:6, 1:].numpy()) ** 2)[..., [0, 6]].mean()))
+
+    before = error()
+    Fit(model, loss, config, folder=tmp_path).run()
+    after = error()
+    spread = float(np.sqrt(stored.rows[:6, 1:, [0, 6]].var().item()))
+    assert after < 0.25 * spread < 0.5 * before, (before, after, spread)
+
+
+def test_training_reports_errors_of_held_out_episodes(frozen, tmp_path):
+    rows = []
+    _, metrics = train_feature_decoder(feature_run(steps=4), frozen, folder=tmp_path, log=rows.append)
+    assert [row["step"] for row in rows] == [1, 2, 4] and all(math.isfinite(row["loss"]) for row in rows)
+    assert metrics["episodes"] == {"train": 23, "validation": 1} and metrics["windows"] == {"start": 1, "anywhere": 6}
+    for place in ("start", "anywhere"):
+        assert set(metrics[place]) == {"model", "hold", "model_measured", "drive_measured"}
+        assert 0 < metrics[place]["drive_measured"]["joint_deg"] < metrics[place]["hold"]["joint_deg"]
+        assert metrics["spread_deg"][place] > 0 and metrics["now_deg"][place] > 0
+    json.dumps(metrics)
+
+
+def test_stored_features_have_their_windows_targets(frozen):
+    live = LiveFeatures(frozen, feature_config(), torch.arange(4), 0.5)
+    stored = StoredFeatures(live, windows=5, noises=2, generator=torch.Generator().manual_seed(0), together=3)
+    assert stored.features.shape == (10, 2, 3, 3, 4, 24) and torch.equal(stored.rows[:5], stored.rows[5:])
+    assert not torch.equal(stored.features[:5], stored.features[5:]), "each with two noises"
+    batch = stored.draw(7, torch.Generator().manual_seed(1))
+    assert torch.equal(batch.state_BA, batch.rows_BRA[:, 0]) and batch.goal[0].shape == (7, 4, 384)
+
+
+# --- latent decoder --------------------------------------------------------------------------------------------------
+
+LATENT = LatentDecoderConfig(
+    latent_channels=4, grid=(3, 4), frames=FRAMES, channels=24, blocks=1, keypoints=4, flat_channels=4, dim=48, layers=1, heads=2
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def latent(frozen, tmp_path_factory):
+    fit = FitConfig(steps=220, batch=24, lr=4e-3, ema=0.95, beta2=0.99, weight_decay=0.0, log_every=100)
+    config = LatentTrainConfig(
+        model=LATENT, fit=fit, validation_windows=24, validation_share=0.2, latent_noise=0.05, denoised_sigma=0.3
+    )
+    return train_latent_decoder(config, frozen, folder=tmp_path_factory.mktemp("latent"))
+
+
+def test_the_latent_decoder_reads_motion(latent):
+    _, metrics = latent
+    for place in ("start", "anywhere"):
+        assert metrics[place]["real"]["joint_deg"] < 0.75 * metrics[place]["hold"]["joint_deg"]
+        assert metrics[place]["real"]["joint_deg"] < 0.85 * metrics[place]["frozen"]["joint_deg"]
+        assert metrics[place]["denoised"]["joint_deg"] < metrics[place]["hold"]["joint_deg"]
+        assert metrics[place]["real_measured"]["joint_deg"] > 0
+        assert set(metrics["spread_deg"][place]) == {"real", "denoised"}
+
+
+def latent_rollout(frozen, episodes=(0, 1), starts=(0, 2)):
+    windows = frozen.windows
+    z = frozen.model.codec.encode(windows.pictures(torch.tensor(episodes), torch.tensor(starts))).numpy()
+    state = windows.rows(torch.tensor(episodes), torch.tensor(starts))[:, 0].numpy()
+    both = np.stack([z, z + 0.1], axis=1)
+    return Rollout(times_T=np.arange(FRAMES) * 2 * DT, latents_BSCFhw=both), state
+
+
+def test_latent_decode(latent, frozen, tmp_path):
+    model, _ = latent
+    assert isinstance(model, InverseDynamics) and model.needs.returns == {"latents"}
+    rollout, state = latent_rollout(frozen)
+    chunks = model.decode(rollout, state, ["a", "b"])
+    assert chunks[1][1].actions_PA.shape == (16, 14) and (chunks[1][1].spread_P > 0).all()
+    one = dataclasses.replace(rollout, latents_BSCFhw=rollout.latents_BSCFhw[1:, 1:])
+    alone = model.decode(one, state[1:], ["b"])[0][0]
+    assert np.array_equal(alone.actions_PA, chunks[1][1].actions_PA)
+    with torch.no_grad():
+        targets = model(torch.from_numpy(rollout.latents_BSCFhw[:, 0]), torch.from_numpy(state))[0].numpy()
+    np.testing.assert_allclose(targets[0, :, 0], chunks[0][0].actions_PA[:, 0], atol=1e-5)
+    loaded = load_decoder(save_latent_decoder(model, tmp_path))
+    assert isinstance(loaded, LatentInverseDynamics) and loaded.fingerprint != "untrained"
+    again = loaded.decode(rollout, state, ["a", "b"])[0][0]
+    assert np.abs(again.actions_PA - chunks[0][0].actions_PA).max() < 0.02
+
+
+def test_latents_it_cannot_read_are_errors(latent, frozen):
+    model, (rollout, state) = latent[0], latent_rollout(frozen)
+    with pytest.raises(MissingCapabilityError, match="no latents"):
+        model.decode(dataclasses.replace(rollout, latents_BSCFhw=None), state, ["a", "b"])
+    with pytest.raises(MissingCapabilityError, match="codec"):
+        model.decode(dataclasses.replace(rollout, latents_BSCFhw=rollout.latents_BSCFhw[:, :, :3]), state, ["a", "b"])
+    with pytest.raises(MissingCapabilityError, match="frame_dt"):
+        model.decode(dataclasses.replace(rollout, times_T=rollout.times_T / 2), state, ["a", "b"])
+    with pytest.raises(UserError, match="state_BA"):
+        model.decode(rollout, state[:1], ["a", "b"])
+    with pytest.raises(UserError, match="decoder=latent"):
+        LatentInverseDynamics(LATENT).decode(rollout, state, ["a", "b"])
+
+
+def test_batches_of_latents(frozen):
+    config = LatentTrainConfig(
+        model=LATENT, fit=FitConfig(batch=6), denoised_share=0.5, denoised_sigma=0.9, latent_noise=0.3
+    )
+    batches = LatentBatches(config, frozen, torch.arange(4))
+    latents, now, targets = batches.draw(torch.Generator().manual_seed(0))
+    places = frozen.windows.store.draw(
+        6, allowed_E=torch.arange(4), start_share=config.start_share, generator=torch.Generator().manual_seed(0)
+    )
+    real = batches.real(*places)
+    changed = (latents - real).abs().amax(dim=(1, 3, 4))
+    assert (changed[:, 0] == 0).all(), "frame 0 is the encoded picture"
+    assert (changed[:, 1:] > 0.01).all() and changed[3:].max() < 1.5
+    assert torch.equal(now, frozen.windows.rows(*places)[:, 0]) and targets.shape == (6, 16, 14)
+    with pytest.raises(UserError, match="denoised_share"):
+        train_latent_decoder(dataclasses.replace(config, denoised_share=2.0), frozen, folder=None)
+
+
+# --- single frame ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single():
+    size = InverseDynamicsConfig(
+        frames=5, height=HEIGHT, width=WIDTH, channels=(16, 16), blocks=(1, 1), keypoints=4, flat_channels=2, dim=48
+    )
+    config = IdmTrainConfig(
+        model=size, steps=200, batch=16, lr=3e-3, warmup=10, ema=0.97, roundtrip_share=0.0, validation_windows=16
+    )
+    return train_inverse_dynamics(config, demonstrations(), None, build=SingleFrameInverseDynamics)
+
+
+def test_the_single_frame_decoder_reads_poses(single, tmp_path):
+    model, metrics = single
+    assert metrics["anywhere"]["real"]["joint_deg"] < 0.4 * metrics["anywhere"]["hold"]["joint_deg"]
+    store = demonstrations(seed=1)
+    frames, state, targets = store.windows(torch.tensor([0]), torch.tensor([4]), frames=5, stride=2)
+    with torch.no_grad():
+        plain = model(frames, state)[0]
+        assert torch.equal(plain, model(frames, state + 1)[0]), "present joints are not read"
+        order = torch.tensor([4, 3, 2, 1, 0])
+        poses, reversed_poses = model.poses(frames)[0], model.poses(frames[:, order])[0]
+        torch.testing.assert_close(poses[:, order], reversed_poses, atol=1e-5, rtol=1e-5)
+    assert plain.shape == targets.shape
+    rollout = Rollout(times_T=np.arange(5) * 2 * DT, frames_BSVTHWC=frames.numpy()[:, None, None])
+    loaded = load_decoder(save_single_frame_decoder(model, tmp_path))
+    assert isinstance(loaded, SingleFrameInverseDynamics)
+    chunk = loaded.decode(rollout, state.numpy(), ["x"])[0][0]
+    np.testing.assert_allclose(chunk.actions_PA[:, :6], plain[0, :, :6], atol=0.02)
+    assert (chunk.spread_P > 0).all()
+
+
+def test_between_is_linear():
+    values = torch.tensor([[[0.0], [2.0], [6.0]]])
+    assert between(values, 2)[0, :, 0].tolist() == [1.0, 2.0, 4.0, 6.0]
+    assert between(values, 1)[0, :, 0].tolist() == [2.0, 6.0]
