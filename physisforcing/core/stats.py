@@ -196,7 +196,7 @@ def _correlations(x_RN: NDArray[np.float64], y_RN: NDArray[np.float64], kind: st
         constant = (np.ptp(x_RN, axis=1) == 0) | (np.ptp(y_RN, axis=1) == 0)
         x_RN, y_RN = (part - part.mean(axis=1, keepdims=True) for part in (x_RN, y_RN))
         x_RN = np.where(constant[:, None], 0.0, x_RN)
-    scale = np.sqrt((x_RN**2).sum(axis=1)) * np.sqrt((y_RN**2).sum(axis=1))
+    scale = np.sqrt((x_RN**2).sum(axis=1) * (y_RN**2).sum(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.clip((x_RN * y_RN).sum(axis=1) / scale, -1.0, 1.0)
 
