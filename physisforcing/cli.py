@@ -43,6 +43,7 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("physisforcing.worldmodel.generate", "imagine a video from a first frame and an instruction"),
     "check worldmodel": Verb("physisforcing.check", "whether anyone's world model keeps the contract"),
     "eval plan": Verb("physisforcing.eval_plan", "plan in closed loop and count successes, with baselines"),
+    "eval evaluator": Verb("physisforcing.eval_evaluator", "policies inside a world model, judged, against the simulator"),
     "serve env": Verb("physisforcing.envs.serve", "serve one environment to another process or machine"),
     "serve model": Verb("physisforcing.serve_model", "hold one world model for many simulators"),
     "serve worldmodel": Verb("physisforcing.serve_worldmodel", "serve a world model by WorldArena 2.0's v1 contract"),
