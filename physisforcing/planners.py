@@ -96,7 +96,7 @@ def state_dim(world_model: Any) -> int | None:
 
 def served_on(settings: PlannerSettings, server: ServerAddress | None) -> str:
     """How a server computes pictures where that is not how this process would on a CPU; empty where it is the same."""
-    if not settings.server:
+    if not settings.server or (server is None and settings.server != "auto"):
         return ""
     if settings.server == "auto":
         from physisforcing.planner.train import choose_device
@@ -105,7 +105,7 @@ def served_on(settings: PlannerSettings, server: ServerAddress | None) -> str:
     else:
         from physisforcing.planner.model_client import SocketWorldModel
 
-        assert server is not None
+        assert server is not None  # see above
         with SocketWorldModel(server.address, token=server.token, connect_s=server.connect_s) as model:
             device, batch = str(model.about.get("device")), int(model.about.get("batch") or 0)
     if device == "cpu":
