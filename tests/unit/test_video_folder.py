@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
-from physisforcing.core.types import RolloutRequest
+from physisforcing.core.types import ActionChunk, DecoderNeeds, Observation, RolloutRequest
+from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
 from physisforcing.planner.check_worldmodel import check_world_model
 from physisforcing.planner.contract_probe import scene
 from physisforcing.planner.requests import merge, rollout_in_parts
@@ -129,6 +131,29 @@ def test_ids_stay_with_their_contexts_when_requests_are_merged_and_parted(folder
     assert whole.ids == [IDS[1], IDS[2], IDS[0]]
     parted = rollout_in_parts(model, whole, max_batch=1).frames_BSVTHWC
     assert np.array_equal(parted, np.concatenate([model.rollout(request).frames_BSVTHWC for request in asked]))
+
+
+def test_the_planner_asks_for_the_videos_of_its_episode(folder):
+    """Replans without another picture: the decoder does not move, so that the context stays that of the recorded videos."""
+
+    class Decoder:
+        fingerprint, needs, firsts = "still", DecoderNeeds(), []
+
+        def decode(self, rollout, state_BA, instructions):
+            self.firsts.append(rollout.frames_BSVTHWC[0, 0, 0])
+            return [[ActionChunk(actions_PA=np.ones((8, 14), np.float32))]]
+
+    decoder, settings = Decoder(), ActionPlannerConfig(execute_horizon=4, horizon=5)
+    planner = ActionPlanner(VideoFolderWorldModel(folder), decoder, settings)
+    planner.reset(task="click_bell", seed=100_000, instruction="do click_bell")
+    for plan in range(2):
+        state = np.zeros(14, np.float32)
+        picture = video(plan)[0]
+        seen = Observation(images={"head": picture}, state_A=state, measured_A=state, instruction="", step=4 * plan)
+        planner.act(seen)
+        assert np.abs(decoder.firsts[plan].astype(int) - video(plan)).mean() < 3
+    with pytest.raises(UserError, match="plan 2"):
+        planner.act(dataclasses.replace(seen, step=8))
 
 
 def test_files_say_that_they_are_generated(folder):
