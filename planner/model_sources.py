@@ -1,0 +1,134 @@
+"""Rows of `physis compare` for published world models: what each is, where it comes from, and what it needs to run here.
+
+One YAML file a row in ``configs/compare``. Nothing is downloaded: a row runs when it is given a source (``rows=[wow:http://HOST:PORT]``),
+and otherwise says what it lacks. What others measured with these models stands in ``worldarena_published.json``, apart from any result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from physisforcing.core.errors import UserError, unknown_name
+
+#: How a world model can be given to ``physis compare``.
+KINDS = ("world_model", "diffusers_pipeline", "service", "factory", "video_folder")
+#: ``rows=[table3]``: every row of the paper's Table 3, in its order.
+TABLE_3 = (
+    "genie_envisioner",
+    "tesseract",
+    "robomaster",
+    "vidar",
+    "wow",
+    "wan22_ti2v_5b",
+    "wan22_ti2v_5b_physisforcing",
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelSource:
+    """A published world model.
+
+    ``name``: of the row, that of its file. ``title``: as the paper prints it, which is also its name among the published numbers.
+    ``kinds``: how it can be given (``KINDS``). ``pipelines``: diffusers classes its folder may name, none where diffusers has none.
+    ``weights``: where its public weights are, ``licence`` of those, ``code``: its own inference code. ``needs``: what is lacking as long
+    as no ``source`` is given; a clause that completes "needs ...". ``conditions``: what it takes besides a picture and a sentence.
+    """
+
+    name: str
+    title: str
+    kinds: list[str]
+    needs: str
+    source: str = ""
+    pipelines: list[str] = field(default_factory=list)
+    weights: str = ""
+    licence: str = ""
+    code: str = ""
+    recipe: str = ""
+    conditions: list[str] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def missing(self) -> str:
+        """What it needs, or an empty string when it has a source."""
+        return "" if self.source else self.needs
+
+    @property
+    def skipped(self) -> str:
+        """``skipped: needs ...``, or an empty string."""
+        return f"skipped: needs {self.needs}" if self.missing else ""
+
+
+def load_rows(rows: Sequence[str]) -> list[ModelSource]:
+    """Rows by name, ``name:SOURCE`` with what to run, or ``table3`` for all rows of the paper's Table 3 that are not named themselves.
+
+    Raises ``UserError`` for an unknown row (nearest name offered), one given twice, a file that does not fit, and a source that cannot
+    be what the row names.
+    """
+    given: dict[str, str] = {}
+    for entry in rows:
+        name, _, source = entry.partition(":")
+        if name in given:
+            raise UserError("rows", got=f"{name} twice", wanted="each row once", fix="leave one out")
+        given[name] = source
+    if given.pop("table3", None) is not None:
+        given = dict.fromkeys(TABLE_3, "") | given
+    return [_load(name, source) for name, source in given.items()]
+
+
+def row_names() -> list[str]:
+    """Names of all rows."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def _load(name: str, source: str) -> ModelSource:
+    import yaml
+
+    from physisforcing.core.config import build
+
+    if name not in row_names():
+        raise unknown_name("rows", name, [*row_names(), "table3"], see="configs/compare")
+    values: dict[str, Any] = yaml.safe_load((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    row = build(ModelSource, {"name": name} | values)
+    row.source = source or row.source
+    wrong = [kind for kind in row.kinds if kind not in KINDS]
+    if row.name != name or wrong or not row.kinds:
+        got = f"name {row.name}, kinds {row.kinds}"
+        raise UserError(
+            f"compare/{name}.yaml", got=got, wanted=f"its own name and kinds of {', '.join(KINDS)}", fix="edit it"
+        )
+    if row.source:
+        _check_source(row)
+    return row
+
+
+def _check_source(row: ModelSource) -> None:
+    """``UserError`` for a folder that is not there and a pipeline of another class."""
+    if row.source == "shipped" or row.source.startswith(("http://", "https://")):
+        return
+    path = Path(row.source)
+    if ":" in row.source and not path.exists():
+        return  # module:factory
+    if not path.exists():
+        fix = f"check the path, or leave it out: the row then says what it needs ({row.needs})"
+        raise UserError(
+            f"rows.{row.name}", got=row.source, wanted="a folder, an http:// address or module:factory", fix=fix
+        )
+    index = path / "model_index.json"
+    if index.is_file() and row.pipelines:
+        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        if found != row.pipeline:
+            wanted, fix = (
+                f"a {row.pipeline} folder",
+                "give this model's own weights; models={name:FOLDER} runs any other",
+            )
+            raise UserError(f"rows.{row.name}", got=str(found), wanted=wanted, fix=fix)
+
+
+def _folder() -> Path:
+    from physisforcing.core.config import config_dir
+
+    return config_dir() / "compare"
