@@ -120,9 +120,9 @@ def _check_source(row: ModelSource) -> None:
     index = path / "model_index.json"
     if index.is_file() and row.pipelines:
         found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-        if found != row.pipeline:
+        if found not in row.pipelines:
             wanted, fix = (
-                f"a {row.pipeline} folder",
+                f"a {' or '.join(row.pipelines)} folder",
                 "give this model's own weights; models={name:FOLDER} runs any other",
             )
             raise UserError(f"rows.{row.name}", got=str(found), wanted=wanted, fix=fix)
