@@ -24,7 +24,8 @@ settings (field=value):
   port=0                 0: a free one, printed         host=127.0.0.1
   token=SECRET           needed for a host that others reach; better in the variable PHYSIS_TOKEN, which other users do not see
   steps=0                denoising steps (0: the model's own)   device=cpu
-  batch=0                samples computed together (0: the model's bound on a CPU, 1 on a GPU, where pictures may depend on it)
+  batch=0                samples computed together (0: the model's bound on a CPU, 1 on a GPU; there always exactly so many, filled
+                         up with copies, because pictures may depend on the number)
   limits.NAME=NUMBER     max_request_bytes, max_batch_size, max_concurrency, deadline_s, ... (docs/service.md)
   --json                 the first and only line of the output is JSON with the address, once the model is loaded
 
@@ -42,12 +43,12 @@ def loader(config: ServeWorldModelConfig) -> Callable[[], WorldModel]:
     find = find_loader(config.model, config.device, codec=config.codec or None, steps=config.steps or None)
 
     def load() -> WorldModel:
-        from physisforcing.worldmodel.model import FlowWorldModel
-        from physisforcing.worldmodel.text import TextEmbedder
-
         model = find()
-        if isinstance(model, FlowWorldModel):  # clients' sentences are not to fill this machine's cache
-            model.text = TextEmbedder(store=False)
+        ours = sys.modules.get("physisforcing.worldmodel.model")  # a model of somebody else's may not need torch
+        if ours is not None and isinstance(model, ours.FlowWorldModel):
+            from physisforcing.worldmodel.text import TextEmbedder
+
+            model.text = TextEmbedder(store=False)  # clients' sentences are not to fill this machine's cache
         return model
 
     return load

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from physisforcing.core.connection import TOKEN_VARIABLE
 from physisforcing.core.errors import MissingCapabilityError, UserError
+from physisforcing.core.requests import check_request
 from physisforcing.core.types import DT, ActionSpec, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
 
-from ..requests import check_request
 from .http import Address, NoReplyError, Reply, exchange
 from .pictures import decode_png, encode_png
 from .schema import API_VERSION, Capabilities, ErrorBody, ErrorDetails, PredictResponse, Profile, Strict
@@ -82,7 +82,6 @@ class HttpWorldModel:
         check_request(request, self._spec)
         begun = time.perf_counter()
         profile = self._profile(request)
-        _check_actions(request, profile)
         batch, samples = request.seeds_BS.shape
         places = [(b, s) for b in range(batch) for s in range(samples)]
         most = self.capabilities.limits.max_batch_size
@@ -221,18 +220,6 @@ def spec_of(capabilities: Capabilities, frame_dt: float = DT) -> WorldModelSpec:
         ),
         **common,
     )
-
-
-def _check_actions(request: RolloutRequest, profile: Profile) -> None:
-    if request.actions_BSPA is None:
-        return
-    steps = (request.horizon - 1) * profile.action.rows_per_frame
-    wanted = (steps, (profile.action.dimension or 0) // profile.action.rows_per_frame)
-    if request.actions_BSPA.shape[2:] != wanted:
-        got = request.actions_BSPA.shape[2:]
-        raise UserError(
-            "actions_BSPA", got=got, wanted=f"[P,A] = {wanted}", fix="one row a control step of the horizon"
-        )
 
 
 def _sample(request: RolloutRequest, profile: Profile, b: int, s: int) -> dict[str, Any]:

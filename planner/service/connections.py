@@ -43,13 +43,22 @@ def guarded_protocol(limits: ServiceLimits) -> type[H11Protocol]:
         def handle_events(self) -> None:
             before = self.cycle
             super().handle_events()
-            if self.cycle is not before and not self.cycle.response_complete:
+            if self.cycle is not before and not self.cycle.response_complete and not self.flow.write_paused:
                 self._disarm()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
             if self.cycle.response_complete:
                 self._arm()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._arm()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._disarm()
 
         def send_400_response(self, msg: str) -> None:
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # no answer has begun

@@ -70,13 +70,12 @@ def offers_of(spec: WorldModelSpec, joints: int) -> dict[str, Offer]:
     state_dim = rows * len(spec.proprioception_lags) if "proprioception" in spec.conditions else 0
     found = []
     for horizon in spec.horizons:
-        if "actions" in spec.conditions:
+        if "actions" in spec.conditions:  # such a model needs them in every request
             steps = _rows_per_frame(spec)
-            assert spec.action_spec is not None
-            dim = steps * spec.action_spec.dim
+            dim = steps * rows
             shape = {"rows_per_frame": steps, "action_dim": dim, "state_dim": state_dim}
             found.append(Offer(driven_by="actions", horizon=horizon, frames=horizon - 1, **shape))
-        if "text" in spec.conditions or "actions" not in spec.conditions:
+        else:
             found.append(Offer(driven_by="text", horizon=horizon, frames=horizon, state_dim=state_dim))
     return {offer.profile_id: offer for offer in found if offer.frames > 0}
 
@@ -97,10 +96,8 @@ def _rows_per_frame(spec: WorldModelSpec) -> int:
     return round(ratio)
 
 
-def capabilities_of(
-    spec: WorldModelSpec, offers: dict[str, Offer], limits: ServiceLimits, *, same_pixels: bool
-) -> Capabilities:
-    """The manifest. ``same_pixels``: whether equal seeds give equal pixels whatever the batch."""
+def capabilities_of(spec: WorldModelSpec, offers: dict[str, Offer], limits: ServiceLimits) -> Capabilities:
+    """The manifest."""
     return Capabilities(
         api_version=API_VERSION,
         model_version=model_version(spec),
@@ -111,7 +108,7 @@ def capabilities_of(
             max_concurrency=limits.max_concurrency,
             recommended_timeout_ms=round(1000 * limits.deadline_s),
         ),
-        determinism=Determinism(seed_supported=True, same_seed_same_pixels=same_pixels),
+        determinism=Determinism(seed_supported=True, same_seed_same_pixels=spec.deterministic),
         world_model=_info(spec),
     )
 

@@ -123,14 +123,14 @@ def run(
 
     config.check()
     on_cpu = config.device == "cpu"
-    batch = config.batch or (None if on_cpu else 1)
+    batch = config.batch or (None if on_cpu else 1)  # a GPU may round differently in a batch of another size
     sock = listen(config.host, config.port)
     app = create_app(
         load,
         config.limits,
         token=config.token,
         batch=batch,
-        same_pixels=on_cpu or batch == 1,
+        pad=not on_cpu,
         on_failure=lambda _: stop(),
     )
     server = make_server(app, config.limits)

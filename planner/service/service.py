@@ -37,8 +37,8 @@ LOG = logging.getLogger("physisforcing.service")
 
 class WorldModelService:
     """``load``: makes the model, in a thread of its own after ``start``. ``token``: what clients must send; without one only this
-    machine's names are answered. ``batch``: samples computed together (None: what the spec says). ``same_pixels``: False where
-    equal seeds may give other pixels in another batch. ``joints``: numbers in a row of proprioception where no action spec says
+    machine's names are answered. ``batch``, ``pad``: samples computed together (None: what the spec says), and
+    whether always exactly so many (see ``Batcher``). ``joints``: numbers in a row of proprioception where no action spec says
     it. ``on_failure``: called when the model cannot be loaded.
     """
 
@@ -49,14 +49,14 @@ class WorldModelService:
         *,
         token: str = "",
         batch: int | None = None,
-        same_pixels: bool = True,
+        pad: bool = False,
         joints: int = 14,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.limits = replace(limits or ServiceLimits())
         self.limits.check()
         self._load, self._token, self._batch, self._joints = load, token, batch, joints
-        self._same_pixels, self._on_failure = same_pixels, on_failure
+        self._pad, self._on_failure = pad, on_failure
         self.budget = ByteBudget(self.limits.buffered_bytes)
         self.answers = AnswerStore(
             bytes_=self.limits.answer_bytes, ttl_s=self.limits.answer_ttl_s, ids=self.limits.request_ids
@@ -83,10 +83,9 @@ class WorldModelService:
             spec, limits = model.spec, self.limits
             limits.max_batch_size = min(limits.max_batch_size, spec.max_batch)
             self._offers = offers_of(spec, self._joints)
-            same = self._same_pixels and spec.deterministic
-            manifest = capabilities_of(spec, self._offers, limits, same_pixels=same)
+            manifest = capabilities_of(spec, self._offers, limits)
             self._manifest = manifest.model_dump_json().encode()
-            self._batcher = Batcher(model, max_batch=self._batch, max_waiting=limits.max_concurrency)
+            self._batcher = Batcher(model, max_batch=self._batch, pad=self._pad, max_waiting=limits.max_concurrency)
         except BaseException as error:  # whatever it is: whoever waits for the model must hear of it
             self.failure = error
             if self._on_failure is not None:

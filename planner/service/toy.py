@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from physisforcing.core.requests import check_request
 from physisforcing.core.types import DT, ActionSpec, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
-
-from ..requests import check_request
 
 
 @dataclass(slots=True, kw_only=True)

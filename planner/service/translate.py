@@ -150,11 +150,8 @@ def _rollout_request(
 
 
 def _check_length(sample: Sample, offer: Offer, at: str) -> None:
-    if offer.driven_by == "actions":
-        if sample.actions is None:
-            raise invalid(f"{at}.actions: missing, the profile {offer.profile_id} is driven by actions")
-    elif sample.actions:
-        raise invalid(f"{at}.actions: the profile {offer.profile_id} is driven by text and takes none")
+    if offer.driven_by == "actions" and sample.actions is None:
+        raise invalid(f"{at}.actions: missing, the profile {offer.profile_id} is driven by actions")
     if sample.horizon not in (None, offer.horizon):
         raise invalid(f"{at}.horizon: {offer.horizon} in the profile {offer.profile_id}")
 
