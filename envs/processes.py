@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from physisforcing.core.errors import UnstableSceneError, UserError, VulkanUnavailableError
@@ -26,12 +27,13 @@ class Died(RuntimeError):
 class EnvProcess:
     """``ask`` sends a question, ``answer`` waits for its answer; one question at a time."""
 
-    def __init__(self, make_env: Any) -> None:
+    def __init__(self, make_env: Any, body: Callable[[Any, Any], None] | None = None) -> None:
+        """``body(pipe, make_env)``: what the process does instead of answering with an environment."""
         self._number = 0
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         # daemon: never outlives this process; without it an exception in the caller would leave simulators behind
-        self._process = context.Process(target=_body, args=(theirs, make_env), daemon=True)
+        self._process = context.Process(target=body or _body, args=(theirs, make_env), daemon=True)
         try:
             self._process.start()
         except (AttributeError, TypeError) as error:

@@ -16,7 +16,10 @@ from physisforcing.core.types import Observation
 
 
 class Recorder(Protocol):
-    """Sees every control step of an episode, frame 0 first (see ``recording.EpisodeRecorder``)."""
+    """Sees every control step of an episode, frame 0 first (see ``recording.EpisodeRecorder``).
+
+    Where it also has ``needs_picture(step) -> bool``, only those moments are drawn for it, and the other observations have no pictures.
+    """
 
     def frame(self, env: Any, observation: dict[str, Any]) -> None: ...
 
@@ -151,7 +154,7 @@ class _Loop:
     def _step(self, target_A: NDArray[np.float32], looks: bool) -> tuple[dict[str, Any], bool]:
         """``looks``: the policy sees what follows. Between its chunks nothing is drawn unless somebody records it."""
         began = time.perf_counter()
-        step = self.env.step if looks or self.frames is not None or self.recorder is not None else self._blind
+        step = self.env.step if looks or self.frames is not None or self._recorded() else self._blind
         raw, _, terminated, truncated, self.result.info = step(target_A)
         self.result.simulator_s += time.perf_counter() - began
         self.result.steps += 1
@@ -161,6 +164,14 @@ class _Loop:
         if self.recorder is not None:
             self.recorder.frame(self.env.unwrapped, raw)
         return raw, bool(terminated or truncated)
+
+
+    def _recorded(self) -> bool:
+        """Whether the recorder wants to see the moment after the next step."""
+        if self.recorder is None:
+            return False
+        needs_picture = getattr(self.recorder, "needs_picture", None)
+        return needs_picture is None or bool(needs_picture(self.result.steps + 1))
 
 
 def _checked(chunk: Any, dim: int) -> NDArray[np.float32]:

@@ -80,6 +80,17 @@ class RoboTwinEnv(gymnasium.Env):
         planner: PlannerConfig | None = None,
     ) -> None:
         self.task_name = task_info(task)["name"]
+        #: What makes another environment that builds the same scenes and moves alike.
+        self.options: dict[str, Any] = {
+            "control": control,
+            "assets": assets,
+            "embodiment": embodiment,
+            "randomization": randomization,
+            "scene_of": scene_of,
+            "shadows": shadows,
+            "instruction": instruction,
+            "planner": planner,
+        }
         self.scene_of = check_scene_of(task, scene_of)
         for camera in cameras:
             if camera not in CAMERAS:

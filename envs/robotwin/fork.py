@@ -192,16 +192,17 @@ def _plain_attributes(owner: Any) -> dict[str, Any]:
     of files, which differ between machines.
     """
     kept = {name: value for name, value in vars(owner).items() if not name.endswith(("_file", "_path", "_dir"))}
-    return {name: copy.deepcopy(value) for name, value in sorted(kept.items()) if _is_plain(value)}
+    return {name: copy.deepcopy(value) for name, value in sorted(kept.items()) if is_plain(value)}
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value is numbers, strings, arrays and containers of them all the way down."""
     if isinstance(value, np.ndarray):
         return value.dtype != object
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+        return all(isinstance(key, str) and is_plain(inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str, np.generic))
 
 

@@ -175,21 +175,21 @@ class Bodies:
     def __init__(self, scene: Any) -> None:
         import sapien
 
-        self._entities = sorted(
+        self.entities = sorted(
             (e for e in scene.entities if e.find_component_by_type(sapien.physx.PhysxBaseComponent) is not None),
             key=lambda e: e.per_scene_id,
         )
-        self._moving = [e.find_component_by_type(sapien.physx.PhysxRigidBodyComponent) for e in self._entities]
-        self.ids_K = np.array([e.per_scene_id for e in self._entities], dtype=np.uint16)
+        self._moving = [e.find_component_by_type(sapien.physx.PhysxRigidBodyComponent) for e in self.entities]
+        self.ids_K = np.array([e.per_scene_id for e in self.entities], dtype=np.uint16)
 
     def names(self) -> dict[int, str]:
         """Id -> entity name (names repeat, ids do not)."""
-        return {int(e.per_scene_id): e.name for e in self._entities}
+        return {int(e.per_scene_id): e.name for e in self.entities}
 
     def poses(self) -> NDArray[np.float32]:
         """float32 [K,7]: xyz in metres, wxyz, in the world."""
-        poses_K7 = np.empty((len(self._entities), 7), dtype=np.float32)
-        for row, entity in zip(poses_K7, self._entities, strict=True):
+        poses_K7 = np.empty((len(self.entities), 7), dtype=np.float32)
+        for row, entity in zip(poses_K7, self.entities, strict=True):
             pose = entity.pose
             row[:3], row[3:] = pose.p, pose.q
         return poses_K7
@@ -198,8 +198,8 @@ class Bodies:
         """Linear (m/s) and angular (rad/s) velocities [K,6], and which bodies the engine has put to sleep, [K]; zero and
         False for what cannot move.
         """
-        velocities_K6 = np.zeros((len(self._entities), 6), dtype=np.float32)
-        asleep_K = np.zeros(len(self._entities), dtype=np.bool_)
+        velocities_K6 = np.zeros((len(self.entities), 6), dtype=np.float32)
+        asleep_K = np.zeros(len(self.entities), dtype=np.bool_)
         for k, body in enumerate(self._moving):
             if body is not None:
                 velocities_K6[k, :3], velocities_K6[k, 3:] = body.linear_velocity, body.angular_velocity
@@ -212,7 +212,7 @@ class Bodies:
 
         free = sapien.physx.PhysxRigidDynamicComponent
         found = []
-        for entity in self._entities:
+        for entity in self.entities:
             if entity.find_component_by_type(free) is not None:
                 pose = entity.pose
                 found.append([entity.name, *(round(float(v), 5) + 0.0 for v in (*pose.p, *pose.q))])
