@@ -48,7 +48,7 @@ settings (field=value):
 examples:
   physis eval plan tasks=[click_bell] episodes=50 train_demos=runs/bell output=runs/plan
   physis eval plan task=click_bell planner.oracle=video demos=runs/heldout episodes=20 output=runs/oracle
-  physis eval plan protocol=worldarena planner.execute_horizon=32 output=runs/worldarena
+  physis eval plan protocol=worldarena output=runs/worldarena
   physis eval plan planner.candidates=4 planner.verifier=spread planner.server=auto workers=4 output=runs/best_of_4"""
 
 ORACLES = ("none", "video")

@@ -25,6 +25,7 @@ def test_the_preset_is_the_protocol() -> None:
     config = compose("eval_plan", ["protocol=worldarena"], EvalPlanConfig)
     assert config.tasks == ["adjust_bottle", "click_bell"] and config.episodes == 100
     assert (config.max_steps, config.control, config.planner.execute_horizon) == (400, "topp", 45)
+    assert config.planner.rollout_chunks == 2, "two rollouts of 32 rows hold 45"
     assert config.worldarena() == ProtocolSettings() and not config.worldarena().deviations()
     assert config.planner.world_model == "shipped", "the planner's own settings stay"
     config.check()
