@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,3 +200,32 @@ def test_published_numbers_are_those_of_the_sources() -> None:
         assert row["mean_interval"][0] < row["mean"] / 100 < row["mean_interval"][1]
     wan = next(row for row in content["rows"] if row["planner"] == "Wan2.2-TI2V-5B")
     assert wan["intervals"]["adjust_bottle"] == pytest.approx((0.07, 0.20), abs=0.006)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the page
+
+
+def test_commands_of_the_page_fit_their_settings() -> None:
+    from physisforcing import cli
+    from physisforcing.data_export import DataExportConfig
+    from physisforcing.envs.collect import CollectConfig
+    from physisforcing.eval_evaluator import EvaluatorConfig
+
+    schemas = {
+        "eval plan": ("eval_plan", EvalPlanConfig),
+        "data export": ("data_export", DataExportConfig),
+        "eval evaluator": ("eval_evaluator", EvaluatorConfig),
+        "data collect": ("collect", CollectConfig),
+    }
+    text = (Path(__file__).resolve().parents[2] / "docs/worldarena.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line.split(" #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    composed = []
+    for words in (shlex.split(line)[1:] for line in lines if line.startswith("physis ")):
+        verb, rest = cli.find_verb(words)
+        if verb in schemas:
+            made = compose(schemas[verb][0], rest, schemas[verb][1])
+            composed.append(verb)
+            if verb == "eval plan" and "prompt_template" not in " ".join(rest):
+                made.check()
+    assert len(composed) >= 12 and set(composed) == set(schemas)
