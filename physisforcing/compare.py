@@ -1,0 +1,229 @@
+"""``physis compare``: several world models under one planner in the same scenes, beside the controls, with a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from physisforcing.core.errors import IncompleteCoverageError, UserError, check_at_least, unknown_name
+from physisforcing.core.results import ResultKey, config_hash
+
+from .compare_controls import VIDEOS
+from .compare_episodes import POLICIES, ComparisonRunner, identify
+from .eval_plan import PlannerSettings
+from .plan_scenes import FIRST_SEED, Scenes, plan_scenes
+
+HELP = """usage: physis compare models={NAME:SOURCE,...} [field=value ...] [--json]
+
+The same planner, decoder and scenes for several world models, with controls; says how much of what was imagined really happened.
+
+settings (field=value):
+  models={a:SOURCE,b:SOURCE}   SOURCE: shipped, a world-model folder, a diffusers image-to-video pipeline folder, a folder of videos,
+                         http://HOST:PORT of a world-model service, or module:factory (docs/bring_your_world_model.md)
+                         or {source:SOURCE,recipe:NAME,training_seed:N}: with five or more training seeds a recipe, seeds are the unit
+  rows=[]                published models: table3 (all of the paper's Table 3), or names of configs/compare with a source
+                         (rows=[wow:http://HOST:PORT]); what lacks a source is listed as skipped, with what it needs
+  tasks=[click_bell]     episodes=10   per task, the same scenes for everyone       manifest=auto   first_seed=null
+  controls=[noop,random,retrieval,frozen,noise,perfect,oracle,other,objects_erased]
+                         retrieval needs train_demos=FOLDER (training seeds); perfect: the simulator itself as world model; oracle: the
+                         demonstration's own video; other: another scene's video; objects_erased: the demonstration's video without
+                         the task's objects
+  demos=FOLDER           demonstrations of the same scenes (recorded into output/demonstrations if not given)
+  planner=pico           decoder and planner: planner.decoder, planner.execute_horizon=32, planner.candidates=1, planner.device=cpu, ...
+  classifier=FOLDER      success classifier (physis train success): imagined against true success
+  output=PATH            the same command again continues; results.jsonl, report.html, report.md, summary.json, videos/
+  workers=0  threads=2  videos=2 (filmed scenes a task)  control=interpolated  max_steps=null  retry_errors=false
+
+examples:
+  physis compare models={shipped:shipped} tasks=[click_bell] episodes=5 controls=[noop,frozen,perfect] output=runs/compare
+  physis compare models={flow:runs/flow/export,physis:runs/physis/export} tasks=[click_bell,adjust_bottle] output=runs/compare"""
+
+CONTROLS = (*POLICIES, *VIDEOS)
+NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+
+
+@dataclass(slots=True, kw_only=True)
+class ComparedModel:
+    """A world model of the comparison. ``recipe`` and ``training_seed``: how it was trained, where that is compared."""
+
+    source: str
+    recipe: str = ""
+    training_seed: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class CompareConfig:
+    """Settings of ``physis compare`` (see ``HELP``)."""
+
+    models: dict[str, Any] = field(default_factory=dict)
+    rows: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=lambda: ["click_bell"])
+    episodes: int = 10
+    first_seed: int | None = None
+    manifest: str = "auto"
+    planner: PlannerSettings = field(default_factory=PlannerSettings)
+    controls: list[str] = field(default_factory=lambda: list(CONTROLS))
+    train_demos: str = ""
+    demos: str = ""
+    classifier: str = ""
+    output: str = "runs/compare"
+    control: str = "interpolated"
+    max_steps: int | None = None
+    workers: int = 0
+    threads: int = 2
+    videos: int = 2
+    retry_errors: bool = False
+
+    @property
+    def oracle(self) -> bool:
+        """The runner of ``physis eval plan`` asks for it."""
+        return False
+
+    def check(self) -> dict[str, ComparedModel]:
+        """The models by name. ``UserError`` for what would fail only after the simulator has started."""
+        from physisforcing.envs.robotwin.tasks import task_info
+
+        for task in self.tasks:
+            task_info(task)
+        for name in self.controls:
+            if name not in CONTROLS:
+                raise unknown_name("controls", name, CONTROLS, see="physis compare --help")
+        check_at_least(self, episodes=1, workers=0, threads=1, videos=0)
+        if self.first_seed is not None and self.first_seed < FIRST_SEED:
+            fix = f"evaluation seeds start at {FIRST_SEED}"
+            raise UserError("first_seed", got=self.first_seed, wanted=f"at least {FIRST_SEED}", fix=fix)
+        models = {name: _model(name, given) for name, given in self.models.items()}
+        if not models and not self.rows:
+            raise UserError("models", got="none", wanted="at least one world model", fix="models={mine:FOLDER}")
+        return models
+
+
+def _model(name: str, given: Any) -> ComparedModel:
+    if not NAME.fullmatch(name) or name in CONTROLS:
+        wanted = "lower-case letters, digits and _ that no control is called"
+        raise UserError("models", got=name, wanted=wanted, fix="models={mine:FOLDER}")
+    if isinstance(given, str):
+        return ComparedModel(source=given)
+    known = [f.name for f in dataclasses.fields(ComparedModel)]
+    if not isinstance(given, dict) or "source" not in given:
+        fix = f"models={{{name}:{{source:FOLDER,recipe:NAME,training_seed:0}}}}"
+        raise UserError(f"models.{name}", got=given, wanted="a source", fix=fix)
+    for key in given:
+        if key not in known:
+            raise unknown_name(f"models.{name}", key, known, see="physis compare --help")
+    return ComparedModel(**given)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of ``physis compare``. Exit code 3 when episodes ended in errors."""
+    words = [word for word in argv if word != "--json"]
+    if any(word in ("-h", "--help") for word in words):
+        print(HELP)
+        return 0
+    from physisforcing.core.config import compose
+    from physisforcing.envs.collect import expand_lists
+
+    lists = {"task": "tasks", "tasks": "tasks", "controls": "controls", "rows": "rows"}
+    config = compose("compare", expand_lists(words, lists), CompareConfig)
+    summary = compare(config, command=" ".join(["physis compare", *argv]))
+    folder = Path(config.output)
+    print(json.dumps(summary, indent=2) if len(words) < len(argv) else (folder / "report.md").read_text())
+    print(f"report: {folder / 'report.html'}")
+    if summary["errors"]:
+        raise IncompleteCoverageError(
+            f"{summary['errors']} episodes ended in errors; retry_errors=true runs them again"
+        )
+    return 0
+
+
+def compare(config: CompareConfig, *, command: str = "physis compare", progress: bool = True) -> dict[str, Any]:
+    """Run or continue a comparison; returns the summary that ``summary.json`` holds."""
+    from .compare_report import write_comparison
+    from .episode_jobs import run_jobs
+
+    plan = ComparisonPlan(config, progress=progress)
+    rows = run_jobs(
+        plan.jobs,
+        plan.key,
+        Path(config.output),
+        partial(ComparisonRunner, config, plan.models, plan.scenes, plan.filmed),
+        workers=config.workers,
+        retry_errors=config.retry_errors,
+        progress=progress,
+    )
+    return write_comparison(config, plan, rows, command=command)
+
+
+class ComparisonPlan:
+    """Which episodes, under which keys. A job's task is ``<task>/<name>``, the name of a model or a control."""
+
+    def __init__(self, config: CompareConfig, *, progress: bool = True) -> None:
+        from physisforcing.envs.seeds import Job
+
+        self.config, self.models = config, config.check()
+        #: name -> what it lacks.
+        self.skipped: dict[str, str] = {}
+        self._add_rows()
+        self.scenes: Scenes = plan_scenes(config.tasks, config.episodes, config.manifest, config.first_seed)
+        self.controls = self._controls()
+        if not config.demos and any(name in VIDEOS and VIDEOS[name].needs_demos for name in self.controls):
+            config.demos = record_demonstrations(config, self.scenes, progress=progress)
+        self.names = [*self.models, *self.controls]
+        self.fingerprints = identify(config, self.models, self.controls)
+        settings = {"control": config.control, "max_steps": config.max_steps, "threads": config.threads}
+        self._config_hash = config_hash(settings)
+        self.filmed = {(task, seed) for task in config.tasks for seed in self.scenes.seeds[task][: config.videos]}
+        self.jobs = [
+            Job(task=f"{t}/{p}", seed=s) for t in config.tasks for p in self.names for s in self.scenes.seeds[t]
+        ]
+
+    def key(self, job: Any) -> ResultKey:
+        task, name = job.task.split("/")
+        return ResultKey(
+            manifest=self.scenes.manifests[task],
+            episode=f"{task}/{job.seed}",
+            fingerprint=self.fingerprints[name],
+            config=self._config_hash,
+        )
+
+    def _add_rows(self) -> None:
+        from physisforcing.planner.model_sources import load_rows
+
+        for row in load_rows(self.config.rows):
+            if row.missing:
+                self.skipped[row.title] = row.missing
+            else:
+                self.models[row.name] = ComparedModel(source=row.source, recipe=row.recipe)
+
+    def _controls(self) -> list[str]:
+        controls = list(self.config.controls)
+        if "retrieval" in controls and not self.config.train_demos:
+            controls.remove("retrieval")
+            self.skipped["retrieval"] = "train_demos=FOLDER (demonstrations with training seeds)"
+        elif "retrieval" in controls:
+            controls.insert(controls.index("retrieval") + 1, "retrieval_video")
+        return controls
+
+
+def record_demonstrations(config: CompareConfig, scenes: Scenes, *, progress: bool) -> str:
+    """The expert's demonstrations of the compared scenes (and of one more, for ``other``); the folder."""
+    from physisforcing.envs.collect import CollectConfig, collect
+
+    folder = Path(config.output) / "demonstrations"
+    for task, seeds in scenes.seeds.items():
+        settings = CollectConfig(
+            output=str(folder),
+            tasks=[task],
+            episodes=max(2, len(seeds)),
+            start_seed=min(seeds),
+            keep="success",
+            workers=config.workers,
+        )
+        collect(settings, progress=progress)
+    return str(folder)

@@ -1,0 +1,218 @@
+"""What a comparison found, as summary, measurements and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from physisforcing.core.lerobot_format import write_json
+from physisforcing.core.report import Panel, Player, ReportData, Table, within_bytes, write_report
+from physisforcing.planner.comparison import Comparison, EpisodeOutcome, compare
+from physisforcing.planner.comparison_controls import control_verdicts
+from physisforcing.planner.comparison_output import success_rows, tables
+from physisforcing.planner.imagined_success import ImaginedSuccess, score_imagined_success
+
+if TYPE_CHECKING:
+    from .compare import CompareConfig, ComparisonPlan
+
+#: What becomes of an episode, in words.
+WORDS = {"success": "succeeded", "failure": "did not succeed", "error": "crashed"}
+LIMITS = [
+    "Success on an easy task shows little by itself: read it beside retrieval and objects_erased.",
+    "Tracks in imagined video come from an optical-flow tracker. Its own error on the real video of the same episode is given beside "
+    "every figure (floor); an imagination cannot be told to be better than that.",
+    "Robot and objects are the self-made pack unless provenance says otherwise; scores are not comparable with published figures.",
+]
+
+
+def write_comparison(
+    config: CompareConfig, plan: ComparisonPlan, rows: Sequence[Mapping[str, Any]], *, command: str
+) -> dict[str, Any]:
+    """Write ``report.*``, ``summary.json``, ``measurements.json`` and ``provenance.json``; returns the summary.
+
+    Raises ``IncompleteCoverageError`` listing episodes that are missing.
+    """
+    from physisforcing.planner import measurements
+
+    output = Path(config.output)
+    outcomes = [_outcome(row, plan) for row in rows]
+    found, verdicts = compare(outcomes), control_verdicts(outcomes)
+    success = imagined_success(rows)
+    provenance = measurements.machine_provenance()
+    summary = {
+        **found.to_json(),
+        "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
+        "imagined_success": {name: value.to_json() for name, value in success.items()},
+        "skipped": plan.skipped,
+        "scenes": plan.scenes.manifests,
+        "errors": len(found.errors),
+        "error_sentences": found.errors,
+        "command": command,
+        "provenance": provenance,
+        "config": dataclasses.asdict(config),
+    }
+    write_json(output / "summary.json", summary)
+    write_json(output / "provenance.json", provenance | {"command": command})
+    write_json(output / "measurements.json", measurement_lines(found, config, command=command, provenance=provenance))
+    data = report_data(config, plan, rows, found, [verdict.text for verdict in verdicts], success)
+    data.provenance = {"run": {name: str(value) for name, value in provenance.items()} | {"command": command}}
+    write_report(data, output)
+    return summary
+
+
+def _outcome(row: Mapping[str, Any], plan: ComparisonPlan) -> EpisodeOutcome:
+    model = plan.models.get(str(row["policy"]))
+    return EpisodeOutcome(
+        task=str(row["task"]),
+        episode=str(row["seed"]),
+        model=str(row["policy"]),
+        status=str(row["status"]),
+        recipe=model.recipe if model else "",
+        training_seed=model.training_seed if model else None,
+        scores=dict(row.get("scores") or {}),
+        error=_last_line(str(row.get("error") or "")),
+    )
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def imagined_success(rows: Sequence[Mapping[str, Any]]) -> dict[str, ImaginedSuccess]:
+    """What the success classifier says of the last imagined pictures against what happened, by model. An episode is one case."""
+    found = {}
+    for name in dict.fromkeys(str(row["policy"]) for row in rows if "imagined_success" in row):
+        mine = [row for row in rows if row["policy"] == name and row["status"] != "error"]
+        outcomes = [row["status"] == "success" for row in mine]
+        found[name] = score_imagined_success([row.get("imagined_success") for row in mine], outcomes)
+    return found
+
+
+def measurement_lines(
+    found: Comparison, config: CompareConfig, *, command: str, provenance: Mapping[str, Any]
+) -> list[Any]:
+    """One line a success rate and a score."""
+    from physisforcing.planner.measurements import measurement
+
+    shared: dict[str, Any] = {"command": command, "provenance": provenance}
+    lines = []
+    for cell in found.success:
+        if cell.rate is not None:
+            claim = f"compare/{config.control}/{cell.model}/{_word(cell.task)}/success"
+            against = {f"{name}_p": p for name, p in cell.against.items()}
+            interval = {"low": cell.low, "high": cell.high}
+            lines.append(measurement(claim, cell.rate, unit="share", n=cell.n, against=against, **interval, **shared))
+    for mean in found.scores:
+        if mean.mean is not None:
+            claim = f"compare/{config.control}/{mean.model}/{_word(mean.task)}/{mean.score}"
+            against = {"missing": mean.missing}
+            interval = {"low": mean.low, "high": mean.high}
+            lines.append(
+                measurement(claim, mean.mean, unit=unit(mean.score), n=mean.n, against=against, **interval, **shared)
+            )
+    return lines
+
+
+def _word(task: str) -> str:
+    return task.replace(" ", "_")
+
+
+def unit(score: str) -> str:
+    """Of a score, from its name."""
+    endings = {"_mm": "mm", "_deg": "deg", "_steps": "control steps", "_s": "px of 240x320"}
+    return next((word for ending, word in endings.items() if score.endswith(ending)), "share")
+
+
+def report_data(
+    config: CompareConfig,
+    plan: ComparisonPlan,
+    rows: Sequence[Mapping[str, Any]],
+    found: Comparison,
+    verdicts: list[str],
+    success: Mapping[str, ImaginedSuccess],
+) -> ReportData:
+    """Everything on the page."""
+    output = Path(config.output)
+    filmed, hidden = within_bytes(scene_players(plan, rows), output)
+    failed = [player for row in rows if (player := failure_player(row, plan)) is not None]
+    spent = sum((output / panel.path).stat().st_size for player in filmed for panel in player.panels)
+    failures, hidden_failures = within_bytes(failed, output, max(0, 12 * 2**20 - spent))
+    scenes = ", ".join(f"{task} ({name})" for task, name in plan.scenes.manifests.items())
+    return ReportData(
+        title=found.title,
+        summary=f"{', '.join(plan.models)} under the same planner and decoder in the same scenes: {scenes}; control {config.control}, "
+        f"{config.planner.execute_horizon} steps executed a plan. " + " ".join(found.notes),
+        created=datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        success=success_rows(found),
+        closed_loop="Whole episodes in the simulator on scenes that no model was trained on. Bars: 95 % Wilson intervals. Grey: controls.",
+        players=filmed,
+        players_note=_left_out(hidden),
+        failures=failures,
+        failures_note=_left_out(hidden_failures),
+        tables=tables(found, imagined=success),
+        verdicts=verdicts,
+        skipped=[f"{name}: needs {what}" for name, what in plan.skipped.items()],
+        published=published_tables(),
+        limits=LIMITS,
+    )
+
+
+def _left_out(count: int) -> str:
+    return f"{count} more are in the run folder: the page is kept below its size." if count else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------- players
+
+
+def scene_players(plan: ComparisonPlan, rows: Sequence[Mapping[str, Any]]) -> list[Player]:
+    """One player a filmed scene: of every model and control what it imagined, with its tracks, and what was executed."""
+    found = []
+    for task, seed in sorted(plan.filmed):
+        mine = {str(r["policy"]): r for r in rows if (r["task"], r["seed"]) == (task, seed) and r.get("panels")}
+        panels = [panel for name in plan.names if name in mine for panel in _panels(mine[name])]
+        if panels:
+            sentence = next(iter(mine.values())).get("instruction", "")
+            outcomes = ", ".join(f"{name} {WORDS[row['status']]}" for name, row in mine.items())
+            found.append(Player(title=f"{task}, scene {seed}", caption=f"{sentence} {outcomes}.", panels=panels))
+    return found
+
+
+def failure_player(row: Mapping[str, Any], plan: ComparisonPlan) -> Player | None:
+    """An episode of a model that did not succeed."""
+    if row["status"] != "failure" or not row.get("panels") or row["policy"] not in plan.models:
+        return None
+    shown = ("object_px_0.96s", "pose_mm", "onset_error_steps", "object_melted")
+    scores = row.get("scores") or {}
+    told = ", ".join(f"{name} {scores[name]:.3g}" for name in shown if scores.get(name) is not None)
+    return Player(
+        title=f"{row['policy']} on {row['task']}, scene {row['seed']}",
+        caption=f"{row.get('instruction', '')} {row.get('steps', 0)} control steps. {told}",
+        panels=_panels(row),
+        outcome="failure",
+    )
+
+
+def _panels(row: Mapping[str, Any]) -> list[Panel]:
+    return [Panel(**panel) for panel in row["panels"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- others
+
+
+def published_tables() -> list[Table]:
+    """Published rows of WorldArena's planner, apart from ours."""
+    from physisforcing.planner.worldarena import published
+
+    told = published()
+    names = list(told["tasks"])
+    rows = [
+        [row["planner"], *(f"{row[t]:g} %" for t in names), f"{row['mean']:g} %", ", ".join(row["sources"])]
+        for row in told["rows"]
+    ]
+    sources = "; ".join(f"{short}: {long}" for short, long in told["sources"].items())
+    head = ["planner", *names, "mean", "source"]
+    return [Table(title=told["title"], text=f"{told['note']} {sources}.", head=head, rows=rows, numeric=[1, 2, 3])]
