@@ -35,8 +35,8 @@ class ServerAddress:
 class ModelProcess:
     """``physisforcing.serve_model`` with ``settings`` in a process of its own.
 
-    A thread watches it: when it dies it is started again at the same address, at most ``RESTARTS`` times. Episodes that were
-    waiting for it end in an error; later ones find the new one.
+    A thread watches it: when it dies it is started again at the same address, at most ``restarts`` times. Clients ask the new one
+    again; after that their episodes end in errors.
     """
 
     def __init__(self, settings: dict[str, Any], *, restarts: int = RESTARTS) -> None:

@@ -87,12 +87,10 @@ def make_server(config: ServeModelConfig) -> ModelServer:
 
 def _about(config: ServeModelConfig, device: str, model: Any) -> dict[str, Any]:
     """What clients compare with their own settings."""
-    from physisforcing.worldmodel.model import FlowWorldModel
-    from physisforcing.worldmodel.storage import fingerprint
-
     about: dict[str, Any] = {"device": device, "threads": config.threads}
-    if isinstance(model, FlowWorldModel):
+    if hasattr(model, "denoiser"):  # one of our folders
         from physisforcing.core.paths import weights_root
+        from physisforcing.worldmodel.storage import fingerprint
 
         folder = weights_root() / "worldmodel" if config.model == "shipped" else Path(config.model)
         codec = Path(config.codec) if config.codec else folder.parent / "vae"

@@ -19,6 +19,10 @@ class ModelLostError(ConnectionError):
     """The process with the world model died, hung or went away; the message names where it was."""
 
 
+class _ConnectionLostError(ModelLostError):
+    """The connection broke; the server may be there again already."""
+
+
 def parse_address(text: str, *, field: str = "planner.server") -> tuple[str, int]:
     """``HOST:PORT`` -> (host, port); ``UserError`` for anything else."""
     host, colon, port = text.rpartition(":")
@@ -31,8 +35,9 @@ class SocketWorldModel:
     """The ``WorldModel`` that ``ModelServer`` at ``address`` (HOST:PORT) has. ``about``: what the server says of it besides the spec.
 
     ``rollout`` raises what the model raised: ``UserError`` and ``MissingCapabilityError`` as they were, anything else as
-    ``RemoteFailureError``. ``ModelLostError`` when the server is gone, or gives no answer in ``reply_s`` seconds; the next rollout
-    connects again, for which a server has ``connect_s`` seconds. Safe in several threads, one rollout at a time.
+    ``RemoteFailureError``. A connection that breaks is made once more, for which a server has ``connect_s`` seconds, and the request,
+    which changes nothing on the other side, is sent again. ``ModelLostError`` when that fails or breaks too, and when there is no
+    answer in ``reply_s`` seconds. Safe in several threads, one rollout at a time.
     """
 
     def __init__(self, address: str, *, token: str = "", connect_s: float = 10.0, reply_s: float = 600.0) -> None:
@@ -48,13 +53,12 @@ class SocketWorldModel:
 
     def rollout(self, request: RolloutRequest) -> Rollout:
         """See core's ``WorldModel`` and this class."""
+        message = {"op": "rollout", "request": pack_request(request)}
         with self._lock:
-            if self._connection is None:
-                self._reconnect()
-            connection = self._connection
-            assert connection is not None
-            message = {"op": "rollout", "request": pack_request(request)}
-            answer = self._exchange(connection, message)
+            try:
+                answer = self._exchange(message)
+            except _ConnectionLostError:
+                answer = self._exchange(message)
             raise_failure(answer, peer=self.address)
             try:
                 return unpack_rollout(answer.get("rollout"))
@@ -72,7 +76,9 @@ class SocketWorldModel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _exchange(self, connection: Connection, message: dict[str, Any]) -> dict[str, Any]:
+    def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one message. ``_ConnectionLostError`` where another try may help, ``ModelLostError`` after silence."""
+        connection = self._connection or self._reconnect()
         try:
             connection.send(message)
         except WireError:
@@ -80,15 +86,12 @@ class SocketWorldModel:
         except OSError as error:
             # The server may have said why before it closed.
             raise self._last_word(connection, f"while sending: {error}") from error
-        return self._receive(connection, self.reply_s)
-
-    def _receive(self, connection: Connection, wait_s: float) -> dict[str, Any]:
         try:
-            return connection.receive(idle_s=wait_s, limits=ANSWER_LIMITS)
+            return connection.receive(idle_s=self.reply_s, limits=ANSWER_LIMITS)
         except TimeoutError as error:
-            raise self._loss(f"no answer in {wait_s:g} s") from error
+            raise self._loss(f"no answer in {self.reply_s:g} s") from error
         except (OSError, WireError) as error:
-            raise self._loss(str(error)) from error
+            raise self._loss(str(error), _ConnectionLostError) from error
 
     def _last_word(self, connection: Connection, why: str) -> Exception:
         try:
@@ -99,19 +102,21 @@ class SocketWorldModel:
             return error
         except OSError:
             pass
-        return self._loss(why)
+        return self._loss(why, _ConnectionLostError)
 
-    def _loss(self, why: str) -> ModelLostError:
+    def _loss(self, why: str, kind: type[ModelLostError] = ModelLostError) -> ModelLostError:
         self.close()
-        return ModelLostError(f"world-model server at {self.address}: {why}")
+        return kind(f"world-model server at {self.address}: {why}")
 
-    def _reconnect(self) -> None:
+    def _reconnect(self) -> Connection:
         """``UserError`` where another model answers now."""
         spec, _ = self._connect()
         if spec.fingerprint != self._spec.fingerprint:
             self.close()
             got, wanted = spec.fingerprint, f"{self._spec.fingerprint}, as before"
             raise UserError("planner.server", got=got, wanted=wanted, fix="start the evaluation again")
+        assert self._connection is not None
+        return self._connection
 
     def _connect(self) -> tuple[WorldModelSpec, dict[str, Any]]:
         """Connect and introduce ourselves; tries again for ``connect_s`` seconds while nobody listens."""
