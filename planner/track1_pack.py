@@ -23,8 +23,7 @@ HELP = """usage: physis pack track1 VIDEOS ARCHIVE --model-name NAME --version V
 Pack a folder of videos, named {task}_episode{NN}.mp4 or episode_{NNNNNN}.mp4, into a submission and check it. An archive
 that fails the check is not written. Videos are packed as they are.
 
-  physis pack track1 runs/videos submission.tar.gz --model-name pico --version v1 --organization "Example Lab" \\
-      --release-year 2026 --source-type open_source --control-type text_driven --summary summary.json
+  physis pack track1 runs/videos submission.tar.gz --readme model_readme.md --summary summary.json
   physis pack track1 runs/clips Pico_eval.tar.gz --layout v1 --readme model_readme.md
 
 options:

@@ -28,7 +28,18 @@ def commands(text: str) -> list[list[str]]:
 
 
 #: Verbs that take folders or files without a field's name.
-POSITIONAL = ("report", "data inspect", "data merge", "data prepare", "data pack", "data unpack")
+POSITIONAL = (
+    "report",
+    "data inspect",
+    "data merge",
+    "data prepare",
+    "data pack",
+    "data unpack",
+    "check service",
+    "check worldmodel",
+    "pack track1",
+    "check track1",
+)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)

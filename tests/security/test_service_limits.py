@@ -271,7 +271,7 @@ def entry(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile
 HOSTILE = {
     "a parent folder": entry("../evil.mp4"),
     "a parent folder inside": entry("videos/../../evil.mp4"),
-    "an absolute path": entry("/tmp/evil.mp4"),
+    "an absolute path": entry("/etc/evil.mp4"),
     "a drive": entry("C:evil.mp4"),
     "a backslash": entry("videos\\..\\evil.mp4"),
     "a control character": entry("videos/a\nb.mp4"),

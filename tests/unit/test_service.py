@@ -158,7 +158,7 @@ class Careless(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
-        self._say(500, b'Traceback (most recent call last):\n  File "/home/me/server.py", line 3')
+        self._say(500, b'Traceback (most recent call last):\n  File "/srv/me/server.py", line 3')
 
     def _say(self, status: int, body: bytes) -> None:
         self.send_response(status)
@@ -317,11 +317,11 @@ def test_a_deadline_is_kept_and_the_answer_is_there_for_a_retry() -> None:
 def test_a_model_that_fails_is_an_internal_error_without_its_words() -> None:
     def boom(frames: np.ndarray, count: int) -> np.ndarray:
         if count % 2:
-            raise RuntimeError("secret path /home/me/weights")
+            raise RuntimeError("secret path /srv/me/weights")
         return frames
 
     def wrong(frames: np.ndarray, _: int) -> np.ndarray:
-        raise UserError("codec", got="/home/me", wanted="another", fix="x")
+        raise UserError("codec", got="/srv/me", wanted="another", fix="x")
 
     with serving(spoiled(boom), LIMITS) as url:
         request = probed(url).request()
@@ -330,7 +330,7 @@ def test_a_model_that_fails_is_an_internal_error_without_its_words() -> None:
         assert post(url, request).status == 200  # a failure is not remembered
     with serving(spoiled(wrong), LIMITS) as url:
         reply = post(url, probed(url).request())
-        assert reply.status == 400 and b"/home" not in reply.body and b"codec" in reply.body
+        assert reply.status == 400 and b"/srv" not in reply.body and b"codec" in reply.body
 
 
 def test_a_server_that_loads_says_so_and_one_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
