@@ -210,7 +210,8 @@ class _Imagining:
         # Noise depends on (seed of this export, scene, picture), never on the order of episodes.
         seed = noise_seed(self.config.seed, max(0, info.seed if info.seed >= 0 else info.index), start)
         prompt = f"{self._before}{info.instruction}{self._after}"
-        made = self._imaginer.imagine(picture, history, prompt, seed=seed, min_rows=rows, task=info.task_name)
+        about = (info.task_name, info.seed, start // self.config.stride)
+        made = self._imaginer.imagine(picture, history, prompt, seed=seed, min_rows=rows, about=about)
         return made, seed
 
     def episode(self, dataset: Any, index: int, number: int) -> Any:

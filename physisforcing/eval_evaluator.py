@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,9 +164,3 @@ def _write(
     lines = part.measurements(summary, model=spec.name, command=command, provenance=provenance)
     write_json(output / "measurements.json", lines)
     return summary
-
-
-__all__ = ["EvaluatorConfig", "JudgeSettings", "evaluate", "main"]
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

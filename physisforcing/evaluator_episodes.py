@@ -35,10 +35,10 @@ class Setting:
         self.config, self.output = config, Path(config.output)
         self.dataset = LeRobotDataset(config.demos)
         self.starts = self._starts()
+        self.judge = make_judge(config)
         steps = config.denoising_steps or None
         model = load_any(config.world_model, config.device, codec=config.codec or None, steps=steps)
         self.inside, self.spec = PolicyInModel(model, config.rollout), model.spec
-        self.judge = make_judge(config)
         self.judge_name = "none" if self.judge is None else self.judge.fingerprint
         self._policies: dict[str, Any] = {}
         self.manifest = f"demonstrations-{self.dataset.fingerprint()[:12]}"

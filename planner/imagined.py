@@ -78,17 +78,18 @@ class EpisodeImaginer:
         *,
         seed: int,
         min_rows: int = 1,
-        task: str = "",
+        about: tuple[str, int, int] = ("", 0, 0),
     ) -> ImaginedEpisode:
         """At least ``min_rows`` drive targets after the real ones.
 
         ``history_RA``: drive targets up to now, its last row those at the picture. Noise depends on (``seed``, number of the rollout).
+        ``about``: (task, episode seed, number of the plan), for models that look their answer up.
         """
         chunks = math.ceil(min_rows / self.rows)
         seeds_K1 = np.array([[noise_seed(seed, 0, 0, chunk)] for chunk in range(chunks)], np.int64)
         rows_RA = np.asarray(history_RA, np.float32)
         context = head_context(picture_HWC, self.spec)
-        made = self._imaginer.imagine(context, instruction, rows_RA, seeds_K1, about=(task, seed, 0))
+        made = self._imaginer.imagine(context, instruction, rows_RA, seeds_K1, about=about)
         assert made.frames_STHWC is not None
         frames = made.frames_STHWC[0]
         return ImaginedEpisode(

@@ -70,9 +70,14 @@ class OpenAIJudgeConfig:
 
     def check(self) -> None:
         """``UserError`` for what cannot work, and for a key that would travel in the open."""
-        if not self.model:
-            raise UserError("judge.model", got=self.model, wanted="the model's name", fix="judge.model=NAME")
-        address = Address.of(self.base_url)
+        self.check_model()
+        try:
+            address = Address.of(self.base_url)
+        except UserError as error:
+            # An address with a password in it is not repeated.
+            got = "an address with a user name" if "@" in self.base_url else self.base_url
+            fix = "judge.base_url=http://127.0.0.1:8000/v1"
+            raise UserError("judge.base_url", got=got, wanted="http(s)://host[:port]/v1", fix=fix) from error
         if self.key_variable and address.scheme == "http" and address.host not in LOCAL:
             fix = "use https, or leave judge.key_variable out"
             raise UserError("judge.base_url", got=self.base_url, wanted="https where a key is sent", fix=fix)
@@ -80,6 +85,11 @@ class OpenAIJudgeConfig:
             fix = f"export {self.key_variable}=..."
             raise UserError("judge.key_variable", got=self.key_variable, wanted="a variable that is set", fix=fix)
         check_at_least(self, max_tokens=1, timeout_s=0.1, max_response_bytes=1024, retries=0, backoff_s=0)
+
+    def check_model(self) -> None:
+        """``UserError`` without a model: its name is a part of what verdicts are known by."""
+        if not self.model:
+            raise UserError("judge.model", got=self.model, wanted="the model's name", fix="judge.model=NAME")
 
     @property
     def fingerprint(self) -> str:
@@ -175,6 +185,7 @@ class ReplayJudge:
     """
 
     def __init__(self, config: OpenAIJudgeConfig, log: str | Path) -> None:
+        config.check_model()
         self._file = JsonLines(log)
         if not self._file.path.is_file():
             fix = "give the log that a judge=openai evaluation wrote"

@@ -134,14 +134,15 @@ class WorldArenaDataset(EpisodeSource):
         if not path.is_file():
             raise DatasetError(str(path), got="no such file", wanted=f"the {kind} of the episode", fix=FIX)
         try:
-            rows = np.load(path, allow_pickle=False)
+            # Mapped: a header that announces more numbers than the file holds is refused, and nothing is allocated for it.
+            rows = np.load(path, allow_pickle=False, mmap_mode="r")
         except (ValueError, OSError, EOFError) as error:
             raise DatasetError(str(path), got=str(error)[:120], wanted="numbers in an npy file", fix=FIX) from error
         fits = rows.ndim == 2 and len(rows) and (width is None or rows.shape[1] == width) and rows.dtype.kind == "f"
         if not fits or not np.isfinite(rows).all():
             got = f"{rows.dtype} {list(rows.shape)}" if not fits else "NaN or infinity"
             raise DatasetError(str(path), got=got, wanted=f"finite numbers [T,{width or 'any'}]", fix=FIX)
-        return np.asarray(rows, np.float32)
+        return np.array(rows, np.float32)
 
     def _check(self, videos: Sequence[Any]) -> None:
         first = videos[0]

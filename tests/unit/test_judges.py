@@ -335,8 +335,9 @@ def test_nobody_answers(tmp_path: Path, server: Server) -> None:
     ("changes", "match"),
     [
         ({"model": ""}, r"judge\.model"),
-        ({"base_url": "ftp://x/v1"}, "url"),
-        ({"base_url": "http://user:pass@127.0.0.1/v1"}, "url"),
+        ({"base_url": "ftp://x/v1"}, r"judge\.base_url: got 'ftp"),
+        ({"base_url": ""}, r"judge\.base_url"),
+        ({"base_url": "http://user:s3cret-key@127.0.0.1/v1"}, "an address with a user name"),
         ({"base_url": "http://example.org/v1", "key_variable": "MY_KEY"}, "https where a key is sent"),
         ({"key_variable": "NOT_SET_ANYWHERE"}, "a variable that is set"),
         ({"timeout_s": 0.0}, "timeout_s"),
@@ -394,6 +395,8 @@ def test_what_is_not_in_the_log_is_an_error(server: Server, tmp_path: Path) -> N
         assert ReplayJudge(other_config, tmp_path / "log.jsonl").judge(question()).status == "error"
     elsewhere = OpenAIJudgeConfig(base_url="https://example.org/v1", model="vlm-1", timeout_s=1, retries=0)
     assert ReplayJudge(elsewhere, tmp_path / "log.jsonl").judge(question()).status == "success"
+    with pytest.raises(UserError, match=r"judge\.model"):
+        ReplayJudge(OpenAIJudgeConfig(base_url=server.url), tmp_path / "log.jsonl")
     with pytest.raises(UserError, match="existing file"):
         ReplayJudge(made.config, tmp_path / "missing.jsonl")
 

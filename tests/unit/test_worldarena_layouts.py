@@ -268,6 +268,12 @@ def test_damaged_folders_are_named(demonstrations: Path, tmp_path: Path, victim:
         np.save(path, joints_of(0, 5))
         with pytest.raises(DatasetError, match=r"episode0\.mp4: got '6 pictures', wanted 5"):
             WorldArenaDataset(tmp_path / "wa")
+        with path.open("wb") as file:  # a header that announces 56 TB
+            about = {"descr": "<f4", "fortran_order": False, "shape": (10**12, 14)}
+            np.lib.format.write_array_header_1_0(file, about)
+            file.write(bytes(400))
+        with pytest.raises(DatasetError, match=r"episode0\.npy"):
+            WorldArenaDataset(tmp_path / "wa")
         np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     else:
         path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
