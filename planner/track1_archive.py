@@ -94,7 +94,7 @@ def _members(archive: tarfile.TarFile, limits: ArchiveLimits) -> Iterator[tuple[
     seen: set[PurePosixPath] = set()
     total = count = 0
     while (info := archive.next()) is not None:
-        archive.members.clear()  # else the list of headers grows with the archive
+        archive.members.clear()  # type: ignore[attr-defined]  # else the list of headers grows with the archive
         count += 1
         total += max(0, info.size)
         if count > limits.members:

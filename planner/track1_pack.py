@@ -52,7 +52,8 @@ def pack(videos: Path, archive: Path, readme: bytes, rules: Track1Rules) -> Trac
     if not archive.name.endswith((".tar.gz", ".tgz")):
         raise UserError("ARCHIVE", got=archive.name, wanted="a name that ends in .tar.gz", fix="submission.tar.gz")
     root = archive.name.removesuffix(".tar.gz").removesuffix(".tgz") if rules.layout == "v1" else ""
-    entries = [(f"{root}/{README}" if root else README, readme), *_files(videos, rules.layout, root)]
+    readme_name = f"{root}/{README}" if root else README
+    entries: list[tuple[str, bytes | Path]] = [(readme_name, readme), *_files(videos, rules.layout, root)]
     archive.parent.mkdir(parents=True, exist_ok=True)
     partial = archive.with_name(f".{os.getpid()}.partial.{archive.name}")
     try:
@@ -65,7 +66,7 @@ def pack(videos: Path, archive: Path, readme: bytes, rules: Track1Rules) -> Trac
     return report
 
 
-def _files(videos: Path, layout: str, root: str) -> list[tuple[str, Path]]:
+def _files(videos: Path, layout: str, root: str) -> Sequence[tuple[str, bytes | Path]]:
     """(name in the archive, file), sorted."""
     if layout == "wa2":
         found = [(f"videos/{path.name}", path) for path in _mp4s(videos)]
@@ -88,7 +89,7 @@ def _mp4s(folder: Path) -> list[Path]:
     return found
 
 
-def _write(path: Path, entries: list[tuple[str, bytes] | tuple[str, Path]]) -> None:
+def _write(path: Path, entries: list[tuple[str, bytes | Path]]) -> None:
     """Owners, times and modes are the same for everybody: who packed is nobody's business."""
     with path.open("xb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as packed:
         with tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as archive:

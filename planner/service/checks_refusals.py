@@ -19,6 +19,15 @@ from .schema import Profile
 
 Change = Callable[[dict[str, Any]], Any]
 _REMOVED = object()
+_OTHER_TYPES: tuple[Any, ...] = (None, {}, True, 1.5)
+_OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
+    "seed": (-1, 2**63, "3", 1e30),
+    "request_id": ("", "not-a-uuid", str(uuid.UUID(int=1))[:-1]),
+    "encoding": ("jpeg_base64",),
+    "color_space": ("BGR",),
+    "channels": (4,),
+    "height": (0,),
+}
 
 
 def wrong_fields(probe: Probe) -> str:
@@ -137,14 +146,12 @@ def _wrong_fields(profile: Profile) -> Iterator[tuple[str, Change]]:
     for path in paths:
         where = ".".join(map(str, path))
         yield f"no {where}", _set(path, _REMOVED)
-        for value in (None, {}, True, 1.5):
+        for value in _OTHER_TYPES:
             yield f"{where} = {value!r}", _set(path, value)
-    for value in (-1, 2**63, "3", 1e30):
-        yield f"seed = {value}", _set(("samples", 0, "seed"), value)
-    for value in ("", "not-a-uuid", str(uuid.uuid4())[:-1]):
-        yield f"request_id = {value!r}", _set(("request_id",), value)
-    for name, value in (("encoding", "jpeg_base64"), ("color_space", "BGR"), ("channels", 4), ("height", 0)):
-        yield f"{name} = {value!r}", _set((*image, name), value)
+    for name, values in _OUT_OF_RANGE.items():
+        path = ("samples", 0, name) if name == "seed" else (name,) if name == "request_id" else (*image, name)
+        for value in values:
+            yield f"{name} = {value!r}", _set(path, value)
     if profile.instruction.supported:
         yield "an instruction that is a list", _set(("samples", 0, "context", "instruction"), ["go"])
 

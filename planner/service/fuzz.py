@@ -158,7 +158,7 @@ def _change(request: dict[str, Any], path: Path, action: str, value: Any) -> boo
         return False
     if action == "remove":
         del here[last]
-    elif action == "double" and isinstance(here, list):
+    elif action == "double" and isinstance(here, list) and isinstance(last, int):
         here.append(copy.deepcopy(here[last]))
     else:
         here[last] = [here[last]] if action == "wrap" else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Offer:
     at all lags.
     """
 
-    driven_by: str
+    driven_by: Literal["actions", "text"]
     horizon: int
     frames: int
     rows_per_frame: int = 1

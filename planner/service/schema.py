@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .faults import invalid
 
-API_VERSION = "1.0"
+API_VERSION: Literal["1.0"] = "1.0"
 UUID_PATTERN = r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$"
 #: Numbers that stay finite as float32.
 _F32 = 3.4028234663852886e38

@@ -54,7 +54,7 @@ class ToyWorldModel:
         self.rollouts, self.largest = self.rollouts + 1, max(self.largest, batch * samples)
         time.sleep(self.seconds)
         frames = np.stack([np.stack([self._one(request, b, s) for s in range(samples)]) for b in range(batch)])
-        times = np.arange(request.horizon) * self.spec.frame_dt
+        times = np.arange(request.horizon, dtype=np.float64) * self.spec.frame_dt
         return Rollout(times_T=times, frames_BSVTHWC=frames, cost={"seconds": time.perf_counter() - begun})
 
     def _one(self, request: RolloutRequest, b: int, s: int) -> NDArray[np.uint8]:
