@@ -160,6 +160,7 @@ def _mean(entries: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
         "high": high,
         "n": sum(entry["n"] for entry in both),
         "errors": sum(entry["errors"] for entry in both),
+        "seeds": sorted({seed for entry in both for seed in entry.get("seeds", [])}),
     }
 
 
@@ -205,6 +206,7 @@ def measurements(part: Mapping[str, Any], *, command: str, provenance: Mapping[s
             low=mean["low"],
             high=mean["high"],
             n=mean["n"],
+            seeds=mean["seeds"],
             against=against,
             command=command,
             provenance=provenance,

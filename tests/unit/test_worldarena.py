@@ -162,6 +162,7 @@ def test_the_mean_of_two_tasks_and_its_interval(tmp_path: Path) -> None:
     claims = {line["claim"]: line for line in lines}
     assert claims["planner/worldarena/model/mean/success"]["value"] == 0.16
     assert claims["planner/worldarena/noop/mean/success"]["value"] == 0.01
+    assert claims["planner/worldarena/model/mean/success"]["seeds"] == "100000-100099"
     task = claims["planner/worldarena/model/adjust_bottle/success"]
     assert (task["low"], task["high"]) == wilson(12, 100)
     against = claims["planner/worldarena/model/mean/success"]["against"]
