@@ -29,6 +29,7 @@ class Limits:
     moving_px: float
     rigid_px: float
     followed_px: float
+    horizons: tuple[float, ...]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,27 +53,47 @@ def pose_scores(objects: Sequence[ObjectMotion], end: float, executed: ExecutedC
     """Final pose of the objects that truly move: ``pose_mm`` across the line of sight and ``pose_deg`` in the picture.
 
     A similarity is fitted to the object's points that can be judged; distance along the line of sight and turns out of the picture
-    are not. ``pose_missing``: share of these objects that have no pose, because fewer than ``min_points`` or than half of the points
-    that can be judged follow one motion; ``pose_missing_floor``: in the real video already.
+    are not. Final is the end of the chunk, or the latest horizon at which the real video gives a pose (``pose_seconds``: when that
+    is). ``pose_missing``: share of these objects without one, because the imagination has fewer than ``min_points`` or than half of
+    the points on one motion, or because of ``pose_missing_floor``: the real video gives none either.
     """
     moving = [o for o in objects if o.moves]
-    row: Row = {}
-    for kind, suffix in (("imagined", ""), ("floor", "_floor")):
-        errors = [_pose_error(o, o.seen(kind), end, executed, limits) for o in moving]
-        known = [e for e in errors if e is not None]
-        mean = np.mean(known, axis=0).tolist() if known else (None, None)
-        for name, value in zip(("pose_mm", "pose_deg"), mean, strict=True):
-            row |= score(name + suffix, value, len(known))
-        row |= score(f"pose_missing{suffix}", 1 - len(known) / len(moving) if moving else None, len(moving))
+    times = [end, *(h for h in sorted(limits.horizons, reverse=True) if h < end - SAME_TIME)]
+    real, imagined, when = [], [], []
+    for thing in moving:
+        time, floor = _pose_time(thing, times, executed, limits)
+        error = None if floor is None else _pose_error(thing, thing.imagined, time, executed, limits)
+        real += [floor] if floor is not None else []
+        imagined += [error] if error is not None else []
+        when += [time] if error is not None else []
+    row = score("pose_seconds", _mean(when), len(when))
+    for found, suffix in ((imagined, ""), (real, "_floor")):
+        row |= score(f"pose_mm{suffix}", _mean([mm for mm, _ in found]), len(found))
+        row |= score(f"pose_deg{suffix}", _mean([degrees for _, degrees in found]), len(found))
+        row |= score(f"pose_missing{suffix}", 1 - len(found) / len(moving) if moving else None, len(moving))
     return row
 
 
+def _pose_time(
+    thing: ObjectMotion, times: Sequence[float], executed: ExecutedChunk, limits: Limits
+) -> tuple[float, tuple[float, float] | None]:
+    """The first of these times at which the object has moved and the real video gives its pose, and the error of that."""
+    for time in times:
+        true_N2, judged_N = judged(thing.truth, thing.floor, time, limits.followed_px)
+        off = float(np.median(np.linalg.norm(true_N2 - thing.truth.points_TN2[0], axis=-1)))
+        if off > limits.moving_px and judged_N.sum() >= PERSISTS * thing.truth.at(time)[1].sum():
+            floor = _pose_error(thing, thing.floor, time, executed, limits)
+            if floor is not None:
+                return time, floor
+    return times[0], None
+
+
 def _pose_error(
-    thing: ObjectMotion, seen: TimedTracks, end: float, executed: ExecutedChunk, limits: Limits
+    thing: ObjectMotion, seen: TimedTracks, time: float, executed: ExecutedChunk, limits: Limits
 ) -> tuple[float, float] | None:
     """(mm, degrees) between where an object's points are seen and where they truly are, or None."""
-    true_N2, judged_N = judged(thing.truth, thing.floor, end, limits.followed_px)
-    found_N2, seen_N = seen.at(end)
+    true_N2, judged_N = judged(thing.truth, thing.floor, time, limits.followed_px)
+    found_N2, seen_N = seen.at(time)
     known_N = judged_N & seen_N
     start_N2 = thing.truth.points_TN2[0]
     fits = [fit_similarity(source, found_N2, known_N, tolerance_px=limits.rigid_px) for source in (true_N2, start_N2)]
@@ -89,15 +110,15 @@ def _pose_error(
         true_fit = fit_similarity(start_N2, true_N2, np.ones(len(true_N2), bool), tolerance_px=limits.rigid_px)
         degrees -= true_fit.degrees if true_fit is not None else 0.0
     focal_2 = np.diag(executed.intrinsics_33)[:2]
-    depth = thing.depth + _depth_change(thing.body, end, executed)
+    depth = thing.depth + _depth_change(thing.body, time, executed)
     millimetres = 1e3 * float(np.linalg.norm((centre_2 - true_N2.mean(0)) / focal_2)) * depth
     return millimetres, abs((degrees + 180.0) % 360.0 - 180.0)
 
 
-def _depth_change(body: int, end: float, executed: ExecutedChunk) -> float:
+def _depth_change(body: int, time: float, executed: ExecutedChunk) -> float:
     """How far a body's origin went along the optical axis, metres."""
     place = int(np.flatnonzero(executed.body_ids_K == body)[0])
-    row = min(round(end / DT), executed.steps)
+    row = min(round(time / DT), executed.steps)
     moved_3 = executed.poses_TK7[row, place, :3].astype(np.float64) - executed.poses_TK7[0, place, :3]
     return float(executed.world_to_camera_44[2, :3] @ moved_3)
 

@@ -110,6 +110,7 @@ def score_chunk(
         moving_px=config.moving_px,
         rigid_px=config.rigid_px,
         followed_px=config.followed_px,
+        horizons=config.horizons,
     )
     row |= pose_scores(objects, end, executed, limits)
     row |= onset_scores(objects, end, limits) | persistence_scores(objects, end, limits)

@@ -123,6 +123,16 @@ def scores(imagined: np.ndarray, times: np.ndarray = TIMES) -> dict:
     return score_imagination(imagined, times, executed, real, TIMES)
 
 
+@cache
+def perfect_row() -> dict:
+    return scores(truth()[1])
+
+
+@cache
+def frozen_row() -> dict:
+    return scores(np.repeat(truth()[1][:1], len(TIMES), 0))
+
+
 def test_true_tracks_follow_the_drawing() -> None:
     """Points of the object against the motion that drew it."""
     executed, _ = truth()
@@ -139,7 +149,7 @@ def test_true_tracks_follow_the_drawing() -> None:
 
 
 def test_a_perfect_imagination_scores_the_floor() -> None:
-    row = scores(truth()[1])
+    row = perfect_row()
     for group in ("object", "gripper", "arm"):
         assert row[f"{group}_px_1.92s"] == row[f"{group}_px_1.92s_floor"] < 2.0
         assert row[f"{group}_lost_1.92s"] == 0 and row[f"{group}_px_1.92s_n"] > 20
@@ -169,8 +179,23 @@ def test_a_known_pose_error_is_recovered() -> None:
     assert row["object_melted"] < 0.1 and row["object_persists"] == 1
 
 
+def test_the_pose_is_taken_while_it_can_be_measured() -> None:
+    """After 0.96 s the object is thrown out of the picture: its pose then is compared, and nothing counts as missing."""
+
+    def thrown(k: float) -> tuple[float, float, float]:
+        return 150.0 + ramp(k, 2, 1.5) + ramp(k, 16, 16), 120.0, 0.0
+
+    def slower(k: float) -> tuple[float, float, float]:
+        return 150.0 + ramp(k, 2, 1.0), 120.0, 0.0
+
+    on = {OBJECT: thrown, FINGER: finger}
+    row = score_imagination(video({OBJECT: slower, FINGER: finger}, TIMES), TIMES, execute(on), video(on, TIMES), TIMES)
+    assert row["pose_seconds"] == pytest.approx(0.96) and row["pose_missing"] == row["pose_missing_floor"] == 0
+    assert row["pose_mm"] == pytest.approx(14 * 0.5 / FOCAL * 900, abs=3) and row["pose_mm_floor"] < 3
+
+
 def test_a_frozen_picture_misses_the_onset_but_melts_nothing() -> None:
-    row = scores(np.repeat(truth()[1][:1], len(TIMES), 0))
+    row = frozen_row()
     assert row["object_px_1.92s"] == pytest.approx(row["object_moved_px_1.92s"], abs=0.01)
     assert row["onset_missed"] == 1 and row["onset_missed_n"] == 1 and row["onset_error_steps"] is None
     assert row["object_melted"] == 0 and row["object_persists"] == 1
@@ -262,7 +287,7 @@ def test_own_and_other_execution() -> None:
 
 
 def test_rows_hold_plain_values_and_merge_exactly() -> None:
-    rows = [scores(truth()[1]), scores(np.repeat(truth()[1][:1], len(TIMES), 0))]
+    rows = [perfect_row(), frozen_row()]
     for row in rows:
         assert all(v is None or (type(v) in (float, int) and math.isfinite(v)) for v in row.values())
     merged = merge_rows(rows)
