@@ -43,13 +43,12 @@ def schema_fuzzing(probe: Probe) -> str:
             settings = hypothesis.settings(
                 max_examples=probe.options.examples,
                 database=None,
-                derandomize=True,
                 deadline=None,
                 phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck),
             )
             run = hypothesis.given(broken_requests(probe.request(), PredictRequest.model_json_schema()))(try_one)
-            settings(run)()
+            hypothesis.seed(probe.options.seed)(settings(run))()
         finally:
             set_hypothesis_home_dir(None)
     return f"{probe.options.examples} requests, {answered} of them still valid and answered"
@@ -70,13 +69,14 @@ def broken_requests(valid: dict[str, Any], schema: dict[str, Any]) -> Any:
     from hypothesis import strategies as st
 
     places = list(schema_places(valid, schema, schema))
+    strangers = {kind: _strangers(kind) for _, kind in places}
 
     @st.composite
     def broken(draw: Any) -> tuple[list[str], dict[str, Any]]:
         request, told = copy.deepcopy(valid), []
         for path, kind in draw(st.lists(st.sampled_from(places), min_size=1, max_size=3, unique_by=lambda p: p[0])):
             action = draw(st.sampled_from(["replace", "replace", "remove", "wrap", "double"]))
-            value = draw(_strangers(kind))
+            value = draw(strangers[kind])
             if _change(request, path, action, value):
                 told.append(f"{action} {'.'.join(map(str, path))}")
         return told, request
