@@ -11,7 +11,6 @@ from physisforcing.core.errors import UserError
 from physisforcing.core.pictures import shrink_area
 from physisforcing.core.types import Observation, RolloutRequest
 
-from .robotwin.observation import HEIGHT
 from .simulator_world_model import SimulatorWorldModel
 
 
@@ -41,7 +40,7 @@ class PerfectPlanner:
         spec = self.model.spec
         pictures = np.stack([observation.images[name] for name in spec.views.names])
         request = RolloutRequest(
-            context_BVTHWC=shrink_area(pictures, HEIGHT // spec.views.height)[None, :, None],
+            context_BVTHWC=shrink_area(pictures, self.model.config.shrink)[None, :, None],
             instructions=[observation.instruction],
             seeds_BS=np.zeros((1, 1), np.int64),
             horizon=self._horizon,

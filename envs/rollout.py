@@ -165,7 +165,6 @@ class _Loop:
             self.recorder.frame(self.env.unwrapped, raw)
         return raw, bool(terminated or truncated)
 
-
     def _recorded(self) -> bool:
         """Whether the recorder wants to see the moment after the next step."""
         if self.recorder is None:

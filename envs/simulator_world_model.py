@@ -20,56 +20,36 @@ from numpy.typing import NDArray
 from physisforcing.core.errors import MissingCapabilityError, UserError, unknown_name
 from physisforcing.core.pictures import shrink_area
 from physisforcing.core.requests import check_request
-from physisforcing.core.results import config_hash
-from physisforcing.core.types import DT, ActionSpec, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
+from physisforcing.core.types import DT, ActionSpec, Rollout, RolloutRequest, WorldModelSpec
 
-from .machine import few_threads
-from .processes import Died, EnvProcess
+from .geometry import Geometry
 from .robotwin.fork import SimulatorState
-from .robotwin.observation import HEIGHT, WIDTH
 from .tries import Order, Try
-from .twin import twin_process
+from .twin_client import TwinClient
 
 MODES = ("text", "actions")
 #: Raised when imagined futures change for the same state.
 VERSION = 1
 
 
-class TwinLostError(RuntimeError):
-    """The twin's process died or hung. The next request starts another one."""
-
-
 @dataclass(slots=True, kw_only=True)
-class SimulatorConfig:
-    """``mode``: whether the expert or the request's actions act. ``height`` x ``width``: 240x320 made smaller by area, a whole number of
-    times. ``stride``: control steps from one frame to the next. ``hide_objects``: the task's objects are not drawn (they are there: the
-    physics is the same). ``timeout_s``: how long an answer of the twin may take."""
+class SimulatorConfig(Geometry):
+    """``mode``: whether the expert or the request's actions act. ``hide_objects``: the task's objects are not drawn (they are there for the
+    physics). ``timeout_s``: how long an answer of the twin may take."""
 
     mode: str = "text"
-    views: tuple[str, ...] = ("head",)
-    height: int = 120
-    width: int = 160
-    stride: int = 2
-    horizons: tuple[int, ...] = (17,)
     hide_objects: bool = False
     timeout_s: float = 600.0
 
-    def check(self) -> int:
-        """How many times smaller pictures are than drawn. ``UserError`` for what cannot be."""
+    def __post_init__(self) -> None:
+        Geometry.__post_init__(self)  # super() does not work in a dataclass with slots
         if self.mode not in MODES:
             raise unknown_name("mode", self.mode, MODES, see="SimulatorConfig")
-        shrink = HEIGHT // self.height if self.height > 0 else 0
-        if (shrink * self.height, shrink * self.width) != (HEIGHT, WIDTH):
-            wanted = f"{HEIGHT}x{WIDTH}, or a whole number of times smaller"
-            raise UserError("size", got=f"{self.height}x{self.width}", wanted=wanted, fix="height=120 width=160")
-        if self.stride < 1 or not self.horizons or min(self.horizons) < 2:
-            got, wanted = f"stride {self.stride}, horizons {self.horizons}", "stride >= 1, horizons >= 2"
-            raise UserError("horizons", got=got, wanted=wanted, fix="stride=2 horizons=(17,)")
-        return shrink
 
 
 class SimulatorWorldModel:
-    """A ``core.protocols.WorldModel``. ``bind`` it to the live environment first; ``close`` ends its process.
+    """A ``core.protocols.WorldModel``. ``bind`` it to the live environment first; ``close`` ends its process. ``twin``: one that others use
+    as well, for environments of its task and options.
 
     The rollout depends on the state and, in action mode, on the actions alone: seeds change nothing, candidates of one context are one
     rollout in text mode. In text mode an instruction must be the episode's own (or empty): the expert can do nothing else.
@@ -81,12 +61,10 @@ class SimulatorWorldModel:
     twin is not bit-equal to the live episode (moved by hand, or by ``play_expert``).
     """
 
-    def __init__(self, config: SimulatorConfig | None = None) -> None:
-        self.config = config or SimulatorConfig()
-        self._shrink = self.config.check()
-        self._about: tuple[str, dict[str, Any], ActionSpec] | None = None
+    def __init__(self, config: SimulatorConfig | None = None, *, twin: TwinClient | None = None) -> None:
+        self.config, self._twin = config or SimulatorConfig(), twin
+        self._action_spec: ActionSpec | None = None
         self._source: Callable[[], SimulatorState | Sequence[SimulatorState]] | None = None
-        self._twin: EnvProcess | None = None
 
     # ------------------------------------------------------------------ binding
 
@@ -104,34 +82,35 @@ class SimulatorWorldModel:
     ) -> SimulatorWorldModel:
         """Answer for states that come from elsewhere: ``source()`` gives the fork of the live episode now, or several forks among which
         the pictures of a request choose. ``options``: the live environment's (``RoboTwinEnv.options``)."""
-        known = self._about
-        if known is not None and known[:2] != (task, options):
+        twin, config = self._twin, self.config
+        if twin is None or (twin.task, twin.options, twin.views) != (task, options, tuple(config.views)):
             self.close()
-        self._about, self._source = (task, dict(options), action_spec), source
+            self._twin = TwinClient(task, options, views=config.views, timeout_s=config.timeout_s)
+        self._action_spec, self._source = action_spec, source
         return self
 
     @property
     def spec(self) -> WorldModelSpec:
-        task, options, action_spec = self._bound()
-        config = self.config
-        kept = {name: str(value) for name, value in options.items()}
-        parts = {"version": VERSION, "task": task, "options": kept, "config": dataclasses.asdict(config)}
-        return WorldModelSpec(
-            name="simulator" if config.mode == "text" else "simulator-actions",
-            views=ViewLayout(names=config.views, height=config.height, width=config.width),
-            context_frames=1,
-            horizons=tuple(config.horizons),
-            frame_dt=config.stride * DT,
-            conditions=frozenset({config.mode}),
-            returns=frozenset({"frames"}),
-            action_spec=action_spec,
-            fingerprint=config_hash(parts),
-        )
+        twin, config = self.twin, self.config
+        name = "simulator" if config.mode == "text" else "simulator-actions"
+        # the scene says which assets; their folder is this machine's
+        options = {key: str(value) for key, value in twin.options.items() if key != "assets"}
+        shown = {"mode": config.mode, "hide_objects": config.hide_objects, "version": VERSION}
+        fingerprint = Geometry.fingerprint(config, name, task=twin.task, options=options, **shown)
+        return config.spec(name, fingerprint, conditions=frozenset({config.mode}), action_spec=self._action_spec)
 
-    def _bound(self) -> tuple[str, dict[str, Any], ActionSpec]:
-        if self._about is None:
+    @property
+    def twin(self) -> TwinClient:
+        """The twin of the environment that the model is bound to. ``UserError`` before ``bind``."""
+        if self._twin is None:
             raise UserError("env", got="none", wanted="the live environment", fix="call bind(env) first")
-        return self._about
+        return self._twin
+
+    def close(self) -> None:
+        """End the twin's process. Bound to an environment again, the model may be used again."""
+        twin, self._twin = self._twin, None
+        if twin is not None:
+            twin.close()
 
     # ------------------------------------------------------------------ imagining
 
@@ -154,16 +133,13 @@ class SimulatorWorldModel:
     def imagine(self, request: RolloutRequest, *, truth: bool = False) -> list[list[Try]]:
         """What follows, ``[b][s]``: with the drive targets that were sent, and why the expert failed. ``truth``: with poses and contacts."""
         check_request(request, self.spec)
-        assert self._source is not None
-        given = self._source()
-        states = [given] if isinstance(given, SimulatorState) else list(given)
         rows: list[list[Try] | None] = [None] * len(request.instructions)
-        for state in states:
-            pictures_VHWC, sentence = self._ask("meet", state)
-            shown_VHWC = shrink_area(pictures_VHWC, self._shrink)
+        for state in self._states():
+            met = self.twin.meet(state)
+            shown_VHWC = shrink_area(met.pictures_VHWC, self.config.shrink)
             here = [b for b, row in enumerate(rows) if row is None and _shows(request, b, shown_VHWC)]
             if here:
-                self._check_instructions([request.instructions[b] for b in here], sentence)
+                self._check_instructions([request.instructions[b] for b in here], met.instruction)
                 for b, row in zip(here, self._futures(request, here, truth), strict=True):
                     rows[b] = row
         found = [row for row in rows if row is not None]
@@ -174,21 +150,43 @@ class SimulatorWorldModel:
             raise UserError("context_BVTHWC", got=got, wanted=wanted, fix=fix)
         return found
 
+    def examples(self) -> list[RolloutRequest]:
+        """A request for each state that the source gives now, for the contract suite; in action mode the robot holds still."""
+        steps, found = (min(self.config.horizons) - 1) * self.config.stride, []
+        for state in self._states():
+            met = self.twin.meet(state)
+            hold_PA = np.repeat(met.state_A[None], steps, axis=0)
+            request = RolloutRequest(
+                context_BVTHWC=shrink_area(met.pictures_VHWC, self.config.shrink)[None, :, None],
+                instructions=[met.instruction],
+                seeds_BS=np.zeros((1, 1), np.int64),
+                horizon=min(self.config.horizons),
+                actions_BSPA=hold_PA[None, None] if self.config.mode == "actions" else None,
+            )
+            found.append(request)
+        return found
+
+    def _states(self) -> list[SimulatorState]:
+        source = self._source
+        assert source is not None, "bound, or the spec would have refused"
+        given = source()
+        return [given] if isinstance(given, SimulatorState) else list(given)
+
     def _futures(self, request: RolloutRequest, contexts: list[int], truth: bool) -> list[list[Try]]:
         """Of the moment met last, for these contexts."""
         samples, config = request.seeds_BS.shape[1], self.config
         order = Order(
             steps=(request.horizon - 1) * config.stride,
             stride=config.stride,
-            shrink=self._shrink,
+            shrink=config.shrink,
             hide_objects=config.hide_objects,
             truth=truth,
         )
         if request.actions_BSPA is None:
-            return [[self._ask("imagine", order)] * samples] * len(contexts)
+            return [[self.twin.imagine(order)] * samples] * len(contexts)
         actions = np.asarray(request.actions_BSPA, np.float32)
         return [
-            [self._ask("imagine", dataclasses.replace(order, actions_PA=actions[b, s])) for s in range(samples)]
+            [self.twin.imagine(dataclasses.replace(order, actions_PA=actions[b, s])) for s in range(samples)]
             for b in contexts
         ]
 
@@ -197,39 +195,6 @@ class SimulatorWorldModel:
             wanted = f"{sentence!r}, what the expert of this scene does"
             fix = "ask with the episode's own instruction; a model that follows others must be a learned one"
             raise MissingCapabilityError("instructions", got=other[0], wanted=wanted, fix=fix)
-
-    # ------------------------------------------------------------------ recorded scenes
-
-    def redraw(self, seed: int, scene_hash: str, poses_TK7: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Pictures [V,T,H,W,3] of the scene of ``seed`` with its bodies at these poses (order of ``RoboTwinEnv.body_poses``): what was
-        recorded, drawn again. ``UserError`` where ``scene_hash`` is not that scene's, or the bodies are others."""
-        return self._ask("redraw", seed, scene_hash, poses_TK7, self.config.hide_objects, self._shrink)
-
-    # ------------------------------------------------------------------ the process
-
-    def _ask(self, question: str, *arguments: Any) -> Any:
-        try:
-            if self._twin is None:
-                task, options, _ = self._bound()
-                with few_threads(1):
-                    self._twin = twin_process(task, options, self.config.views)
-                self._twin.answer(self.config.timeout_s)
-            self._twin.ask(question, *arguments)
-            return self._twin.answer(self.config.timeout_s)
-        except Died as death:
-            self.close()
-            raise TwinLostError(f"the simulator's twin is lost: {death}") from death
-
-    @property
-    def pid(self) -> int | None:
-        """The twin's process, where one runs."""
-        return None if self._twin is None else self._twin.pid
-
-    def close(self) -> None:
-        """End the process. The model may be used again, with a new one."""
-        twin, self._twin = self._twin, None
-        if twin is not None:
-            twin.end()
 
 
 def _shows(request: RolloutRequest, context: int, shown_VHWC: NDArray[np.uint8]) -> bool:

@@ -12,6 +12,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -59,6 +60,15 @@ def _body(pipe: Any, make: Environments) -> None:
         if twin.copy is not None:
             os._exit(1)  # the twin is gone, and this is its copy
         twin.close()
+
+
+@dataclass(slots=True, kw_only=True)
+class Met:
+    """A moment of a live episode: its pictures uint8 [V,240,320,3], the episode's instruction, the drive targets float32 [A]."""
+
+    pictures_VHWC: NDArray[np.uint8]
+    instruction: str
+    state_A: NDArray[np.float32]
 
 
 class _Elsewhere(BaseException):
@@ -142,7 +152,7 @@ class Twin:
 
     def _set_stage(self, seed: int, scene_hash: str) -> None:
         """The stage shows the scene of ``seed``. ``UserError`` where that is another scene than ``scene_hash`` says."""
-        if self._stage.scene_hash != scene_hash:
+        if (self._stage.seed, self._stage.scene_hash) != (seed, scene_hash):
             live = self._env._task is not None
             release(self._env)
             try:
@@ -204,8 +214,8 @@ class Twin:
         self._stage = Stage(stage)
         return self._env.action_spec
 
-    def meet(self, state: SimulatorState) -> tuple[NDArray[np.uint8], str]:
-        """Be at this moment of a live episode. Its pictures uint8 [V,H,W,3], and the episode's instruction.
+    def meet(self, state: SimulatorState) -> Met:
+        """Be at this moment of a live episode.
 
         ``UserError`` for an episode of an environment with other options, ``StateDriftError`` where the repeated episode is not bit-equal.
         """
@@ -220,7 +230,8 @@ class Twin:
             )
         self._set_stage(state.seed, state.scene_hash)
         self._stage.arrange(self._env.body_poses()[1])
-        return self._stage.pictures(), self._env.observe(pictures=False)["instruction"]
+        seen = self._env.observe(pictures=False)
+        return Met(pictures_VHWC=self._stage.pictures(), instruction=seen["instruction"], state_A=seen["state"])
 
     def imagine(self, order: Order) -> Try | None:
         """Try out what ``order`` says from the moment met last. None: this is the copy that does it."""
@@ -242,8 +253,17 @@ class Twin:
             os.waitpid(pid, 0)
 
     def redraw(
-        self, seed: int, scene_hash: str, poses_TK7: NDArray[np.float32], hide_objects: bool, shrink: int
+        self,
+        seed: int,
+        scene_hash: str,
+        ids_K: NDArray[np.uint16],
+        poses_TK7: NDArray[np.float32],
+        hide_objects: bool,
+        shrink: int,
     ) -> NDArray[np.uint8]:
-        """Pictures [V,T,H,W,3] of the scene of ``seed`` with its bodies where they were at T moments, in the order of ``body_poses``."""
+        """Pictures [V,T,H,W,3] of the scene of ``seed`` with the bodies ``ids_K`` where they were at T moments."""
         self._set_stage(seed, scene_hash)
+        if not np.array_equal(ids_K, self._stage.ids_K):
+            got, fix = f"{len(ids_K)} bodies with other ids", "give the poses of an episode of this scene"
+            raise UserError("ids_K", got=got, wanted=f"the {len(self._stage.ids_K)} bodies of this scene", fix=fix)
         return drawn(self._stage, poses_TK7, hide_objects=hide_objects, shrink=shrink)

@@ -42,6 +42,11 @@ class Stage:
         """Of the scene that stands here, or an empty string."""
         return self.env._hash if self.env._task is not None else ""
 
+    @property
+    def seed(self) -> int:
+        """Of the scene that stands here, or -1."""
+        return self.env.seed_used if self.env._task is not None else -1
+
     def objects(self) -> frozenset[int]:
         """Body ids of the task's objects."""
         return frozenset(int(n) for n, role in zip(self.ids_K, self.roles_K, strict=True) if role == "object")
