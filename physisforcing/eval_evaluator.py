@@ -21,6 +21,7 @@ simulator (docs/worldarena.md). The same command again continues.
 
 settings (field=value):
   world_model=MODEL      any: see physis check worldmodel --help     codec=FOLDER  denoising_steps=0  device=cpu  threads=2
+         simulator       RoboTwin itself in the place of the world model: what is wrong then is the judge
   demos=FOLDER           held-out demonstrations: first pictures, sentences, lengths, and the recordings that the judge sees
   tasks=[] (all)  episodes=10   per task
   policies=[noop,random] also retrieval (needs train_demos=FOLDER), recorded (the demonstration's own actions), recorded+0.05 (with
@@ -31,7 +32,7 @@ settings (field=value):
   rollout.length_scale=1.2  rollout.remainder=drop (keep)  rollout.seed=0
   judge.kind=openai      judge.base_url=http://127.0.0.1:8000/v1 judge.model=NAME judge.key_variable=NAME_OF_VARIABLE
          replay          from judge.log (of an earlier evaluation; no network)
-         scripted        judge.rule=module:function, called with each planner.judges.JudgeRequest
+         scripted        judge.rule=module:function, called with each planner.judges.JudgeRequest; truth: what a simulator knows
          none            imagine only; judge later with the same command and another kind
   judge.frames=5         pictures of either video     judge.timeout_s=60 judge.retries=2 judge.json_mode=true judge.max_tokens=300
   output=PATH            results.jsonl, frames/ (what was judged), videos/, judge_log.jsonl, summary.md, summary.json, measurements.json
@@ -123,12 +124,15 @@ def evaluate(
     config: EvaluatorConfig, *, command: str = "physis eval evaluator", progress: bool = True
 ) -> dict[str, Any]:
     """Run or continue an evaluation; returns the summary that ``summary.json`` holds."""
-    from .evaluator_episodes import Setting, judged_rows
+    from .evaluator_episodes import Setting, close_model, judged_rows
     from .evaluator_simulator import real_results
 
     config.check()
     setting = Setting(config)
-    rows = judged_rows(setting, progress=progress)
+    try:
+        rows = judged_rows(setting, progress=progress)
+    finally:
+        close_model(setting)
     real = real_results(setting, progress=progress)
     return _write(config, setting, rows, real, command)
 

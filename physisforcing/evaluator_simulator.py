@@ -1,15 +1,24 @@
-"""The simulator's side of ``physis eval evaluator``: success of the same policies, run here or read from results."""
+"""The simulator's side of ``physis eval evaluator``: success of the same policies, and the simulator in the place of the world model."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from physisforcing.core.errors import UserError
+from physisforcing.core.pictures import shrink_area
 from physisforcing.core.results import ResultKey, ResultsFile, config_hash
+from physisforcing.core.types import DT, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
 
 from .evaluator_episodes import Setting
+
+#: Control steps between two pictures of the simulator in the place of a world model.
+STRIDE = 2
 
 
 def real_results(setting: Setting, *, progress: bool) -> dict[str, tuple[int, int]]:
@@ -97,18 +106,92 @@ class _SimulatedEpisodes:
         return Outcome(task=job.task, seed=job.seed, kind="recorded", details=row)
 
     def _environment(self, task: str) -> Any:
-        import gymnasium
-
-        import physisforcing.envs.robotwin  # noqa: F401  (registers the tasks)
-
         if self._env is None or self._task != task:
             self.close()
-            control = self.setting.config.control
-            self._env = gymnasium.make(f"RoboTwin/{task}-v0", control=control, disable_env_checker=True)
-            self._task = task
+            self._env, self._task = _make(task, self.setting.config.control), task
         return self._env
 
     def close(self) -> None:
         env, self._env = self._env, None
         if env is not None:
             env.close()
+
+
+class LiveSimulator:
+    """RoboTwin as the world model of this loop (``core.protocols.WorldModel``, driven by actions).
+
+    Its pictures are what really happens, so what remains between verdicts and truth is the judge's error, and the shorter video. It holds
+    one episode at a time and goes on from where the last rollout ended: requests come in the order of their ``ids``. ``scenes``: scene hash
+    of each (task, seed). ``cost["success"]``: whether the task's check has succeeded.
+    """
+
+    def __init__(self, scenes: Mapping[tuple[str, int], str], control: str) -> None:
+        self._scenes, self._control, self._task = scenes, control, ""
+        self._env: Any = None
+        self._next: tuple[str, int, int] | None = None
+        self.spec = _spec(control)
+
+    def rollout(self, request: RolloutRequest) -> Rollout:
+        assert request.ids is not None and request.actions_BSPA is not None and len(request.ids) == 1
+        began, (task, seed, number) = time.perf_counter(), request.ids[0]
+        if number == 0:
+            self._reset(task, seed)
+        assert number == 0 or self._next == (task, seed, number), (
+            "one episode after the other, one rollout after the other"
+        )
+        frames, info = [request.context_BVTHWC[0, 0, 0]], {}
+        for step, target_A in enumerate(request.actions_BSPA[0, 0], start=1):
+            seen = step % STRIDE == 0
+            raw, *_, info = (self._env.step if seen else self._env.step_blind)(target_A)
+            if seen:
+                frames.append(shrink_area(raw["head_rgb"][None], 2)[0])
+        self._next = (task, seed, number + 1)
+        return Rollout(
+            times_T=np.arange(len(frames), dtype=np.float64) * self.spec.frame_dt,
+            frames_BSVTHWC=np.stack(frames)[None, None, None],
+            cost={"seconds": time.perf_counter() - began, "success": float(info["is_success"])},
+        )
+
+    def _reset(self, task: str, seed: int) -> None:
+        if self._env is None or self._task != task:
+            self.close()
+            self._env, self._task = _make(task, self._control).unwrapped, task
+        _, info = self._env.reset(seed=seed)
+        recorded = self._scenes.get((task, seed))
+        if recorded and info["scene_hash"] != recorded:
+            got, fix = f"scene hash {info['scene_hash']}", "use the assets and runtime that demos was recorded with"
+            raise UserError("demos", got=got, wanted=f"{recorded}, as recorded in {task}/{seed}", fix=fix)
+
+    def close(self) -> None:
+        env, self._env = self._env, None
+        if env is not None:
+            env.close()
+
+
+def _make(task: str, control: str) -> Any:
+    import gymnasium
+
+    import physisforcing.envs.robotwin  # noqa: F401  (registers the tasks)
+
+    return gymnasium.make(f"RoboTwin/{task}-v0", control=control, disable_env_checker=True)
+
+
+def _spec(control: str) -> WorldModelSpec:
+    """What the simulator offers, with the robot, the assets and the runtime of this machine."""
+    from physisforcing.core.vulkan import ensure_vulkan_env
+    from physisforcing.envs.robotwin.embodiment import load_embodiment, resolve_assets
+
+    from .plan_scenes import scene_source
+
+    ensure_vulkan_env()
+    return WorldModelSpec(
+        name="simulator",
+        views=ViewLayout(),
+        context_frames=1,
+        horizons=(17,),
+        frame_dt=STRIDE * DT,
+        conditions=frozenset({"actions"}),
+        returns=frozenset({"frames"}),
+        action_spec=load_embodiment(resolve_assets(None), None).action_spec,
+        fingerprint=f"{scene_source()}-{control}",
+    )

@@ -21,12 +21,28 @@ def summarise(
     """``rows``: one a rollout, with ``policy`` and ``status`` (success, failure, error). ``real``: policy -> (successes, episodes) in the
     simulator. ``seed``: of the bootstrap.
 
-    -> ``policies``: counts and rates of each, ``correlation``: counting -> statistics or ``skipped``, ``warnings``.
+    -> ``policies``: counts and rates of each, ``correlation``: counting -> statistics or ``skipped``, ``judge``: verdicts against what the
+    model knows to be true (``truth`` of a row), where it does, ``warnings``.
     """
     names = list(dict.fromkeys(str(row["policy"]) for row in rows))
     policies = {name: _policy([row for row in rows if row["policy"] == name], real.get(name)) for name in names}
     found = {counting: _correlate(policies, counting, seed) for counting in COUNTINGS}
-    return {"policies": policies, "correlation": found, "warnings": _warnings(policies)}
+    return {"policies": policies, "correlation": found, "judge": _judge(rows), "warnings": _warnings(policies)}
+
+
+def _judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How often verdicts are right, by what is true; None where no row knows it."""
+    known = [(row["status"], bool(row["truth"]["success"])) for row in rows if "success" in row.get("truth", {})]
+    if not known:
+        return None
+    judged = [(status == "success", true) for status, true in known if status != "error"]
+    sides = {}
+    for name, wanted in (("successes_seen", True), ("failures_seen", False)):
+        right = [said == true for said, true in judged if true is wanted]
+        sides[name] = _rate(sum(right), len(right))
+    rates = [side["rate"] for side in sides.values()]
+    balanced = None if None in rates else sum(rates) / 2
+    return {**sides, "balanced_accuracy": balanced, "n": len(judged), "errors": len(known) - len(judged)}
 
 
 def _policy(rows: Sequence[Mapping[str, Any]], real: tuple[int, int] | None) -> dict[str, Any]:
@@ -128,6 +144,7 @@ def markdown(summary: Mapping[str, Any], *, title: str, notes: Sequence[str] = (
         bias = "-" if entry["bias"] is None else f"{100 * entry['bias']:+.0f}"
         cells = [name, *_cells(entry["valid_only"]), str(entry["errors"]), *_cells(entry["real"]), bias]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += _judge_lines(summary["judge"])
     for counting, found in summary["correlation"].items():
         lines += ["", f"## Correlation over policies, {counting.replace('_', ' ')}", ""]
         if "skipped" in found:
@@ -143,6 +160,20 @@ def markdown(summary: Mapping[str, Any], *, title: str, notes: Sequence[str] = (
         ]
     lines += ["", *(f"- {note}" for note in notes)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _judge_lines(part: Mapping[str, Any] | None) -> list[str]:
+    if part is None:
+        return []
+    cells = {name: " (95 % ".join(_cells(part[name])) + ")" for name in ("successes_seen", "failures_seen")}
+    accuracy = "not known" if part["balanced_accuracy"] is None else f"{100 * part['balanced_accuracy']:.0f} %"
+    return [
+        "",
+        "## The judge against the truth",
+        "",
+        f"- successes called success: {cells['successes_seen']}; failures called failure: {cells['failures_seen']}",
+        f"- balanced accuracy {accuracy}, n={part['n']} verdicts, {part['errors']} errors",
+    ]
 
 
 def measurements(

@@ -38,12 +38,14 @@ class Start:
 class ModelEpisode:
     """``frames_THWC``: the imagined video, at the model's rate. ``commands_PA``: what reached the model, one row a control step.
 
+    ``truth``: ``success``, where the model knows it (a simulator's rollouts say it in ``cost``); else empty.
     ``telemetry``: ``policy_calls``, ``stale_calls`` (the policy's chunk was too short for the model, and it was asked again before a new
     picture was there), ``dropped_rows``, ``rollouts``, ``imagination_s``.
     """
 
     frames_THWC: NDArray[np.uint8]
     commands_PA: NDArray[np.float32]
+    truth: dict[str, bool] = field(default_factory=dict)
     telemetry: dict[str, float] = field(default_factory=dict)
 
 
@@ -92,6 +94,7 @@ class PolicyInModel:
         return ModelEpisode(
             frames_THWC=np.concatenate(loop.frames)[:wanted],
             commands_PA=np.stack(loop.past[1:]),
+            truth=loop.truth,
             telemetry=loop.counts,
         )
 
@@ -106,6 +109,7 @@ class _Loop:
         self.frames: list[NDArray[np.uint8]] = []
         self.past = [np.asarray(start.state_A, np.float32)]
         self.queue: list[NDArray[np.float32]] = []
+        self.truth: dict[str, bool] = {}
         names = ("policy_calls", "stale_calls", "dropped_rows", "rollouts", "imagination_s")
         self.counts: dict[str, float] = dict.fromkeys(names, 0.0)
 
@@ -168,6 +172,8 @@ class _Loop:
         self.picture = _as_large_as(frames[-1], start.picture_HW3)
         self.counts["rollouts"] += 1
         self.counts["imagination_s"] += rollout.cost.get("seconds", 0.0)
+        if "success" in rollout.cost:
+            self.truth["success"] = self.truth.get("success", False) or rollout.cost["success"] > 0.5
 
 
 def _as_large_as(picture_HW3: NDArray[np.uint8], like_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -5,7 +5,10 @@ import sys
 import numpy as np
 import pytest
 
+from physisforcing.core.lerobot import LeRobotDataset
+from physisforcing.core.pictures import shrink_area
 from physisforcing.core.types import DT, ActionSpec, Rollout, ViewLayout, WorldModelSpec
+from physisforcing.core.video import read_mp4
 from physisforcing.envs.collect import CollectConfig, collect
 from physisforcing.eval_evaluator import EvaluatorConfig, evaluate
 from physisforcing.planner.evaluator_config import JudgeSettings
@@ -38,10 +41,40 @@ def ever_true(request):
     return True
 
 
-def test_success_in_the_simulator_is_that_of_the_same_scenes(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluator") / "demos"
+    collect(CollectConfig(output=str(root), tasks=[TASK], episodes=1, start_seed=100_000, workers=0), progress=False)
+    return root
+
+
+def test_the_simulator_in_the_place_of_the_model(demos, tmp_path):
+    """Recorded actions do in the loop what they did when they were recorded, picture by picture."""
+    config = EvaluatorConfig(
+        world_model="simulator",
+        demos=str(demos),
+        episodes=1,
+        policies=["noop", "recorded"],
+        judge=JudgeSettings(kind="scripted", rule="truth"),
+        output=str(tmp_path / "out"),
+        threads=1,
+        videos=1,
+    )
+    summary = evaluate(config, progress=False)
+    assert [summary["policies"][name]["valid_only"]["rate"] for name in ("noop", "recorded")] == [0.0, 1.0]
+    assert summary["judge"]["balanced_accuracy"] == 1.0 and summary["judge"]["n"] == 2
+    recorded = LeRobotDataset(demos).frames(0)
+    video = read_mp4(next((tmp_path / "out/videos").glob("*recorded*.mp4")))
+    assert len(video) == -(-12 * len(recorded) // 20)
+    for place in (1, 10, len(recorded) // 2 - 1):
+        far = np.abs(video[place].astype(int) - shrink_area(recorded[[2 * place]], 2)[0])
+        assert far.mean() < 2.0, place
+    moved = np.abs(video[0].astype(int) - video[20]).mean()
+    assert moved > 4.0, "and the pictures do change"
+
+
+def test_success_in_the_simulator_is_that_of_the_same_scenes(demos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluator_parts", sys.modules[__name__])
-    demos = tmp_path / "demos"
-    collect(CollectConfig(output=str(demos), tasks=[TASK], episodes=1, start_seed=100_000, workers=0), progress=False)
     config = EvaluatorConfig(
         world_model="evaluator_parts:Still",
         demos=str(demos),

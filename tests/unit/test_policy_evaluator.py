@@ -200,6 +200,18 @@ def test_by_text_the_policy_only_moves_where_rollouts_start() -> None:
     np.testing.assert_allclose(100 * third.proprioception_BKA[0, :, 0], [16, 12], atol=1e-4)
 
 
+def test_what_a_model_knows_to_be_true_is_kept() -> None:
+    class Knows(Meter):
+        def rollout(self, request: RolloutRequest) -> Rollout:
+            made = super().rollout(request)
+            made.cost["success"] = float(len(self.requests) == 2)
+            return made
+
+    assert PolicyInModel(Knows()).run(Counting(8), start(20)).truth == {"success": True}, "success latches"
+    assert PolicyInModel(Knows()).run(Counting(8), start(5)).truth == {"success": False}
+    assert PolicyInModel(Meter()).run(Counting(8), start(20)).truth == {}
+
+
 def test_lengths() -> None:
     assert target_frames(143, 3 * DT, 1.2) == 58, "the example of WorldArena's page"
     assert target_frames(20, 2 * DT, 1.2) == 12 and target_frames(1, 2 * DT, 1.0) == 2
@@ -292,6 +304,19 @@ def test_what_cannot_be_said_is_skipped() -> None:
     assert same["skipped"] == "needs policies that differ: all have rate 0.00 in the world model"
     assert "skipped: needs policies that differ" in markdown(
         summarise(FIVE[:1] * 3, {}) | {"correlation": {"valid_only": same}}, title="t"
+    )
+
+
+def test_the_judge_against_the_truth() -> None:
+    told = [("success", True)] * 3 + [("failure", True), ("failure", False), ("success", False), ("error", False)]
+    found = summarise([{"policy": "a", "status": s, "truth": {"success": t}} for s, t in told], {})
+    assert found["judge"]["successes_seen"]["rate"] == 0.75 and found["judge"]["failures_seen"]["rate"] == 0.5
+    assert found["judge"]["balanced_accuracy"] == 0.625 and (found["judge"]["n"], found["judge"]["errors"]) == (6, 1)
+    assert "failures called failure: 1/2 = 50 % (95 % 9-91 %)" in markdown(found, title="t")
+    assert summarise(FIVE, REAL)["judge"] is None
+    assert (
+        summarise([{"policy": "a", "status": "success", "truth": {"success": True}}], {})["judge"]["balanced_accuracy"]
+        is None
     )
 
 
