@@ -117,7 +117,7 @@ def _episode_noise(
 def _warnings(policies: Mapping[str, Mapping[str, Any]]) -> list[str]:
     found = []
     n = sum(entry["real"] is not None for entry in policies.values())
-    if n < FEW_POLICIES:
+    if 0 < n < FEW_POLICIES:
         smallest = f"; no p-value of {n} policies is below {_smallest_p(n):.3g}" if FEWEST_POLICIES <= n <= 5 else ""
         found.append(f"n={n} policies: a correlation of so few points says little, whatever its value{smallest}")
     errors = sum(entry["errors"] for entry in policies.values())
