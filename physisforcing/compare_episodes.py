@@ -136,10 +136,13 @@ class ComparisonRunner(EpisodeRunner):
         return self._model
 
     def _load(self, name: str) -> Any:
+        from physisforcing.worldmodel.adapters.resampled import for_decoder
+
         from .world_models import load_any
 
         steps = self.config.planner.denoising_steps or None
-        return load_any(self.models[name].source, self.device, codec=self._codec(name), steps=steps)
+        model = load_any(self.models[name].source, self.device, codec=self._codec(name), steps=steps)
+        return for_decoder(model, self.decoder.needs)
 
     def _codec(self, name: str) -> str | None:
         return source_codec(self.models[name].source, self.config.planner.codec)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from physisforcing.core.errors import MissingCapabilityError, UserError
+from physisforcing.core.errors import UserError
+from physisforcing.core.requests import check_request
 from physisforcing.core.results import config_hash
 from physisforcing.core.types import DT, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
 
-from .backbones.actions import check_actions
 from .backbones.wan import WanDenoiser, load_denoiser, save_denoiser
 from .codec import VideoCodec, load_codec, to_uint8
 from .data.windows import FRAME_STRIDE, WINDOW_FRAMES
@@ -214,47 +214,17 @@ class FlowWorldModel:
         return euler_sample(velocity, first_BC1hw, noise_BCFhw, steps=self.steps, shift=shift)
 
     def _check(self, request: RolloutRequest) -> None:
-        spec, context = self._spec, request.context_BVTHWC
-        expected = (1, spec.context_frames, spec.views.height, spec.views.width, 3)
-        if context.dtype != np.uint8 or context.ndim != 6 or context.shape[1:] != expected:
-            raise UserError(
-                "context_BVTHWC",
-                got=f"{context.dtype} {context.shape}",
-                wanted=f"uint8 [B,{expected}]",
-                fix="one head picture, 120x160",
-            )
-        if request.horizon not in spec.horizons:
-            raise MissingCapabilityError(
-                "horizon", got=request.horizon, wanted=f"one of {spec.horizons}", fix=f"horizon={spec.horizons[0]}"
-            )
-        check_actions(request, spec)
-        if not request.returns <= spec.returns:
-            wanted = f"a subset of {sorted(spec.returns)}"
-            raise MissingCapabilityError(
-                "returns", got=sorted(request.returns), wanted=wanted, fix="ask for frames or latents"
-            )
+        check_request(request, self._spec)
         if "features" in request.returns:
-            check_features(request.features, spec.blocks)
+            check_features(request.features, self._spec.blocks)
         elif request.features is not None:
             fix = "add features to returns, or leave features out"
             raise UserError("features", got=request.features, wanted="features among returns", fix=fix)
-        shape = (len(context), len(spec.proprioception_lags), self.denoiser.conditioner.config.state_dim)
-        state = request.proprioception_BKA
-        if state is None or state.shape != shape or not np.isfinite(state).all():
-            got = None if state is None else state.shape
-            raise UserError(
-                "proprioception_BKA",
-                got=got,
-                wanted=f"finite numbers {shape}",
-                fix=f"joint targets at lags {spec.proprioception_lags}",
-            )
-        if len(request.instructions) != len(context) or request.seeds_BS.shape[0] != len(context):
-            raise UserError(
-                "instructions, seeds_BS",
-                got=(len(request.instructions), request.seeds_BS.shape),
-                wanted=f"{len(context)} rows",
-                fix="one instruction and one row of seeds a context",
-            )
+        state, dim = request.proprioception_BKA, self.denoiser.conditioner.config.state_dim
+        assert state is not None
+        if state.shape[-1] != dim:
+            fix = "give the drive targets of the robot that the model was trained on"
+            raise UserError("proprioception_BKA", got=f"{state.shape[-1]} numbers", wanted=f"{dim}", fix=fix)
 
 
 def _noise(seed: int, first_BC1hw: Tensor, latents: int) -> Tensor:

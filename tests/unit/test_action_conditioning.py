@@ -300,13 +300,29 @@ def test_features_of_an_action_model_depend_on_the_actions(codec):
     assert not np.allclose(found[0, 0], found[0, 1], atol=1e-3)
 
 
+def test_previews_give_an_action_model_the_executed_actions(codec, tmp_path):
+    from physisforcing.worldmodel.training.preview import preview
+
+    states = np.random.default_rng(0).normal(size=(40, 14)).astype(np.float32)
+    frames = np.zeros((len(kept_steps(40)), 120, 160, 3), np.uint8)
+    episode = Episode(
+        frames=frames, states_TA=states, instruction="do it", task="t", index=0, seed=0, success=False
+    )  # fmt: skip
+    model, asked = world_model(action_denoiser(), codec), []
+    plain = model.rollout
+    model.rollout = lambda request: asked.append(request.actions_BSPA) or plain(request)
+    preview(model, [episode], tmp_path / "preview.mp4", start=4)
+    np.testing.assert_array_equal(asked[0][0, 0], window_actions(states, 4))
+    assert np.isfinite(preview(world_model(text_denoiser(), codec), [episode], tmp_path / "t.mp4")["preview_seconds"])
+
+
 @pytest.mark.parametrize(
     ("kind", "actions", "error", "match"),
     [
-        ("text", chunks(1, 1), MissingCapabilityError, "leave actions out"),
-        ("action", None, MissingCapabilityError, r"actions_BSPA \[1, 1, 32, 14\]"),
-        ("action", chunks(1, 1)[:, :, :31], UserError, "next 32 control steps"),
-        ("action", chunks(1, 1)[..., :13], UserError, "next 32 control steps"),
+        ("text", chunks(1, 1), MissingCapabilityError, "the model's conditions are"),
+        ("action", None, MissingCapabilityError, "drive targets of the next control steps"),
+        ("action", chunks(1, 1)[:, :, :31], UserError, r"\[1, 1, 32, 14\]"),
+        ("action", chunks(1, 1)[..., :13], UserError, r"\[1, 1, 32, 14\]"),
         ("action", chunks(1, 1) * np.float32(np.nan), UserError, "finite"),
     ],
 )

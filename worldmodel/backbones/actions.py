@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from physisforcing.core.errors import MissingCapabilityError, UserError
-from physisforcing.core.types import ActionSpec, RolloutRequest, WorldModelSpec
+from physisforcing.core.types import ActionSpec
 
 #: The 14 drive targets, in the order of docs/architecture.md.
 JOINTS = tuple(
@@ -90,21 +88,3 @@ class ActionConditioner(nn.Module):
         present = ((present_BA - self.present_mean) / self.present_std)[:, None].expand(-1, blocks.shape[1], -1)
         added = self.project(self.net(torch.cat([blocks, present], dim=2)))
         return torch.cat([torch.zeros_like(added[:, :1]), added], dim=1)
-
-
-def check_actions(request: RolloutRequest, spec: WorldModelSpec) -> None:
-    """What ``spec`` says of actions. Raises ``MissingCapabilityError`` where a text model is given some, or an action model none: it was
-    never trained without; ``UserError`` for another shape than [B,S,P,A] or for what is no number."""
-    actions = request.actions_BSPA
-    if spec.action_spec is None:
-        if actions is not None:
-            wanted = f"conditions {sorted(spec.conditions)}"
-            raise MissingCapabilityError("actions", got="actions", wanted=wanted, fix="leave actions out")
-        return
-    rows = round((request.horizon - 1) * spec.frame_dt / spec.action_spec.dt)
-    shape = (*request.seeds_BS.shape, rows, spec.action_spec.dim)
-    fix = f"give the drive targets of the next {rows} control steps for every sample"
-    if actions is None:
-        raise MissingCapabilityError("actions", got=None, wanted=f"actions_BSPA {list(shape)}", fix=fix)
-    if actions.shape != shape or not np.isfinite(actions).all():
-        raise UserError("actions_BSPA", got=list(actions.shape), wanted=f"finite numbers {list(shape)}", fix=fix)
