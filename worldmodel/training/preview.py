@@ -15,20 +15,22 @@ from physisforcing.core.types import RolloutRequest
 from physisforcing.core.video import write_mp4
 
 from ..codec import to_uint8
-from ..data.windows import Episode, lagged_states
+from ..data.windows import Episode, lagged_states, window_actions
 from ..model import FlowWorldModel
 
 
 def preview(
     model: FlowWorldModel, episodes: list[Episode], out: Path, *, windows: int = 12, start: int = 0, shown: int = 6
 ) -> dict[str, float]:
-    """Imagine one window of each of ``windows`` episodes from step ``start`` and write ``out`` (MP4): real, codec, imagined.
+    """Imagine one window of each of ``windows`` episodes from step ``start`` and write ``out`` (MP4): real, codec, imagined. An action
+    model is given the actions that were executed.
 
     Returns PSNR in dB against the real window, of the imagination, of the codec's round trip and of the frozen first frame.
     """
     chosen = [episodes[i] for i in np.linspace(0, len(episodes) - 1, min(windows, len(episodes))).astype(int)]
     real = np.stack([episode.window(start) for episode in chosen])
     lags = model.spec.proprioception_lags
+    actions = np.stack([window_actions(episode.states_TA, start) for episode in chosen])[:, None]
     rollout = model.rollout(
         RolloutRequest(
             context_BVTHWC=real[:, None, :1],
@@ -36,6 +38,7 @@ def preview(
             seeds_BS=np.arange(len(chosen), dtype=np.int64)[:, None],
             horizon=real.shape[1],
             proprioception_BKA=np.stack([lagged_states(episode.states_TA, start, lags) for episode in chosen]),
+            actions_BSPA=actions if "actions" in model.spec.conditions else None,
         )
     )
     assert rollout.frames_BSVTHWC is not None
