@@ -72,8 +72,8 @@ class LatentBatches:
         parts = [rest + scale.to(device).view(-1, 1, 1, 1, 1) * noise]
         if made:
             sigma = c.denoised_sigma * torch.rand(made, generator=generator, device=generator.device).to(device)
-            chosen = (place[:made] for place in places)
-            parts.insert(0, self.frozen.one_step(latents[:made], *chosen, sigma, generator))
+            episode, start = places[0][:made], places[1][:made]
+            parts.insert(0, self.frozen.one_step(latents[:made], episode, start, sigma, generator))
         return torch.cat(parts), rows[:, 0], rows[:, 1:]
 
     @torch.no_grad()
@@ -127,7 +127,8 @@ def evaluate_latents(
     out: dict[str, Any] = {"windows": {place: len(episode) for place, (episode, _) in places.items()}}
     for place, (episode, start) in places.items():
         made: dict[str, list[Tensor]] = {"real": [], "denoised": [], "frozen": [], "hold": []}
-        wanted, spreads = [], {"real": [], "denoised": []}
+        spreads: dict[str, list[Tensor]] = {"real": [], "denoised": []}
+        wanted = []
         for rows in torch.arange(len(episode), device=device).split(together):
             at, when = episode[rows], start[rows]
             targets, latents = frozen.windows.rows(at, when), batches.real(at, when)

@@ -49,7 +49,7 @@ def train_on_world_model(
 
     settings.latents_fingerprint = latents_fingerprint(folders["codec"])
     trained, metrics = train_latent_decoder(command.latent, frozen, folder=output, resume=command.resume, log=log)
-    metrics |= _facts(trained, store, model.spec.fingerprint)
+    metrics |= _facts(trained, store, model.spec.fingerprint) | {"latents": settings.latents_fingerprint}
     return metrics, lambda folder: save_latent_decoder(trained, folder, card=card(decoder, metrics))
 
 
@@ -88,8 +88,10 @@ def card(decoder: str, metrics: dict[str, Any]) -> str:
         f"{metrics['parameters'] / 1e6:.2f} M parameters, float16 on disk. Trained on {metrics['episodes']['train']} demonstrations",
         f"({metrics['episodes']['validation']} held out by seed), {metrics['steps']} steps; no evaluation seeds (100000 upward).",
     ]
-    if "world_model" in metrics:
-        lines.append(f"Reads the world model {metrics['world_model']} and no other.")
+    if decoder == "feature":
+        lines.append(f"Reads features of the world model {metrics['world_model']} and of no other.")
+    if decoder == "latent":
+        lines.append(f"Reads latents of the codec {metrics['latents']}, whichever model imagined them.")
     lines += [
         "",
         "Held-out error (RMSE over joints in degrees, over grippers in percent of the opening), at the start of each of the",

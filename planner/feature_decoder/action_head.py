@@ -42,13 +42,15 @@ class FilmDecoderLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm3 = (nn.LayerNorm(c.width, elementwise_affine=False) for _ in range(2))
         self.norm2 = nn.LayerNorm(c.width)
-        size = {"heads": c.heads, "head_dim": c.width // c.heads, "dropout": c.attention_dropout}
-        self.attention, self.cross = Attention(c.width, **size), Attention(c.width, **size)
+        self.attention, self.cross = (
+            Attention(c.width, c.heads, c.width // c.heads, dropout=c.attention_dropout) for _ in range(2)
+        )
         self.feed_forward = FeedForward(c.width, c.hidden, dropout=c.feed_forward_dropout)
         self.drop = nn.Dropout(c.residual_dropout)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 6 * c.width))
-        nn.init.zeros_(self.modulation[1].weight)
-        nn.init.zeros_(self.modulation[1].bias)
+        film = nn.Linear(c.width, 6 * c.width)
+        nn.init.zeros_(film.weight)
+        nn.init.zeros_(film.bias)
+        self.modulation = nn.Sequential(nn.SiLU(), film)
 
     def forward(self, x_BRD: Tensor, condition_BD: Tensor, memory_BLD: Tensor, keep_BL: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition_BD)[:, None].chunk(6, dim=-1)

@@ -7,6 +7,7 @@ frames of 15x20 tokens, two taps of width 3072, 228 latents, 45 rows of 14 targe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +126,11 @@ def worldarena(**changes: Any) -> FeatureDecoderConfig:
     return paper_size(**(values | changes))
 
 
-PRESETS = {"pico": FeatureDecoderConfig, "paper": paper_size, "worldarena": worldarena}
+PRESETS: dict[str, Callable[[], FeatureDecoderConfig]] = {
+    "pico": FeatureDecoderConfig,
+    "paper": paper_size,
+    "worldarena": worldarena,
+}
 
 
 def preset(name: str) -> FeatureDecoderConfig:

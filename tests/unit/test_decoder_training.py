@@ -432,3 +432,78 @@ def test_between_is_linear():
     values = torch.tensor([[[0.0], [2.0], [6.0]]])
     assert between(values, 2)[0, :, 0].tolist() == [1.0, 2.0, 4.0, 6.0]
     assert between(values, 1)[0, :, 0].tolist() == [2.0, 6.0]
+
+
+def test_half_precision_trains_the_same_loss(frozen, tmp_path):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        rows = []
+        config = feature_run(steps=2, precision=precision, log_every=1)
+        model, _ = train_feature_decoder(config, frozen, folder=tmp_path / precision, log=rows.append)
+        losses[precision] = [row["loss"] for row in rows]
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03) and losses["bf16"] != losses["fp32"]
+
+
+@pytest.mark.parametrize("kind", ["feature", "latent"])
+def test_the_command_writes_a_folder_that_decodes(kind, frozen, tmp_path, monkeypatch):
+    from physisforcing.planner import train, train_decoders
+    from physisforcing.worldmodel import model as model_module
+    from physisforcing.worldmodel import storage
+
+    monkeypatch.setattr(train_decoders, "load_frame_store", lambda roots, height, width: demonstrations())
+    monkeypatch.setattr(model_module, "load_world_model", lambda path, device, codec: frozen.model)
+    monkeypatch.setattr(storage, "latents_fingerprint", lambda codec: "abcdef")
+    latent = LatentTrainConfig(model=dataclasses.replace(LATENT), fit=FitConfig(steps=2, batch=4), validation_windows=4)
+    metrics = train.run(
+        train.TrainIdmCommand(
+            data=["x"], decoder=kind, codec=str(tmp_path), world_model=str(tmp_path), output=str(tmp_path / "run"),
+            device="cpu", feature=feature_run(steps=2), latent=latent,
+        )
+    )  # fmt: skip
+    assert metrics["tasks"] == ["toy"] and json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+    said = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert ("codec abcdef" in said) == (kind == "latent") and f"{metrics['start']['hold']['joint_deg']:.3f}" in said
+    loaded = load_decoder(tmp_path / "run" / "model", text=Words())
+    rollout, state = latent_rollout(frozen)
+    if kind == "feature":
+        shape = (2, 1, 2, 3, 3, 4, 24)
+        rollout = dataclasses.replace(rollout, features_BSKFhwD=np.ones(shape, np.float32), latents_BSCFhw=None)
+    else:
+        assert loaded.config.latents_fingerprint == "abcdef"
+    chunks = loaded.decode(rollout, state, ["up", "down"])
+    assert chunks[0][0].actions_PA.shape == (16, 14) and np.isfinite(chunks[1][0].actions_PA).all()
+
+
+def test_commands_that_make_no_sense_are_errors():
+    from physisforcing.planner.train import TrainIdmCommand, run
+
+    with pytest.raises(UserError, match="did you mean 'feature'"):
+        run(TrainIdmCommand(data=["x"], decoder="features"))
+    with pytest.raises(UserError, match="resume"):
+        run(TrainIdmCommand(data=["x"], decoder="pixel", resume=True))
+
+
+def test_the_benchmark_rehearses_and_reads_a_run(frozen, tmp_path, monkeypatch, repository):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import feature_decoder as benchmark
+
+    lines = benchmark.main(["--tiny", "--steps", "3", "--device", "cpu", "--json", str(tmp_path / "found.json")])
+    found = {line["claim"].removeprefix("planner/feature_decoder/"): line for line in lines}
+    for preset, draws in (("paper", 4), ("worldarena", 1)):
+        plan = found[f"{preset}/plan_p50_ms"]
+        parts = [plan["against"][f"{part}_p50_ms"] for part in ("features", "resampler", "ddim")]
+        assert plan["n"] == 3 and plan["against"]["draws"] == draws
+        assert max(parts) <= plan["value"] <= found[f"{preset}/plan_p95_ms"]["value"]
+    assert [step for step, _ in found["worldarena/overfit/loss_last"]["against"]["loss_curve"]] == [1, 2, 3]
+    assert len(json.loads((tmp_path / "found.json").read_text())) == len(lines) == 6
+    config = feature_run(steps=1)
+    _, metrics = train_feature_decoder(config, frozen, folder=tmp_path / "run")
+    metrics |= {"parameters": 1, "train_seconds": 1.0, "tasks": ["toy"], "world_model": "x"}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "config.json").write_text(json.dumps({"feature": dataclasses.asdict(config)}))
+    shared = {"command": "x", "provenance": benchmark.machine_provenance()}
+    read = {line["claim"]: line for line in benchmark.pico(tmp_path, shared)}
+    start = read["planner/feature_decoder/pico/start/joint_deg_drive"]
+    assert start["value"] == pytest.approx(metrics["start"]["model"]["joint_deg"], abs=1e-3) and start["n"] == 1
+    assert "planner/feature_decoder/pico/anywhere/joint_deg_measured" in read
