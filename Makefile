@@ -5,7 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST_FLAGS ?=
+# Two test files at a time, each with a process of its own; PYTEST_FLAGS= runs them one after the other.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 DEMO_FLAGS ?=
 
 .PHONY: demo test setup doctor lint types check clean

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; several numeric threads each would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @functools.cache
 def _no_simulator() -> str:
