@@ -49,13 +49,13 @@ class EpisodeRunner:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         import torch
 
-        from physisforcing.planner.inverse_dynamics import load_inverse_dynamics
+        from physisforcing.planner.decoder_files import load_decoder
         from physisforcing.planner.train import choose_device
 
         torch.set_num_threads(config.threads)
         self.config, self.entries, self.filmed, self.environments = config, entries, filmed, environments
         self.folders, self.device, self._server = weight_folders(config), choose_device(config.planner.device), server
-        self.decoder = load_inverse_dynamics(self.folders["decoder"], self.device)
+        self.decoder = load_decoder(self.folders["decoder"], self.device)
         self._env: Any = None
         self._task = ""
         self._parts: dict[str, Any] = {}

@@ -289,6 +289,28 @@ def test_the_feature_decoder_learns_windows_by_heart(frozen, tmp_path):
     assert after < 0.25 * spread < 0.5 * before, (before, after, spread)
 
 
+def test_a_planner_with_a_feature_decoder_denoises_nothing(frozen):
+    from physisforcing.core.types import Observation
+    from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
+
+    torch.manual_seed(0)
+    decoder = FeatureInverseDynamics(feature_config(grid=(15, 20)), Words()).eval()
+    decoder.set_statistics(torch.zeros(14), torch.full((14,), 0.3))
+    calls = []
+    hook = frozen.model.denoiser.transformer.blocks[3].ffn.register_forward_hook(lambda *_: calls.append(1))
+    planner = ActionPlanner(frozen.model, decoder, ActionPlannerConfig(horizon=FRAMES, execute_horizon=8, min_motion=0))
+    acted = []
+    for seed in (1, 1, 2):
+        planner.reset(task="toy", seed=seed, instruction="up")
+        state = np.zeros(14, np.float32)
+        picture = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+        seen = Observation(images={"head": picture}, state_A=state, measured_A=state, instruction="up", step=0)
+        acted.append(planner.act(seen))
+    hook.remove()
+    assert acted[0].shape == (8, 14) and not calls, "neither the last block nor a codec's decoder runs"
+    assert np.array_equal(acted[0], acted[1]) and planner.telemetry()["spread"] > 0
+
+
 def test_training_reports_errors_of_held_out_episodes(frozen, tmp_path):
     rows = []
     _, metrics = train_feature_decoder(feature_run(steps=4), frozen, folder=tmp_path, log=rows.append)
