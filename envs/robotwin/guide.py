@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 #: Commands this far from the plan (radians; opening of a gripper) have left it.
 OFF_PLAN_RAD, OFF_PLAN_GRIPPER = 0.5, 0.7
+#: Drive targets this near to the plan are the plan's, rounded to float32.
+SAME = 1e-6
 #: Control steps in which the difference between commands and plan fades when the expert takes over.
 FADE = 6
 #: A hand opened less than this is opened before the script starts again; control steps that opening fully takes, and the wait after it.
@@ -88,9 +90,7 @@ class Guide:
                 self._hold()
             if self.env.steps == begun:  # starting again here would end the same way
                 self.failure = reason
-                if self.acting:
-                    self._hold()
-                self._drift()
+                self._stand()
 
     # ------------------------------------------------------------------ one run of the script
 
@@ -105,12 +105,12 @@ class Guide:
             with seeded_globals(env.seed_used % 2**32):
                 performer.play_once()
             self.failure = "" if performer.plan_success else "no motion found"
-        except (_Lost, _OffPlan, Asked):
+        except (_Lost, _OffPlan, EOFError, OSError):  # the last two from the callbacks: whoever asks is gone
             raise
-        except AssertionError as error:
-            if "target_pose cannot be None" not in str(error):  # upstream's way to say that no grasp was found
-                raise
-            self.failure = "no reachable grasp"
+        except Exception as error:
+            # scripts expect scenes that are as they were set up; "target_pose cannot be None" says that no grasp was found
+            no_grasp = isinstance(error, AssertionError) and "target_pose cannot be None" in str(error)
+            self.failure = "no reachable grasp" if no_grasp else f"its script raised {type(error).__name__}: {error}"
         finally:
             performer.__dict__.clear()  # it refers to itself and to the scene
 
@@ -219,7 +219,8 @@ class Guide:
                     raise _OffPlan
                 return
             self.acting = True
-            self._fading_A = drive_targets(self.env._task.robot) - self._reference_A
+            apart_A = drive_targets(self.env._task.robot) - self._reference_A
+            self._fading_A = np.where(np.abs(apart_A) < SAME, 0.0, apart_A)
         self._faded += 1
         self._act(row_A + self._fading_A * max(0.0, 1 - self._faded / FADE))
         self._reference_A = row_A.copy()
@@ -231,14 +232,21 @@ class Guide:
 
     def _hold(self) -> NoReturn:
         """Stay, along whatever the episode does, until a callback raises."""
+        command_A = None if self.acting else self._next_command(False)
+        while command_A is not None:
+            self.env._act(command_A)
+            command_A = self._next_command(False)
+        self.acting, still_A = True, drive_targets(self.env._task.robot)
         while True:
-            command_A = None if self.acting else self._next_command(False)
-            if command_A is not None:
-                self.env._act(command_A)
-                continue
-            if not self.acting:
-                self.acting, self._standing_A = True, drive_targets(self.env._task.robot)
-            self._act(self._standing_A)
+            self._act(still_A)
+
+    def _stand(self) -> None:
+        """The expert finds no way from here: whoever asks now gets it standing still; after the next command it may look again."""
+        command_A = None if self.acting else self._next_command(False)
+        if command_A is None:
+            self._hold()
+        self.env._act(command_A)
+        self._drift()
 
     def _drift(self) -> None:
         """Go along without a plan until somebody asks for the expert."""
