@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from physisforcing.core.errors import UserError
-from physisforcing.core.types import DT, ActionChunk, Rollout, ViewLayout, WorldModelSpec
+from physisforcing.core.types import DT, ActionChunk, DecoderNeeds, Rollout, ViewLayout, WorldModelSpec
 from physisforcing.eval_plan import EvalPlanConfig, PlannerSettings, evaluate, main
 from physisforcing.plan_episodes import SparsePictures
 
@@ -79,7 +79,8 @@ def demonstrations(tmp_path_factory):
 
 def settings(weights, **changes):
     planner = {name: str(weights / folder) for name, folder in FOLDERS.items()} | {"denoising_steps": 2}
-    planner |= {name: changes.pop(name) for name in ("oracle", "execute_horizon") if name in changes}
+    mine = ("oracle", "execute_horizon", "candidates", "verifier", "rollout_chunks", "server")
+    planner |= {name: changes.pop(name) for name in mine if name in changes}
     values = {"tasks": [TASK], "episodes": 2, "manifest": "none", "threads": 1, "videos": 1, "baselines": ["noop"]}
     return EvalPlanConfig(planner=PlannerSettings(**planner), **(values | changes))
 
@@ -137,6 +138,26 @@ def test_closed_loop_repeats_and_continues(weights, demonstrations, tmp_path):
     assert len({row["telemetry"]["spread"] for row in alone.values()}) == 2, "two scenes, two imaginations"
 
 
+def test_several_candidates_and_a_model_in_a_process_of_its_own(weights, tmp_path):
+    """The served model gives the same rows under the same keys; candidates and chunks are other results."""
+    arguments = {"baselines": [], "max_steps": 40, "episodes": 1, "videos": 0}
+    several = {"candidates": 2, "verifier": "smoothness", "rollout_chunks": 2, "execute_horizon": 40}
+    evaluate(settings(weights, output=str(tmp_path / "here"), **arguments, **several), progress=False)
+    (row,) = stable(tmp_path / "here").values()
+    assert row["status"] in ("success", "failure") and row["steps"] == 40, "one plan of two chunks"
+    telemetry = row["telemetry"]
+    assert telemetry["plans"] == 1 and telemetry["candidates"] == 2 * (1 + telemetry["resampled"])
+    assert telemetry["verifier_chosen"] >= telemetry["verifier_mean"]
+    served = settings(weights, output=str(tmp_path / "served"), **arguments, **several, server="auto", workers=1)
+    evaluate(served, progress=False)
+    assert stable(tmp_path / "served") == stable(tmp_path / "here"), "bit-equal, and under the same key"
+    evaluate(settings(weights, output=str(tmp_path / "single"), **arguments), progress=False)
+    (single,) = stable(tmp_path / "single").values()
+    assert single["fingerprint"] != row["fingerprint"] and "verifier_chosen" not in single["telemetry"]
+    with pytest.raises(UserError, match=r"planner\.server.*HOST:PORT"):
+        evaluate(settings(weights, output=str(tmp_path / "x"), **arguments, server="nowhere"), progress=False)
+
+
 def stable(folder):
     """Rows of a results file by policy and seed, without what a clock measured."""
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_bytes().splitlines() if line.endswith(b"}")]
@@ -188,6 +209,7 @@ class RecordedDemonstration:
     """Test double for both models: imagines the recorded future of the picture it is shown and reads its recorded targets."""
 
     fingerprint = "recorded"
+    needs = DecoderNeeds()
 
     def __init__(self, demo) -> None:
         self.frames, self.actions = demo.frames_THWC, demo.actions_TA
@@ -211,10 +233,10 @@ class RecordedDemonstration:
         frames = self.frames[np.minimum(rows, len(self.frames) - 1)]
         return Rollout(times_T=np.arange(17) * 2 * DT, frames_BSVTHWC=frames[None, None, None])
 
-    def decode(self, frames_BTHWC, times_T, state_BA):
-        start = self._place(frames_BTHWC[0, 0])
+    def decode(self, rollout, state_BA, instructions):
+        start = self._place(rollout.frames_BSVTHWC[0, 0, 0, 0])
         rows = np.minimum(start + np.arange(32), len(self.actions) - 1)
-        return [ActionChunk(actions_PA=self.actions[rows])]
+        return [[ActionChunk(actions_PA=self.actions[rows])]]
 
 
 def test_perfect_imagination_and_decoder_press_the_bell(demonstrations):

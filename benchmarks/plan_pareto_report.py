@@ -1,0 +1,304 @@
+"""Table, Pareto plot and measurements of ``plan_pareto.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from physisforcing.core.files import replace_text
+from physisforcing.core.paired_stats import paired_proportions
+from physisforcing.core.stats import holm, mcnemar, wilson
+from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
+
+COLOURS = {
+    "": "#444444",
+    "spread": "#0072b2",
+    "random": "#999999",
+    "smoothness": "#e69f00",
+    "track_consistency": "#009e73",
+}
+COLOURS |= {"combined": "#d55e00", "success": "#cc79a7"}
+MARKERS = {1: "o", 4: "s", 16: "D"}
+
+
+@dataclass(slots=True, kw_only=True)
+class CellResult:
+    """A cell and its episodes (lines of ``results.jsonl``); errors stand in no denominator."""
+
+    name: str
+    steps: int
+    candidates: int
+    verifier: str
+    wanted: int
+    rows: list[dict[str, Any]]
+    manifests: Mapping[str, str]
+
+    def finished(self, task: str = "") -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["status"] != "error" and task in ("", row["task"])]
+
+    def successes(self, task: str = "") -> int:
+        return sum(row["status"] == "success" for row in self.finished(task))
+
+    def total(self, name: str) -> float:
+        return float(sum(row["telemetry"].get(name, 0.0) for row in self.finished()))
+
+    @property
+    def plans(self) -> float:
+        return max(1.0, self.total("plans"))
+
+    @property
+    def evaluations(self) -> float:
+        """Calls of the denoiser for one sample, a plan; candidates that were imagined again included."""
+        imagined = self.total("candidates") if self.candidates > 1 else self.total("plans") + self.total("resampled")
+        return self.steps * imagined / self.plans
+
+    @property
+    def seconds(self) -> float:
+        """Waiting for a plan in seconds: imagination, also for its turn among the simulators, decoding and ranking."""
+        return sum(self.total(name) for name in ("imagination_s", "decoding_s", "verifying_s")) / self.plans
+
+
+@dataclass(slots=True, kw_only=True)
+class Comparison:
+    """A cell with several candidates against the single one of the same steps, on the episodes that both finished."""
+
+    cell: CellResult
+    n: int
+    only_cell: int
+    only_single: int
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def compare(cells: Sequence[CellResult]) -> list[Comparison]:
+    """Every cell with several candidates that has a single one beside it."""
+    singles = {cell.steps: cell for cell in cells if cell.candidates == 1}
+    found = []
+    for cell in cells:
+        if cell.candidates == 1 or cell.steps not in singles:
+            continue
+        mine, single = _by_episode(cell), _by_episode(singles[cell.steps])
+        pairs = [(mine[key], single[key]) for key in mine if key in single]
+        if not pairs:
+            continue
+        counts = [sum(pair == kind for pair in pairs) for kind in ((1, 1), (1, 0), (0, 1), (0, 0))]
+        difference, low, high = paired_proportions(*counts)
+        p = mcnemar(counts[1], counts[2])
+        found.append(
+            Comparison(
+                cell=cell,
+                n=len(pairs),
+                only_cell=counts[1],
+                only_single=counts[2],
+                difference=difference,
+                low=low,
+                high=high,
+                p=p,
+            )
+        )
+    return found
+
+
+def _by_episode(cell: CellResult) -> dict[tuple[str, int], int]:
+    return {(row["task"], row["seed"]): int(row["status"] == "success") for row in cell.finished()}
+
+
+def front(cells: Sequence[CellResult]) -> list[CellResult]:
+    """The cells that no other beats: none is as cheap and more often successful. Cheapest first."""
+    best: list[CellResult] = []
+    for cell in sorted(cells, key=lambda c: (c.evaluations, -_rate(c))):
+        if not best or _rate(cell) > _rate(best[-1]):
+            best.append(cell)
+    return best
+
+
+def _rate(cell: CellResult) -> float:
+    return cell.successes() / max(1, len(cell.finished()))
+
+
+def write_report(
+    cells: Sequence[CellResult], docs: Path, *, command: str, settings: Mapping[str, Any], rehearsal: bool
+) -> Path:
+    """``results/plan_pareto.md`` and ``.json``, ``images/plan_pareto.png`` below ``docs``; returns the page. Cells without a finished
+    episode are listed as missing."""
+    known = [cell for cell in cells if cell.finished()]
+    provenance = machine_provenance()
+    folder = docs / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    (docs / "images").mkdir(parents=True, exist_ok=True)
+    plot(known, docs / "images" / "plan_pareto.png")
+    write_measurements(folder / "plan_pareto.json", _lines(known, command, provenance))
+    page = folder / "plan_pareto.md"
+    replace_text(page, _page(cells, known, command, settings, provenance, rehearsal))
+    return page
+
+
+def plot(cells: Sequence[CellResult], path: Path) -> None:
+    """Success of all episodes against denoiser calls a plan, 95 % Wilson intervals, the Pareto front as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8.0, 5.0), dpi=150)
+    for cell in cells:
+        n, rate = len(cell.finished()), _rate(cell)
+        low, high = wilson(cell.successes(), n)
+        axes.errorbar(
+            cell.evaluations,
+            100 * rate,
+            yerr=[[100 * (rate - low)], [100 * (high - rate)]],
+            marker=MARKERS.get(cell.candidates, "^"),
+            color=COLOURS.get(cell.verifier, "#000000"),
+            markersize=6,
+            capsize=2,
+            linestyle="none",
+            linewidth=0.8,
+        )
+        axes.annotate(
+            str(cell.steps), (cell.evaluations, 100 * rate), xytext=(5, 4), textcoords="offset points", fontsize=7
+        )
+    best = front(cells)
+    axes.step(
+        [c.evaluations for c in best], [100 * _rate(c) for c in best], where="post", color="#444444", linewidth=0.8
+    )
+    for verifier in dict.fromkeys(cell.verifier for cell in cells):
+        axes.plot([], [], color=COLOURS.get(verifier, "#000000"), linewidth=4, label=verifier or "single candidate")
+    for number in sorted({cell.candidates for cell in cells}):
+        axes.plot([], [], color="#444444", marker=MARKERS.get(number, "^"), linestyle="none", label=f"N = {number}")
+    axes.set_xscale("log")
+    axes.set_xlabel("denoiser calls a plan (steps x candidates); numbers: denoising steps; line: Pareto front")
+    axes.set_ylabel("success, % (95 % Wilson interval)")
+    axes.set_ylim(-2, 102)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _lines(cells: Sequence[CellResult], command: str, provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    compared = {comparison.cell.name: comparison for comparison in compare(cells)}
+    shared: dict[str, Any] = {"command": command, "provenance": provenance}
+    for cell in cells:
+        path, tasks = f"planner/pareto/{cell.name}", sorted({row["task"] for row in cell.rows})
+        for task in tasks:
+            n = len(cell.finished(task))
+            if not n:
+                continue
+            low, high = wilson(cell.successes(task), n)
+            seeds = [row["seed"] for row in cell.finished(task)]
+            against = {"scenes": cell.manifests[task]}
+            value = cell.successes(task) / n
+            lines.append(
+                measurement(
+                    f"{path}/{task}/success",
+                    value,
+                    unit="share",
+                    n=n,
+                    low=low,
+                    high=high,
+                    seeds=seeds,
+                    against=against,
+                    **shared,
+                )
+            )
+        n = len(cell.finished())
+        low, high = wilson(cell.successes(), n)
+        lines.append(measurement(f"{path}/success", _rate(cell), unit="share", n=n, low=low, high=high, **shared))
+        lines.append(measurement(f"{path}/denoiser_calls", cell.evaluations, unit="calls a plan", n=n, **shared))
+        lines.append(measurement(f"{path}/plan_s", cell.seconds, unit="s a plan", n=n, **shared))
+        if cell.name in compared:
+            c = compared[cell.name]
+            against = {
+                "single": f"steps{cell.steps}-n1",
+                "only_here": c.only_cell,
+                "only_single": c.only_single,
+                "mcnemar_p": c.p,
+            }
+            lines.append(
+                measurement(
+                    f"{path}/gain", c.difference, unit="share", n=c.n, low=c.low, high=c.high, against=against, **shared
+                )
+            )
+    return lines
+
+
+def _page(
+    cells: Sequence[CellResult],
+    known: Sequence[CellResult],
+    command: str,
+    settings: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    rehearsal: bool,
+) -> str:
+    tasks = sorted({row["task"] for cell in known for row in cell.rows})
+    best = {cell.name for cell in front(known)}
+    lines = ["# Success against compute", ""]
+    if rehearsal:
+        lines += ["**A rehearsal with a handful of episodes: it shows that the benchmark runs, and nothing else.**", ""]
+    lines += [
+        "Measurements: [plan_pareto.json](plan_pareto.json), written by the command below. Denoising steps x candidates a plan; a",
+        "verifier chooses among candidates. All cells plan in the same frozen scenes with the same noise seeds, so that the candidate of",
+        "N = 1 is among those of N = 4 and N = 16.",
+        "",
+        "![success against denoiser calls a plan](../images/plan_pareto.png)",
+        "",
+        f"| steps | N | verifier | {' | '.join(tasks)} | all | 95 % | denoiser calls a plan | s a plan | front |",
+        "|" + " --- |" * (8 + len(tasks)),
+    ]
+    for cell in known:
+        n = len(cell.finished())
+        low, high = wilson(cell.successes(), n)
+        each = [f"{cell.successes(task)}/{len(cell.finished(task))}" for task in tasks]
+        row = [str(cell.steps), str(cell.candidates), cell.verifier or "-", *each, f"{100 * _rate(cell):.0f} %"]
+        row += [f"{100 * low:.0f}-{100 * high:.0f} %", f"{cell.evaluations:.1f}", f"{cell.seconds:.2f}"]
+        lines.append("| " + " | ".join([*row, "yes" if cell.name in best else ""]) + " |")
+    lines += ["", *_compared(known)]
+    errors = sum(row["status"] == "error" for cell in known for row in cell.rows)
+    missing = [cell.name for cell in cells if len(cell.rows) < cell.wanted]
+    lines += [
+        f"- Errors, in no denominator: {errors}. Cells that are not complete: {', '.join(missing) if missing else 'none'}.",
+        "- s a plan: what a simulator waits for, with all of them sharing one world model; it depends on their number.",
+        f"- {settings['workers']} simulator processes, device {settings['device']}, scenes `manifest={settings['manifest']}`,"
+        f" weights {settings['world_model']}; one training seed of each network.",
+        f"- {provenance['hardware']}; commit {provenance['commit']}; {provenance['date']}.",
+        f"- `{command}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _compared(cells: Sequence[CellResult]) -> list[str]:
+    compared = compare(cells)
+    if not compared:
+        return []
+    adjusted = holm([comparison.p for comparison in compared])
+    lines = ["## Each verifier against a single candidate", ""]
+    lines += ["Same steps, same episodes; exact McNemar, Holm over this table.", ""]
+    lines += [
+        "| steps | N | verifier | episodes | gain | 95 % | solved only here | only by N = 1 | p (Holm) |",
+        "|" + " --- |" * 9,
+    ]
+    for comparison, p in zip(compared, adjusted, strict=True):
+        cell = comparison.cell
+        row = [str(cell.steps), str(cell.candidates), cell.verifier, str(comparison.n)]
+        row += [
+            f"{100 * comparison.difference:+.0f} %",
+            f"{100 * comparison.low:+.0f} to {100 * comparison.high:+.0f} %",
+        ]
+        row += [str(comparison.only_cell), str(comparison.only_single), f"{p:.2g}"]
+        lines.append("| " + " | ".join(row) + " |")
+    gains = np.array([comparison.difference for comparison in compared if comparison.cell.verifier == "random"])
+    note = (
+        f"The control `random` gains {100 * gains.mean():+.0f} % on average: what choosing by chance is worth."
+        if len(gains)
+        else ""
+    )
+    return [*lines, "", *([note, ""] if note else [])]
