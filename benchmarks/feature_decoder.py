@@ -113,7 +113,7 @@ class World:
         torch.manual_seed(SEED)
         with self.device:
             model = FeatureInverseDynamics(tiny(config) if self.tiny else config)
-        model.set_statistics(torch.zeros(14), torch.full((14,), 0.5))
+        model.set_statistics(torch.zeros(14), torch.full((14,), 0.5), torch.full((14,), 0.5))
         return model
 
     def goal(self, batch: int, config: FeatureDecoderConfig) -> tuple[Tensor, Tensor]:
@@ -246,7 +246,8 @@ def overfit(world: World, options: argparse.Namespace, shared: dict[str, Any]) -
     model = world.decoder(options.overfit_preset, **none)
     batch = random_windows(world, model, options.windows)
     joints = batch.rows_BRA[..., list(JOINTS)]
-    model.set_statistics(batch.rows_BRA.mean((0, 1)), batch.rows_BRA.std((0, 1)))
+    deviation = batch.rows_BRA.std((0, 1))
+    model.set_statistics(batch.rows_BRA.mean((0, 1)), deviation, deviation)
     before, curve = decoded_error(model, batch), []
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -65,7 +65,8 @@ class FeatureDecoderConfig:
     ``latent_frames``, ``grid``: tokens of a rollout. ``frames`` pictures ``steps_per_frame`` control steps apart make
     ``(frames - 1) * steps_per_frame + 1`` rows, the first of which is the pose already reached. ``goal_tokens``: the instruction's token
     embeddings of width ``goal_dim`` are cut and padded to so many, in training and in use alike. ``prompt``: what is embedded.
-    ``normalise``: targets per dimension to mean 0 and deviation ``sigma_data``. ``proprioception``: the drive targets now are a token too.
+    ``normalise``: targets per dimension to deviation ``sigma_data``. ``proprioception``: the drive targets now are a token too, and rows
+    are changes from them.
     """
 
     taps: tuple[int, ...] = (2, 4, 6)

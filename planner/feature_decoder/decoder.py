@@ -26,6 +26,8 @@ from .sampling import ddim, exponential_sigmas
 
 #: Entries computed in one call on a GPU; on a CPU each is computed alone, so that it is bit-equal wherever it stands in a batch.
 TOGETHER = 32
+#: Normalisation, and what it is where joints are taken as they are.
+STATISTICS = {"target_mean_A": 0.0, "target_scale_A": 1.0, "change_scale_A": 1.0}
 
 
 class FeatureInverseDynamics(nn.Module):
@@ -33,6 +35,7 @@ class FeatureInverseDynamics(nn.Module):
 
     target_mean_A: Tensor
     target_scale_A: Tensor
+    change_scale_A: Tensor
 
     def __init__(self, config: FeatureDecoderConfig | None = None, text: TextEncoder | None = None) -> None:
         super().__init__()
@@ -52,20 +55,30 @@ class FeatureInverseDynamics(nn.Module):
             sigma_data=c.sampling.sigma_data,
             proprioception=c.proprioception,
         )
-        unknown = float("nan") if c.normalise else 0.0
-        self.register_buffer("target_mean_A", torch.full((c.action_dim,), unknown))
-        self.register_buffer("target_scale_A", torch.full((c.action_dim,), unknown if c.normalise else 1.0))
+        for name, plain in STATISTICS.items():
+            value = float("nan") if c.normalise else plain
+            self.register_buffer(name, torch.full((c.action_dim,), value))
         self.fingerprint = "untrained"
 
-    def set_statistics(self, mean_A: Tensor, std_A: Tensor) -> None:
-        """Mean and deviation of the training targets; they become 0 and ``sigma_data``. Does nothing where ``normalise`` is off."""
+    def set_statistics(self, mean_A: Tensor, std_A: Tensor, change_A: Tensor) -> None:
+        """Mean and deviation of the training targets and the RMS of their change within a chunk; deviation and change become
+        ``sigma_data``. Does nothing where ``normalise`` is off."""
         if self.config.normalise:
             self.target_mean_A.copy_(mean_A)
             self.target_scale_A.copy_(std_A / self.config.sampling.sigma_data)
+            self.change_scale_A.copy_(change_A / self.config.sampling.sigma_data)
 
-    def normalised(self, targets: Tensor) -> Tensor:
-        """Targets [...,A] (radians, gripper opening) as the head sees them."""
-        return (targets - self.target_mean_A) / self.target_scale_A
+    def normalised(self, rows_BRA: Tensor, state_BA: Tensor) -> Tensor:
+        """Targets (radians, gripper opening) as the head sees them: changes from the drive targets now where it reads those."""
+        if self.config.proprioception:
+            return (rows_BRA - state_BA[:, None]) / self.change_scale_A
+        return (rows_BRA - self.target_mean_A) / self.target_scale_A
+
+    def restored(self, rows_BRA: Tensor, state_BA: Tensor) -> Tensor:
+        """Inverse of ``normalised``."""
+        if self.config.proprioception:
+            return state_BA[:, None] + rows_BRA * self.change_scale_A
+        return self.target_mean_A + rows_BRA * self.target_scale_A
 
     @property
     def needs(self) -> DecoderNeeds:
@@ -82,7 +95,7 @@ class FeatureInverseDynamics(nn.Module):
     ) -> Tensor:
         """Score matching on target rows [B,R,A] (row 0: the pose now) at given levels and noise, a float32 scalar."""
         memory = self._memory(features_BKFhwD, goal, state_BA)
-        return self.head.loss(self.normalised(rows_BRA), sigma_B, noise_BRA, memory)
+        return self.head.loss(self.normalised(rows_BRA, state_BA), sigma_B, noise_BRA, memory)
 
     def rows(self, features_BKFhwD: Tensor, goal: tuple[Tensor, Tensor], state_BA: Tensor, noise_SRA: Tensor) -> Tensor:
         """DDIM samples [B,S,R,A] in radians and gripper openings. ``noise_SRA``: unit noise of the S draws, the same for every entry."""
@@ -91,7 +104,7 @@ class FeatureInverseDynamics(nn.Module):
         noise = noise_SRA.to(state_BA.device).repeat(batch, 1, 1)
         sigmas = exponential_sigmas(s.steps, s.last_sigma, s.sigma_max)
         found = ddim(lambda x, sigma: self.head.denoise(x, sigma, memory), noise, sigmas)
-        return (found * self.target_scale_A + self.target_mean_A).unflatten(0, (batch, draws))
+        return self.restored(found, state_BA.repeat_interleave(draws, dim=0)).unflatten(0, (batch, draws))
 
     def draw_noise(self) -> Tensor:
         """Unit noise [draws,R,A] of ``sampling.seed``. A decode gets no other seed, so that equal rollouts give equal chunks."""
@@ -121,7 +134,7 @@ class FeatureInverseDynamics(nn.Module):
         return [chunks[b * samples : (b + 1) * samples] for b in range(batch)]
 
     def _memory(self, features_BKFhwD: Tensor, goal: tuple[Tensor, Tensor], state_BA: Tensor) -> Memory:
-        state = self.normalised(state_BA) if self.config.proprioception else None
+        state = (state_BA - self.target_mean_A) / self.target_scale_A if self.config.proprioception else None
         return self.head.encode(self.resampler(features_BKFhwD), *goal, state)
 
     def _check(self, rollout: Rollout, state_BA: NDArray, instructions: Sequence[str]) -> NDArray:

@@ -8,10 +8,8 @@ import torch
 
 from ..decoder_files import config_of, load_weights, read_config, save_decoder
 from .config import FeatureDecoderConfig
-from .decoder import FeatureInverseDynamics
+from .decoder import STATISTICS, FeatureInverseDynamics
 from .goal import TextEncoder
-
-STATISTICS = ("target_mean_A", "target_scale_A")
 
 
 def save_feature_decoder(model: FeatureInverseDynamics, folder: str | Path, *, card: str | None = None) -> Path:

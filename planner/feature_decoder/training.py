@@ -136,7 +136,7 @@ def train_feature_decoder(
     train_E, validation_E = split_episodes(store, share=config.validation_share)
     torch.manual_seed(config.fit.seed)
     model = FeatureInverseDynamics(config.model, frozen.model.text).to(store.first_E.device)
-    model.set_statistics(*statistics(store, train_E, chunk=config.model.rows - 1, floor=config.scale_floor)[:2])
+    model.set_statistics(*statistics(store, train_E, chunk=config.model.rows - 1, floor=config.scale_floor))
     source: FeatureSource = LiveFeatures(frozen, config.model, train_E, config.start_share)
     if config.stored:
         generator = torch.Generator(store.first_E.device).manual_seed(config.fit.seed + 1)

@@ -266,7 +266,7 @@ def test_the_feature_decoder_learns_windows_by_heart(frozen, tmp_path):
     torch.manual_seed(0)
     model = FeatureInverseDynamics(feature_config(), Words())
     everyone = torch.arange(frozen.windows.store.episodes)
-    model.set_statistics(*statistics(frozen.windows.store, everyone, chunk=16, floor=0.05)[:2])
+    model.set_statistics(*statistics(frozen.windows.store, everyone, chunk=16, floor=0.05))
     live = LiveFeatures(frozen, model.config, everyone, 0.0)
     stored = StoredFeatures(live, windows=6, noises=1, generator=torch.Generator().manual_seed(0))
     config = FitConfig(steps=220, batch=16, lr=6e-3, ema=0.95, beta2=0.99, weight_decay=0.0)
@@ -295,7 +295,7 @@ def test_a_planner_with_a_feature_decoder_denoises_nothing(frozen):
 
     torch.manual_seed(0)
     decoder = FeatureInverseDynamics(feature_config(grid=(15, 20)), Words()).eval()
-    decoder.set_statistics(torch.zeros(14), torch.full((14,), 0.3))
+    decoder.set_statistics(torch.zeros(14), torch.full((14,), 0.3), torch.full((14,), 0.3))
     calls = []
     hook = frozen.model.denoiser.transformer.blocks[3].ffn.register_forward_hook(lambda *_: calls.append(1))
     planner = ActionPlanner(frozen.model, decoder, ActionPlannerConfig(horizon=FRAMES, execute_horizon=8, min_motion=0))

@@ -70,7 +70,7 @@ def decoder(seed=0, **changes) -> FeatureInverseDynamics:
     for layer in model.head.decoder:
         torch.nn.init.normal_(layer.modulation[1].weight, std=0.2)
     torch.nn.init.normal_(model.head.write_rows.weight, std=0.2)
-    model.set_statistics(torch.linspace(-1, 1, 14), torch.linspace(0.1, 0.5, 14))
+    model.set_statistics(torch.linspace(-1, 1, 14), torch.linspace(0.1, 0.5, 14), torch.linspace(0.2, 0.6, 14))
     return model
 
 
@@ -339,10 +339,16 @@ def test_the_chunk_is_the_draw_nearest_to_the_mean():
 def test_targets_are_normalised_to_sigma_data():
     model = decoder()
     mean, std = torch.linspace(-1, 1, 14), torch.linspace(0.1, 0.5, 14)
-    torch.testing.assert_close(model.normalised(mean), torch.zeros(14))
-    torch.testing.assert_close(model.normalised(mean + std), torch.full((14,), 0.5))
+    rows, now = torch.stack([mean, mean + std])[None], torch.randn(1, 14)
+    expected = torch.tensor([0.0, 0.5])[None, :, None].expand(1, 2, 14)
+    torch.testing.assert_close(model.normalised(rows, now), expected)
+    changes = decoder(proprioception=True)
+    moved = now[:, None] + torch.linspace(0.2, 0.6, 14)
+    torch.testing.assert_close(changes.normalised(moved, now), torch.full((1, 1, 14), 0.5))
+    for each in (model, changes):
+        torch.testing.assert_close(each.restored(each.normalised(rows, now), now), rows)
     plain = decoder(normalise=False)
-    assert torch.equal(plain.normalised(mean), mean), "joints as they are"
+    assert torch.equal(plain.normalised(rows, now), rows), "joints as they are"
 
 
 @pytest.mark.parametrize(
