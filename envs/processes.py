@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from physisforcing.core.errors import UnstableSceneError, UserError, VulkanUnavailableError
@@ -35,7 +35,8 @@ class EnvProcess:
         # daemon: never outlives this process; without it an exception in the caller would leave simulators behind
         self._process = context.Process(target=body or _body, args=(theirs, make_env), daemon=True)
         try:
-            self._process.start()
+            with _ordinary():
+                self._process.start()
         except (AttributeError, TypeError) as error:
             self._pipe.close()
             fix = "define it at the top of a module; functools.partial adds arguments"
@@ -92,6 +93,20 @@ class EnvProcess:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+@contextlib.contextmanager
+def _ordinary() -> Iterator[None]:
+    """multiprocessing lets no daemon start processes, since they could outlive it. Ours end by themselves when their pipe closes, so a
+    worker that is a daemon may have them.
+    """
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    daemon = config.get("daemon")
+    config["daemon"] = False
+    try:
+        yield
+    finally:
+        config["daemon"] = daemon
 
 
 def _body(pipe: Any, make_env: Any) -> None:

@@ -28,10 +28,11 @@ class Stage:
     def __init__(self, env: RoboTwinEnv) -> None:
         self.env = env
         self._hidden: frozenset[int] = frozenset()
+        self._shown: tuple[bytes, frozenset[int]] | None = None
 
     def set_up(self, seed: int) -> None:
         """Build the scene of ``seed``; no environment may be live. Errors: see ``RoboTwinEnv.reset``."""
-        self._hidden = frozenset()
+        self._hidden, self._shown = frozenset(), None
         self.env.reset(seed=seed, options={"observe": False})
         release(self.env)
         self.ids_K = self.env.body_poses()[0]
@@ -52,22 +53,28 @@ class Stage:
         return frozenset(int(n) for n, role in zip(self.ids_K, self.roles_K, strict=True) if role == "object")
 
     def arrange(self, poses_K7: NDArray[np.float32], hidden: Iterable[int] = ()) -> None:
-        """Put every body where ``poses_K7`` says (xyz metres, wxyz; order of ``body_poses``), leave out the bodies ``hidden``, draw."""
+        """Put every body where ``poses_K7`` says (xyz metres, wxyz; order of ``body_poses``), leave out the bodies ``hidden``, draw.
+
+        What is shown already is not drawn again.
+        """
         import sapien
 
         if poses_K7.shape != (len(self.ids_K), 7):
             got, wanted = f"shape {list(poses_K7.shape)}", f"[{len(self.ids_K)},7], one row for each body of this scene"
             raise UserError("poses_K7", got=got, wanted=wanted, fix="give the poses of an episode of this scene")
+        wanted_hidden = frozenset(map(int, hidden))
+        shown = np.asarray(poses_K7, np.float32).tobytes(), wanted_hidden
+        if shown == self._shown:
+            return
         entities = self.env._bodies.entities
         for entity, pose_7 in zip(entities, poses_K7, strict=True):
             entity.set_pose(sapien.Pose(pose_7[:3], pose_7[3:]))
-        wanted_hidden = frozenset(map(int, hidden))
         for number, entity in zip(map(int, self.ids_K), entities, strict=True):
             if (number in wanted_hidden) != (number in self._hidden):
                 body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
                 if body is not None:
                     body.visibility = 0.0 if number in wanted_hidden else 1.0
-        self._hidden = wanted_hidden
+        self._hidden, self._shown = wanted_hidden, shown
         self.env._pictures.draw()
 
     def pictures(self) -> NDArray[np.uint8]:
