@@ -43,13 +43,19 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("physisforcing.generate", "imagine a video from a first frame and an instruction"),
     "check worldmodel": Verb("physisforcing.check", "whether anyone's world model keeps the contract"),
     "eval plan": Verb("physisforcing.eval_plan", "plan in closed loop and count successes, with baselines"),
-    "eval evaluator": Verb("physisforcing.eval_evaluator", "policies inside a world model, judged, against the simulator"),
+    "eval evaluator": Verb(
+        "physisforcing.eval_evaluator", "policies inside a world model, judged, against the simulator"
+    ),
     "compare": Verb("physisforcing.compare", "world models under one planner in the same scenes, with controls"),
     "serve env": Verb("physisforcing.envs.serve", "serve one environment to another process or machine"),
     "serve model": Verb("physisforcing.serve_model", "hold one world model for many simulators"),
     "serve worldmodel": Verb("physisforcing.serve_worldmodel", "serve a world model by WorldArena 2.0's v1 contract"),
-    "check service": Verb("physisforcing.planner.service.conformance", "whether a world-model server keeps the contract"),
-    "pack track1": Verb("physisforcing.planner.track1_pack", "pack generated videos as a WorldArena Track 1 submission"),
+    "check service": Verb(
+        "physisforcing.planner.service.conformance", "whether a world-model server keeps the contract"
+    ),
+    "pack track1": Verb(
+        "physisforcing.planner.track1_pack", "pack generated videos as a WorldArena Track 1 submission"
+    ),
     "check track1": Verb("physisforcing.planner.track1", "check a WorldArena Track 1 submission"),
     "report": Verb("physisforcing.core.report.command", "write the HTML report of a run"),
 }

@@ -38,7 +38,7 @@ class SuccessTrainConfig:
 
     model: SuccessConfig = field(default_factory=SuccessConfig)
     spans: tuple[int, ...] = (32, 64)
-    steps: int = 800
+    steps: int = 300
     time_limit_s: float = 0.0
     batch: int = 32
     lr: float = 2e-3
@@ -88,8 +88,10 @@ def _fit(
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * done))
         pictures, tasks, labels = draw(store, episodes, config.batch, spans=_rows(config, store), generator=windows)
-        pictures = augment(pictures.to(device), share=config.augment_share, generator=noise)
-        pictures = _shifted(pictures, config.shift, windows)
+        pictures = _shifted(pictures.to(device), config.shift, windows)
+        changed = torch.from_numpy(windows.random(len(pictures)) < config.augment_share).to(device)
+        if changed.any():
+            pictures[changed] = augment(pictures[changed], share=1.0, generator=noise)
         truth = torch.from_numpy(labels.astype(np.float32)).to(device)
         loss = F.binary_cross_entropy_with_logits(model(pictures, torch.from_numpy(tasks).to(device)), truth)
         optimizer.zero_grad(set_to_none=True)

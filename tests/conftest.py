@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; several numeric threads each would wait for one another
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # workers share the cores; several numeric threads each would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
