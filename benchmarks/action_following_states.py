@@ -25,7 +25,7 @@ from physisforcing.worldmodel.data.boxes import SCENERY
 from physisforcing.worldmodel.data.windows import FRAME_STRIDE, WINDOW_FRAMES, lagged_states, window_actions
 from physisforcing.worldmodel.teachers.classical import ClassicalTracker
 from physisforcing.worldmodel.teachers.ground_truth import point_tracks
-from physisforcing.worldmodel.text import TextEmbedder
+from physisforcing.worldmodel.text import MAX_TOKENS, TEXT_WIDTH, TextEmbedder
 
 #: What the two executions of a state are.
 CHUNKS = ("expert", "random")
@@ -93,7 +93,7 @@ class StateMaker:
     """Makes the state of one scene a job and leaves it in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.text = folder, TextEmbedder()
         self._env: Any = None
 
     def handle(self, job: Job) -> Outcome:
@@ -104,6 +104,8 @@ class StateMaker:
         for step in tried:
             found = state_at(env, job, states_TA, int(step), generator)
             if found is not None:
+                sentence = found.about[0]["instruction"]
+                found.text_SLD[:] = self.text.batch([sentence])[0].numpy()
                 found.save(self.folder / f"{job.task}-{job.seed:08d}.safetensors")
                 return Outcome(task=job.task, seed=job.seed, kind="recorded")
         reason = f"{len(tried)} moments of {len(steps)} in which an object moves"
@@ -171,7 +173,7 @@ def state_at(
     seed_and_step |= {"instruction": sentence, "assets": info["assets"], "runtime": info["runtime"]}
     return padded(
         context_SHWC=video[:1, 0],
-        text_SLD=TextEmbedder().batch([sentence])[0].numpy().astype(np.float16),
+        text_SLD=np.zeros((1, MAX_TOKENS, TEXT_WIDTH), np.float16),  # the caller fills it
         proprioception_SKA=lagged_states(states_TA, step, LAGS)[None],
         actions_S2PA=np.stack(actions_2PA)[None],
         group_SN=chosen[1][None],
