@@ -89,12 +89,18 @@ class CompareConfig:
         """The models by name. ``UserError`` for what would fail only after the simulator has started."""
         from physisforcing.envs.robotwin.tasks import task_info
 
+        from .planners import check_planner
+
         for task in self.tasks:
             task_info(task)
         for name in self.controls:
             if name not in CONTROLS:
                 raise unknown_name("controls", name, CONTROLS, see="physis compare --help")
         check_at_least(self, episodes=1, workers=0, threads=1, videos=0)
+        check_planner(self.planner)
+        if self.planner.server:
+            fix = "leave it out: every process loads the models that it compares"
+            raise UserError("planner.server", got=self.planner.server, wanted="nothing here", fix=fix)
         if self.first_seed is not None and self.first_seed < FIRST_SEED:
             fix = f"evaluation seeds start at {FIRST_SEED}"
             raise UserError("first_seed", got=self.first_seed, wanted=f"at least {FIRST_SEED}", fix=fix)

@@ -281,7 +281,7 @@ class _Plan:
         retrieved = ""
         if "retrieval" in self.policies:
             retrieved = _training_demonstrations(config.train_demos).fingerprint()[:12]
-        settings = result_settings(config.planner, self._server)
+        settings = result_settings(config.planner, self._server, config.threads)
         template = read_template(config.planner.prompt_template)
         settings |= {} if template == PlannerSettings().prompt_template else {"prompt_template": template}
         known = {

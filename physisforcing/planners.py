@@ -94,28 +94,29 @@ def state_dim(world_model: Any) -> int | None:
     return None if denoiser is None else int(denoiser.conditioner.config.state_dim)
 
 
-def served_on(settings: PlannerSettings, server: ServerAddress | None) -> str:
+def served_on(settings: PlannerSettings, server: ServerAddress | None, threads: int) -> str:
     """How a server computes pictures where that is not how this process would on a CPU; empty where it is the same."""
     if not settings.server or (server is None and settings.server != "auto"):
         return ""
     if settings.server == "auto":
         from physisforcing.planner.train import choose_device
 
-        device, batch = choose_device(settings.device), GPU_BATCH
+        device, batch, others = choose_device(settings.device), GPU_BATCH, threads
     else:
         from physisforcing.planner.model_client import SocketWorldModel
 
         assert server is not None  # see above
         with SocketWorldModel(server.address, token=server.token, connect_s=server.connect_s) as model:
             device, batch = str(model.about.get("device")), int(model.about.get("batch") or 0)
+            others = int(model.about.get("threads") or 0)
     if device == "cpu":
-        return "" if settings.device == "cpu" else "cpu"
+        return "" if (settings.device, threads) == ("cpu", others) else f"cpu with {others} threads"
     return f"{device.partition(':')[0]} in batches of {batch}"
 
 
-def result_settings(settings: PlannerSettings, server: ServerAddress | None) -> dict[str, Any]:
+def result_settings(settings: PlannerSettings, server: ServerAddress | None, threads: int = 0) -> dict[str, Any]:
     """The settings that results depend on, weights apart: what cannot change them is left out, and so is what came later and is
-    not used, so that older results stay valid."""
+    not used, so that older results stay valid. ``threads``: of this evaluation; a server may have others."""
     values = dataclasses.asdict(settings)
     for name in ("world_model", "codec", "decoder", "server", "success", "prompt_template"):
         del values[name]
@@ -127,6 +128,6 @@ def result_settings(settings: PlannerSettings, server: ServerAddress | None) -> 
         values["verifier"] = verifier.fingerprint
     if settings.rollout_chunks == 1:
         del values["rollout_chunks"]
-    if served := served_on(settings, server):
+    if served := served_on(settings, server, threads):
         values["served"] = served
     return values
