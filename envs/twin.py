@@ -125,6 +125,7 @@ class Twin:
 
     def _next_command(self, drifting: bool) -> NDArray[np.float64] | None:
         """For the guide: the episode's next command, once it is known; None in a copy, where the expert acts."""
+        assert self.copy is None, "a copy acts and asks for nothing"
         while True:
             assert self._wanted is not None
             commands_TA = self._wanted.commands_TA

@@ -232,21 +232,30 @@ class Guide:
 
     def _hold(self) -> NoReturn:
         """Stay, along whatever the episode does, until a callback raises."""
-        command_A = None if self.acting else self._next_command(False)
-        while command_A is not None:
-            self.env._act(command_A)
-            command_A = self._next_command(False)
-        self.acting, still_A = True, drive_targets(self.env._task.robot)
-        while True:
-            self._act(still_A)
+        while not self.acting:
+            self._follow()
+        self._stay()
 
     def _stand(self) -> None:
         """The expert finds no way from here: whoever asks now gets it standing still; after the next command it may look again."""
-        command_A = None if self.acting else self._next_command(False)
-        if command_A is None:
-            self._hold()
-        self.env._act(command_A)
+        if not self.acting:
+            self._follow()
+        if self.acting:
+            self._stay()
         self._drift()
+
+    def _follow(self) -> None:
+        """The episode's next command, without a plan; ``acting`` afterwards where there is none."""
+        command_A = self._next_command(False)
+        if command_A is None:
+            self.acting = True
+        else:
+            self.env._act(command_A)
+
+    def _stay(self) -> NoReturn:
+        still_A = drive_targets(self.env._task.robot)
+        while True:
+            self._act(still_A)
 
     def _drift(self) -> None:
         """Go along without a plan until somebody asks for the expert."""

@@ -64,7 +64,7 @@ from physisforcing.envs.seeds import Outcome
 class Runner:
     """Scene 100000 always kills its process in the middle of the episode, 100001 does so once."""
 
-    def __init__(self, config, entries, filmed, environments):
+    def __init__(self, config, entries, filmed, environments, server):
         self.output = config.output
 
     def handle(self, job):
