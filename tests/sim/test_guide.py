@@ -16,6 +16,7 @@ class Episode:
 
     def __init__(self, env, commands, steps=600):
         self.env, self.commands, self.steps, self.acted, self.asked = env, list(commands), steps, [], 0
+        self.over = False
 
     def next_command(self, drifting):
         from physisforcing.envs.robotwin.guide import Asked
@@ -25,6 +26,8 @@ class Episode:
         if drifting:
             self.asked += 1
             raise Asked
+        assert not self.over, "from here on the expert acts, and asks nobody"
+        self.over = True
         return None
 
     def act(self, action_A):
