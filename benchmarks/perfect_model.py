@@ -143,7 +143,12 @@ def main() -> None:
     for task in options.tasks:
         if options.time:
             for name, values in time_task(task, options.episodes).items():
-                print(f"{task:26} {name:10} {statistics.median(values):8.0f} ms (median of {len(values)})", flush=True)
+                median = statistics.median(values)
+                print(f"{task:26} {name:10} {median:8.0f} ms (median of {len(values)})", flush=True)
+                lines.append(
+                    measurement(f"env/perfect/{task}/{name}_ms", median, unit="ms", low=min(values), high=max(values), n=len(values),
+                                command=f"{command} --time", provenance=provenance)
+                )  # fmt: skip
             continue
         result = run_task(task, options.episodes, options.error, options.execute)
         n, k = options.episodes, result["successes"]
@@ -151,7 +156,7 @@ def main() -> None:
         print(
             f"{task:26} {k}/{n} [{low:.2f}, {high:.2f}]  steps {result['steps']}  failed {result['failed']}", flush=True
         )
-        name = f"planner/perfect/targets{options.execute}" + (f"_{options.error:g}deg" if options.error else "")
+        name = "env/perfect/" + (f"error_{options.error:g}deg" if options.error else "exact")
         about = {"assets": result["assets"], "execute_horizon": options.execute, "error_deg": options.error}
         lines.append(
             measurement(f"{name}/{task}/success", k / n, unit="rate", low=low, high=high, n=n, seeds=result["seeds"],
