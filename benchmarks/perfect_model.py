@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,13 @@ def run_task(task: str, episodes: int, degrees: float, execute: int) -> dict[str
         "successes": sum(r.success for r in results),
         "steps": [r.steps for r in results],
         "seeds": [r.seed for r in results],
-        "failed": {r.seed: r.telemetry for r in results if not r.success},
+        "failed": Counter(_reason(r.telemetry) for r in results if not r.success),
         "assets": results[0].info["assets"],
     }
+
+
+def _reason(telemetry: dict[str, float]) -> str:
+    return "no motion found at the end" if telemetry["expert_failed"] else "still trying at the step limit"
 
 
 def time_task(task: str, rollouts: int) -> dict[str, list[float]]:
@@ -154,10 +159,12 @@ def main() -> None:
         n, k = options.episodes, result["successes"]
         low, high = wilson(k, n)
         print(
-            f"{task:26} {k}/{n} [{low:.2f}, {high:.2f}]  steps {result['steps']}  failed {result['failed']}", flush=True
+            f"{task:26} {k}/{n} [{low:.2f}, {high:.2f}]  steps {result['steps']}  failed {dict(result['failed'])}",
+            flush=True,
         )
         name = "env/perfect/" + (f"error_{options.error:g}deg" if options.error else "exact")
-        about = {"assets": result["assets"], "execute_horizon": options.execute, "error_deg": options.error}
+        about: dict[str, Any] = {"failures": dict(result["failed"])} if result["failed"] else {}
+        about |= {"assets": result["assets"], "execute_horizon": options.execute, "error_deg": options.error}
         lines.append(
             measurement(f"{name}/{task}/success", k / n, unit="rate", low=low, high=high, n=n, seeds=result["seeds"],
                         against=about, command=command, provenance=provenance)
