@@ -13,7 +13,11 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parents[1] / "README.md"
 #: Page -> beginnings of the claims whose success rates it shows.
-PAGES = {README: ("planner/",), FOLDER / "robotwin.md": ("expert/", "env/replay/")}
+PAGES = {
+    README: ("planner/",),
+    FOLDER / "robotwin.md": ("expert/", "env/replay/"),
+    FOLDER.parent / "perfect_model.md": ("env/perfect/",),
+}
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
 NOTHING = "No measurement has been recorded yet.\n"
 HEAD = "| claim | success | 95 % interval | episodes | p against no-op, random |\n|---|---|---|---|---|\n"
