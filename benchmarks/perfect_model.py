@@ -3,29 +3,38 @@
 In frozen test scenes (each solved by the expert once, when it was frozen) the expert's future is imagined from the state as it is, and
 its own drive targets are executed until the next plan: the ceiling for every world model and decoder under this planner. ``--error``
 adds smooth errors to the targets, as a decoder makes them: normal with this standard deviation in degrees, correlated over about five
-control steps, on grippers the same number in percent of their opening. ``--time``: milliseconds of a rollout and of its parts instead,
-by the clock; say so if the machine does other work.
+control steps, on grippers the same number in percent of their opening. ``--decoder FOLDER`` (or ``shipped``): the targets are read out of
+the pictures of that future instead; ``decoded_deg`` and ``decoded_gripper`` are the RMSE over all plans' executed rows against the
+expert's own targets. ``--time``: milliseconds of a rollout and of its parts instead, by the clock; say so if the machine does other work.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import multiprocessing
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from physisforcing.core.paths import weights_root
 from physisforcing.core.pictures import shrink_area
 from physisforcing.core.stats import wilson
-from physisforcing.core.types import Observation, RolloutRequest
+from physisforcing.core.types import ActionChunk, DecoderNeeds, Observation, Rollout, RolloutRequest
 from physisforcing.envs.manifest import load_manifest
 from physisforcing.envs.perfect_planner import PerfectPlanner
 from physisforcing.envs.rollout import run_episode
 from physisforcing.envs.simulator_world_model import SimulatorConfig, SimulatorWorldModel
+from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
+from physisforcing.planner.decoder_files import load_decoder
 from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
 
 TASKS = ("adjust_bottle", "click_bell", "place_empty_cup", "grab_roller", "stack_blocks_two", "stack_bowls_two")
@@ -58,35 +67,114 @@ class WithErrors:
         return self.planner.telemetry()
 
 
-def run_task(task: str, episodes: int, degrees: float, execute: int) -> dict[str, Any]:
-    """Successes, steps, seeds and what failed."""
+class ReadOut:
+    """A decoder that is held against the expert: keeps how far its rows are from the targets that made the pictures."""
+
+    def __init__(self, inner: Any, model: SimulatorWorldModel, execute: int) -> None:
+        self.inner, self.execute = inner, execute
+        self.needs: DecoderNeeds = inner.needs
+        self.fingerprint: str = inner.fingerprint
+        self.errors: list[NDArray[np.float64]] = []
+        self._truth: list[NDArray[np.float32]] = []
+        imagine = model.imagine
+
+        def kept(request: RolloutRequest, **options: Any) -> Any:
+            found = imagine(request, **options)
+            self._truth = [row[0].actions_PA for row in found]
+            return found
+
+        model.imagine = kept  # type: ignore[method-assign]
+
+    def decode(
+        self, rollout: Rollout, state_BA: NDArray[np.float32], instructions: Sequence[str]
+    ) -> list[list[ActionChunk]]:
+        chunks = self.inner.decode(rollout, state_BA, instructions)
+        for row, truth_PA in zip(chunks, self._truth, strict=True):
+            rows = min(self.execute, len(truth_PA))
+            self.errors.append(np.asarray(row[0].actions_PA[:rows] - truth_PA[:rows], np.float64))
+        return chunks
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class Settings:
+    """``decoder``: folder; empty for the expert's own targets."""
+
+    error: float
+    execute: int
+    decoder: str
+    device: str
+
+
+def run_part(part: tuple[str, int, int], settings: Settings) -> list[dict[str, Any]]:
+    """Episodes ``first`` to ``last`` (exclusive) of a task's manifest: one row each."""
     from physisforcing.envs.robotwin.env import RoboTwinEnv
 
+    task, first, last = part
     manifest = load_manifest(f"test_{task}")
     env = RoboTwinEnv(task)
-    model = SimulatorWorldModel(SimulatorConfig(horizons=(2,), stride=32)).bind(env)
-    planner = PerfectPlanner(model, execute_horizon=execute)
-    policy = WithErrors(planner, degrees) if degrees else planner
-    results = []
+    exact = SimulatorConfig(horizons=(2,), stride=32)
+    model = SimulatorWorldModel(SimulatorConfig() if settings.decoder else exact).bind(env)
+    readout: ReadOut | None = None
+    if settings.decoder:
+        readout = ReadOut(_decoder(settings.decoder, settings.device), model, settings.execute)
+        config = ActionPlannerConfig(execute_horizon=settings.execute)
+        policy: Any = ActionPlanner(model, readout, config, None, env.action_spec)
+    else:
+        policy = PerfectPlanner(model, execute_horizon=settings.execute)
+        policy = WithErrors(policy, settings.error) if settings.error else policy
+    rows = []
     try:
-        for entry in manifest.entries[:episodes]:
-            results.append(run_episode(env, policy, seed=entry.seed, expect=entry))
-            if results[-1].status == "error":
-                raise RuntimeError(results[-1].error)
+        for entry in manifest.entries[first:last]:
+            result = run_episode(env, policy, seed=entry.seed, expect=entry)
+            if result.status == "error":
+                raise RuntimeError(f"{task} {entry.seed}: {result.error}")
+            row = {
+                "seed": result.seed,
+                "success": result.success,
+                "steps": result.steps,
+                "assets": result.info["assets"],
+            }
+            row["reason"] = "" if result.success else _reason(result.telemetry)
+            if readout is not None:
+                row["errors"] = np.concatenate(readout.errors)
+                readout.errors.clear()
+            rows.append(row)
     finally:
         model.close()
         env.close()
+    return rows
+
+
+@functools.cache
+def _decoder(folder: str, device: str) -> Any:
+    return load_decoder(weights_root() / "idm" if folder == "shipped" else folder, device)
+
+
+def run_all(tasks: Sequence[str], episodes: int, settings: Settings, workers: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows by task. ``workers``: processes, each on five episodes at a time; 0: here."""
+    parts = [(task, at, min(at + 5, episodes)) for task in tasks for at in range(0, episodes, 5)]
+    work = functools.partial(run_part, settings=settings)
+    if not workers:
+        found = list(map(work, parts))
+    else:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(work, parts))
+    return {task: [row for part, rows in zip(parts, found) if part[0] == task for row in rows] for task in tasks}
+
+
+def decoded_errors(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """RMSE over all executed rows: joints in degrees, grippers as share of their opening."""
+    errors_PA = np.concatenate([row["errors"] for row in rows])
+    grippers = [6, 13]
+    joints_PJ = np.rad2deg(np.delete(errors_PA, grippers, axis=1))
     return {
-        "successes": sum(r.success for r in results),
-        "steps": [r.steps for r in results],
-        "seeds": [r.seed for r in results],
-        "failed": Counter(_reason(r.telemetry) for r in results if not r.success),
-        "assets": results[0].info["assets"],
+        "decoded_deg": float(np.sqrt((joints_PJ**2).mean())),
+        "decoded_gripper": float(np.sqrt((errors_PA[:, grippers] ** 2).mean())),
     }
 
 
 def _reason(telemetry: dict[str, float]) -> str:
-    return "no motion found at the end" if telemetry["expert_failed"] else "still trying at the step limit"
+    return "no motion found at the end" if telemetry.get("expert_failed") else "still trying at the step limit"
 
 
 def time_task(task: str, rollouts: int) -> dict[str, list[float]]:
@@ -133,42 +221,66 @@ def _timed(call: Any) -> tuple[float, Any]:
     return 1e3 * (time.perf_counter() - began), value
 
 
+def time_all(options: argparse.Namespace, command: str, provenance: Any) -> list[dict[str, Any]]:
+    lines = []
+    for task in options.tasks:
+        for name, values in time_task(task, options.episodes).items():
+            median = statistics.median(values)
+            print(f"{task:26} {name:10} {median:8.0f} ms (median of {len(values)})", flush=True)
+            lines.append(
+                measurement(f"env/perfect/{task}/{name}_ms", median, unit="ms", low=min(values), high=max(values), n=len(values),
+                            command=f"{command} --time", provenance=provenance)
+            )  # fmt: skip
+    return lines
+
+
+def success_line(
+    task: str, rows: list[dict[str, Any]], settings: Settings, name: str, command: str, provenance: Any
+) -> dict[str, Any]:
+    n, k = len(rows), sum(row["success"] for row in rows)
+    low, high = wilson(k, n)
+    failed = dict(Counter(row["reason"] for row in rows if not row["success"]))
+    about: dict[str, Any] = {"failures": failed} if failed else {}
+    about |= {"assets": rows[0]["assets"], "execute_horizon": settings.execute, "error_deg": settings.error}
+    if settings.decoder:
+        about |= decoded_errors(rows) | {"decoder": _decoder(settings.decoder, "cpu").fingerprint}
+    words = " ".join(f"{key} {value:.3g}" for key, value in about.items() if key.startswith("decoded"))
+    print(
+        f"{task:26} {k}/{n} [{low:.2f}, {high:.2f}]  steps {[row['steps'] for row in rows]}  {words} {failed}",
+        flush=True,
+    )
+    return measurement(
+        f"env/perfect/{name}/{task}/success", k / n, unit="rate", low=low, high=high, n=n,
+        seeds=[row["seed"] for row in rows], against=about, command=command, provenance=provenance,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--episodes", type=int, default=5)
     parser.add_argument("--error", type=float, default=0.0, help="degrees")
+    parser.add_argument("--decoder", default="", help="folder of a decoder that reads pictures, or shipped")
+    parser.add_argument("--name", default="decoder", help="of that decoder in the claims")
+    parser.add_argument("--device", default="cpu", help="of the decoder")
+    parser.add_argument("--workers", type=int, default=0, help="processes")
     parser.add_argument("--execute", type=int, default=32, help="control steps of a plan that are executed")
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--json", type=Path, help="merge measurements into this file")
     options = parser.parse_args()
-    provenance, lines = machine_provenance(), []
+    provenance = machine_provenance()
     command = f"python benchmarks/perfect_model.py --episodes {options.episodes} --execute {options.execute}"
     command += f" --error {options.error:g}" if options.error else ""
-    for task in options.tasks:
-        if options.time:
-            for name, values in time_task(task, options.episodes).items():
-                median = statistics.median(values)
-                print(f"{task:26} {name:10} {median:8.0f} ms (median of {len(values)})", flush=True)
-                lines.append(
-                    measurement(f"env/perfect/{task}/{name}_ms", median, unit="ms", low=min(values), high=max(values), n=len(values),
-                                command=f"{command} --time", provenance=provenance)
-                )  # fmt: skip
-            continue
-        result = run_task(task, options.episodes, options.error, options.execute)
-        n, k = options.episodes, result["successes"]
-        low, high = wilson(k, n)
-        print(
-            f"{task:26} {k}/{n} [{low:.2f}, {high:.2f}]  steps {result['steps']}  failed {dict(result['failed'])}",
-            flush=True,
+    command += f" --decoder {Path(options.decoder).name}" if options.decoder else ""
+    if options.time:
+        lines = time_all(options, command, provenance)
+    else:
+        settings = Settings(
+            error=options.error, execute=options.execute, decoder=options.decoder, device=options.device
         )
-        name = "env/perfect/" + (f"error_{options.error:g}deg" if options.error else "exact")
-        about: dict[str, Any] = {"failures": dict(result["failed"])} if result["failed"] else {}
-        about |= {"assets": result["assets"], "execute_horizon": options.execute, "error_deg": options.error}
-        lines.append(
-            measurement(f"{name}/{task}/success", k / n, unit="rate", low=low, high=high, n=n, seeds=result["seeds"],
-                        against=about, command=command, provenance=provenance)
-        )  # fmt: skip
+        name = f"error_{options.error:g}deg" if options.error else options.name if options.decoder else "exact"
+        found = run_all(options.tasks, options.episodes, settings, options.workers)
+        lines = [success_line(task, rows, settings, name, command, provenance) for task, rows in found.items()]
     if options.json:
         write_measurements(options.json, lines)
 
