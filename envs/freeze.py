@@ -211,7 +211,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     from physisforcing.core.config import compose
 
     from .collect import expand_lists

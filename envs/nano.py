@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     from physisforcing.core.config import compose
 
     config = compose("nano", expand_lists(options.overrides, {"task": "tasks", "tasks": "tasks"}), NanoConfig)

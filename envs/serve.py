@@ -230,7 +230,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     from physisforcing.core.config import compose
 
     config = compose("serve_env", options.overrides, ServeConfig)

@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("settings", nargs="*", metavar="field=value")
     parser.add_argument("--fresh", action="store_true", help="do every stage again")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     from physisforcing.core.config import compose
 
     config = compose("demo", arguments.settings, DemoConfig)

@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready")
-    options = parser.parse_args(list(argv))
+    options = parser.parse_intermixed_args(list(argv))
     from physisforcing.core.config import compose
 
     config = compose("serve_model", options.overrides, ServeModelConfig)

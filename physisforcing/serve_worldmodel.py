@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
-    options = parser.parse_args(list(argv))
+    options = parser.parse_intermixed_args(list(argv))
     if options.help:
         print(HELP)
         return 0

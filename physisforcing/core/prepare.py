@@ -207,7 +207,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("input", help="folder of the demonstrations")
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     from .config import compose
 
     config = compose("prepare", options.overrides, PrepareConfig)

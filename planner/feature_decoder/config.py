@@ -44,13 +44,16 @@ class ActionHeadConfig:
 @dataclass(slots=True, kw_only=True)
 class SamplingConfig:
     """EDM noise levels. ``sigma_data``: deviation of the data that the preconditioning assumes. Training draws from a log-logistic
-    density in [``sigma_min``, ``sigma_max``]; sampling takes ``steps`` DDIM steps from ``sigma_max`` to ``last_sigma``, then jumps to the
+    density round it in [``sigma_min``, ``sigma_max``], a share ``coarse`` evenly in the logarithm of [``sigma_data``, ``sigma_max``] instead:
+    which chunk it will be is decided at levels that exceed the distance between chunks (sigma_data times the root of their numbers, 11 at
+    pico size), where the density alone puts less than one draw in four hundred and features are hardly learned. Sampling takes ``steps`` DDIM steps from ``sigma_max`` to ``last_sigma``, then jumps to the
     denoised value (a large ``last_sigma`` gives something near the mean of what the head thinks possible). ``draws``: samples a decode;
     their deviation is the spread. ``seed``: of their noise."""
 
     sigma_data: float = 0.5
     sigma_min: float = 0.001
     sigma_max: float = 80.0
+    coarse: float = 0.4
     steps: int = 20
     last_sigma: float = 0.05
     draws: int = 4
@@ -116,13 +119,13 @@ def paper_size(**changes: Any) -> FeatureDecoderConfig:
 
 
 def worldarena(**changes: Any) -> FeatureDecoderConfig:
-    """What WorldArena released: the inputs of blocks 16 and 17 of 30 (counted from 1), their first-frame mask, joints as they are, DDIM
-    from 80 to 1, one sample. Their constant sentence in front of every instruction goes into ``prompt``."""
+    """What WorldArena released: the inputs of blocks 16 and 17 of 30 (counted from 1), their first-frame mask, joints as they are, the
+    log-logistic density alone, DDIM from 80 to 1, one sample. Their constant sentence in front of every instruction goes into ``prompt``."""
     values: dict[str, Any] = {
         "taps": (15, 16),
         "first_frame_mask": "worldarena_compat",
         "normalise": False,
-        "sampling": SamplingConfig(last_sigma=1.0, draws=1),
+        "sampling": SamplingConfig(coarse=0.0, last_sigma=1.0, draws=1),
     }
     return paper_size(**(values | changes))
 
@@ -153,6 +156,8 @@ def check_config(config: FeatureDecoderConfig) -> FeatureDecoderConfig:
     if not 0 < s.sigma_min < s.sigma_max or not 0 < s.last_sigma < s.sigma_max or s.sigma_data <= 0:
         wanted = "0 < sigma_min, last_sigma < sigma_max and sigma_data > 0"
         raise UserError("sampling", got=dataclasses.asdict(s), wanted=wanted, fix="0.001, 0.05, 80 and 0.5 are usual")
+    if not 0 <= s.coarse <= 1:
+        raise UserError("sampling.coarse", got=s.coarse, wanted="a share, 0..1", fix="0.4 is the default")
     if s.steps < 1 or s.draws < 1:
         raise UserError("sampling", got=(s.steps, s.draws), wanted="steps and draws from 1", fix="steps=10, draws=4")
     if "{instruction}" not in config.prompt:

@@ -25,7 +25,8 @@ def preconditioning(sigma_B: Tensor, sigma_data: float) -> tuple[Tensor, Tensor,
 
 
 def training_sigmas(count: int, config: SamplingConfig, generator: torch.Generator) -> Tensor:
-    """Noise levels [count] float32 on the generator's device: log-logistic round ``sigma_data``, cut to [sigma_min, sigma_max]."""
+    """Noise levels [count] float32 on the generator's device: log-logistic round ``sigma_data``, cut to [sigma_min, sigma_max]; a share
+    ``coarse`` of them evenly in the logarithm from ``sigma_data`` to ``sigma_max`` instead."""
     centre = math.log(config.sigma_data)
     low, high = (
         1.0 / (1.0 + math.exp(-(math.log(level) - centre) / LOGISTIC_SCALE))
@@ -34,6 +35,10 @@ def training_sigmas(count: int, config: SamplingConfig, generator: torch.Generat
     uniform = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
     place = low + (high - low) * uniform
     sigma = ((place / (1.0 - place)).log() * LOGISTIC_SCALE + centre).exp()
+    if config.coarse > 0:
+        chosen = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64) < config.coarse
+        even = (config.sigma_data * (config.sigma_max / config.sigma_data) ** uniform).clamp(max=config.sigma_max)
+        sigma = torch.where(chosen, even, sigma)
     return sigma.clamp(config.sigma_min, config.sigma_max).float()
 
 

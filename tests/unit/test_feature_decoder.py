@@ -251,14 +251,24 @@ def test_a_large_last_level_gives_something_near_the_mean():
 def test_levels():
     sigmas = exponential_sigmas(5, 0.01, 100.0)
     torch.testing.assert_close(sigmas, torch.tensor([100.0, 10.0, 1.0, 0.1, 0.01, 0.0], dtype=torch.float64))
-    drawn = training_sigmas(200_000, SamplingConfig(), torch.Generator().manual_seed(0)).double()
+    drawn = training_sigmas(200_000, SamplingConfig(coarse=0.0), torch.Generator().manual_seed(0)).double()
     assert drawn.min() >= 0.001 and drawn.max() <= 80.0
     # log-logistic with centre sigma_data and scale 1/2: the logit of the distribution is 2 log(sigma / sigma_data)
     for share in (0.1, 0.25, 0.5, 0.75, 0.9):
         expected = 0.5 * math.exp(0.5 * math.log(share / (1 - share)))
         assert drawn.quantile(share).item() == pytest.approx(expected, rel=0.02)
-    again = training_sigmas(200_000, SamplingConfig(), torch.Generator().manual_seed(0)).double()
+    again = training_sigmas(200_000, SamplingConfig(coarse=0.0), torch.Generator().manual_seed(0)).double()
     assert torch.equal(drawn, again)
+
+
+def test_coarse_levels_are_trained():
+    """40 % of the levels lie evenly in the logarithm between sigma_data and sigma_max; without them .2 % exceed 11."""
+    drawn = training_sigmas(100_000, SamplingConfig(), torch.Generator().manual_seed(0)).double()
+    even = 0.4 * math.log(80.0 / 11.0) / math.log(80.0 / 0.5)
+    rare = 0.6 / (1.0 + (11.0 / 0.5) ** 2)
+    assert (drawn > 11.0).double().mean().item() == pytest.approx(even + rare, abs=0.005)
+    alone = training_sigmas(100_000, SamplingConfig(coarse=0.0), torch.Generator().manual_seed(0)).double()
+    assert (alone > 11.0).double().mean().item() == pytest.approx(rare / 0.6, abs=0.0006)
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
