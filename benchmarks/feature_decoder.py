@@ -360,7 +360,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--minutes", type=float, default=3.0, help="of over-fitting at most")
-    parser.add_argument("--overfit-preset", choices=("paper", "worldarena"), default="worldarena")
+    parser.add_argument("--overfit-preset", choices=("paper", "worldarena"), default="paper")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="small networks: a rehearsal")
     options = parser.parse_args(arguments)
