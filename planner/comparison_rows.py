@@ -24,7 +24,11 @@ CONTROLS = {
 #: Of these the report says how far each model stays behind (or leads).
 GAPS = ("perfect", "retrieval", "retrieval_video", "frozen")
 #: Scores whose differences are tested; for all of them lower is better. Other scores are shown as means.
-TESTED_SCORES = ("object_px_0.96s", "gripper_px_0.96s", "pose_mm", "pose_deg", "onset_error_steps", "object_melted")
+#: Where a thing that is not shown has no error, the share of such things is tested beside the error.
+TESTED_SCORES = (
+    "object_px_0.96s", "object_lost_0.96s", "gripper_px_0.96s", "pose_mm", "pose_deg", "pose_missing", "onset_error_steps",
+    "onset_missed", "contact_onset_error_steps", "contact_onset_missed", "object_melted",
+)  # fmt: skip
 ALL = "all tasks"
 #: ``<score>_n`` in a row is what ``<score>`` was averaged over, not a score.
 COUNT_SUFFIX = "_n"
