@@ -14,11 +14,9 @@ CONTROLS = {
     "retrieval_video": "decodes the video of the nearest training demonstration",
     "frozen": "decodes the first picture repeated",
     "noise": "decodes noise",
-    "black": "decodes black pictures",
     "other": "decodes another episode's real video",
     "objects_erased": "decodes the real future drawn without the task's objects",
     "oracle": "decodes the real future",
-    "recorded": "replays the recorded actions",
     "perfect": "plans with exact dynamics under the same planner",
 }
 #: Of these the report says how far each model stays behind (or leads).

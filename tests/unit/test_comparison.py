@@ -216,26 +216,41 @@ def test_erased_objects_decide_what_a_task_can_show() -> None:
     def erased(oracle: str, without: str):
         return verdict([*outcomes("oracle", oracle), *outcomes("objects_erased", without)], "objects_erased")
 
-    same = erased("1" * 18 + "00", "1" * 17 + "000")
-    assert same.holds is False and "cannot show object physics" in same.text and "n=20" in same.text
+    same = erased("1" * 180 + "0" * 20, "1" * 179 + "0" * 21)
+    assert same.holds is False and "cannot show object physics" in same.text and "n=200" in same.text
+    loose = [*outcomes("oracle", "1" * 18 + "00"), *outcomes("objects_erased", "1" * 18 + "00")]
+    assert [control_verdicts(loose, margin=m)[0].holds for m in (0.1, 0.3)] == [None, False]
     matters = erased("1" * 18 + "00", "1" * 4 + "0" * 16)
     assert matters.holds is True and "matters" in matters.text
-    few = erased("11", "10")
-    assert few.holds is False  # two episodes cannot tell them apart, and the sentence says n
+    for oracle, without in (("1" * 10, "1" * 7 + "000"), ("1", "0"), ("11", "10"), ("1" * 10, "1" * 10)):
+        few = erased(oracle, without)
+        assert few.holds is None and "n too small to say" in few.text and "equal within 10 points" in few.text
+    unneeded = erased("1" * 4 + "0" * 16, "1" * 18 + "00")
+    assert unneeded.holds is False and "without the objects" in unneeded.text
     never = erased("0" * 10, "0" * 10)
     assert never.holds is None and "says nothing" in never.text
 
 
 def test_noise_must_not_succeed_and_models_must_beat_a_frozen_picture() -> None:
-    still = outcomes("noop", "0" * 20)
-    assert verdict([*still, *outcomes("noise", "1" + "0" * 19)], "noise").holds
-    lucky = verdict([*still, *outcomes("noise", "1" * 15 + "0" * 5)], "noise")
+    def noise(wins: int, still: int, n: int):
+        rows = [*outcomes("noise", "1" * wins + "0" * (n - wins)), *outcomes("noop", "1" * still + "0" * (n - still))]
+        return verdict(rows, "noise")
+
+    assert noise(1, 0, 100).holds and "at most 10 points better" in noise(1, 0, 100).text
+    lucky = noise(15, 0, 20)
     assert lucky.holds is False and "not owed to the imagination" in lucky.text
+    assert noise(5, 0, 10).holds is False  # the interval of half of ten against none lies above 0
+    for wins in (1, 2):
+        assert noise(wins, 0, 10).holds is None and "n too small to say" in noise(wins, 0, 10).text
     assert verdict(outcomes("noise", "00"), "noise").holds is None
-    frozen = outcomes("frozen", "0" * 20)
-    assert verdict([*frozen, *outcomes("a", "1" * 15 + "0" * 5)], "frozen").holds
-    weak = verdict([*frozen, *outcomes("a", "1" + "0" * 19)], "frozen")
-    assert weak.holds is False and "not shown to succeed more often" in weak.text
+
+    def frozen(wins: int, n: int):
+        return verdict([*outcomes("frozen", "0" * n), *outcomes("a", "1" * wins + "0" * (n - wins))], "frozen")
+
+    assert frozen(15, 20).holds and "more often" in frozen(15, 20).text
+    assert frozen(1, 20).holds is None and "n too small to say" in frozen(1, 20).text
+    weak = frozen(1, 200)
+    assert weak.holds is False and "at most 10 points more often" in weak.text and "unadjusted" in weak.text
 
 
 def test_sensitivity_counts_ties_as_not_nearer() -> None:
