@@ -103,7 +103,7 @@ def measurement_lines(
     for cell in found.success:
         if cell.rate is not None:
             claim = f"compare/{config.control}/{cell.model}/{_word(cell.task)}/success"
-            against = {f"{name}_p": p for name, p in cell.against.items()}
+            against = {f"{name}_fisher_p_unadjusted": p for name, p in cell.against.items()}
             interval = {"low": cell.low, "high": cell.high}
             lines.append(measurement(claim, cell.rate, unit="share", n=cell.n, against=against, **interval, **shared))
     for mean in found.scores:
@@ -157,7 +157,7 @@ def report_data(
         verdicts=verdicts,
         skipped=[f"{name}: needs {what}" for name, what in plan.skipped.items()],
         published=published_tables(),
-        limits=LIMITS,
+        limits=[*LIMITS, found.family],
     )
 
 
