@@ -156,6 +156,7 @@ def report_data(
         tables=tables(found, imagined=success),
         verdicts=verdicts,
         skipped=[f"{name}: needs {what}" for name, what in plan.skipped.items()],
+        crashed=found.errors,
         published=published_tables(),
         limits=[*LIMITS, found.family],
     )
