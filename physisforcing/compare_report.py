@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,10 +122,25 @@ def _word(task: str) -> str:
     return task.replace(" ", "_")
 
 
+#: What a score is measured in, by how its name ends once the horizon, ``_floor`` and ``_to_other`` are taken off.
+UNITS = {
+    "px": "px of 240x320",
+    "mm": "mm",
+    "deg": "deg",
+    "steps": "control steps",
+    "seconds": "s",
+    "chunks": "chunks",
+    **dict.fromkeys(
+        ("lost", "unjudged", "unseen", "missing", "missed", "false", "unknown", "melted", "persists"), "share"
+    ),
+}
+UNKNOWN_UNIT = "unit not known"
+
+
 def unit(score: str) -> str:
     """Of a score, from its name."""
-    endings = {"_mm": "mm", "_deg": "deg", "_steps": "control steps", "_s": "px of 240x320"}
-    return next((word for ending, word in endings.items() if score.endswith(ending)), "share")
+    name = re.sub(r"_\d+(\.\d+)?s$", "", score.removesuffix("_floor")).removesuffix("_to_other")
+    return UNITS.get(name.rsplit("_", 1)[-1], UNKNOWN_UNIT)
 
 
 def report_data(
