@@ -6,6 +6,7 @@ episodes are not known. What is set here and not there is in ``docs/worldarena.m
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,11 +26,16 @@ TASKS = ("adjust_bottle", "click_bell")
 CONTROLS = ("topp", "interpolated")
 #: A prompt that is the instruction itself.
 PLAIN_PROMPT = "{instruction}"
+#: Rollouts that a plan of 45 rows may be made of: one, or two of the 32 rows that the shipped models have.
+ROLLOUT_CHUNKS = (1, 2)
+#: Settings that the report states whatever they are.
+STATED = ("execute_horizon", "rollout_chunks", "max_steps", "control", "denoising_steps", "candidates", "verifier")
 
 
 @dataclass(slots=True, kw_only=True)
 class ProtocolSettings:
-    """What a report of this protocol says about how episodes were run; the defaults are the protocol."""
+    """What a report of this protocol says about how episodes were run; the defaults are the protocol. ``denoising_steps`` 0: the
+    model's own. ``rollout_chunks``: rollouts a plan is made of; one or two as the model's horizon asks for 45 rows."""
 
     tasks: tuple[str, ...] = TASKS
     episodes: int = 100
@@ -38,6 +44,11 @@ class ProtocolSettings:
     execute_horizon: int = 45
     control: str = "topp"
     prompt_template: str = PLAIN_PROMPT
+    candidates: int = 1
+    verifier: str = ""
+    denoising_steps: int = 0
+    rollout_chunks: int = 2
+    first_seed: int | None = None
 
     def check(self) -> None:
         """``UserError`` for what this protocol does not know at all."""
@@ -60,6 +71,16 @@ class ProtocolSettings:
                 found.append(f"{name} {value}, not {wanted}")
         if self.manifest not in ("auto", "test"):
             found.append(f"scenes of {self.manifest}, not of the test set")
+        if self.first_seed is not None:
+            found.append(f"scenes from seed {self.first_seed} on, not the frozen ones")
+        if self.candidates != 1:
+            found.append(f"best of {self.candidates} imaginations by {self.verifier}, not the only one")
+        if self.denoising_steps:
+            found.append(f"denoising_steps {self.denoising_steps}, not the model's own")
+        if self.rollout_chunks not in ROLLOUT_CHUNKS:
+            found.append(f"plans of {self.rollout_chunks} chained rollouts, not of 1 or 2")
+        if read_template(self.prompt_template) != PLAIN_PROMPT:
+            found.append("a prompt around the instruction, not the instruction alone")
         return found
 
 
@@ -132,15 +153,8 @@ def block(tasks: Mapping[str, Mapping[str, Any]], settings: ProtocolSettings) ->
     """
     names = list(dict.fromkeys(name for policies in tasks.values() for name in policies))
     return {
-        "protocol": {
-            "tasks": list(settings.tasks),
-            "episodes": settings.episodes,
-            "manifest": settings.manifest,
-            "max_steps": settings.max_steps,
-            "execute_horizon": settings.execute_horizon,
-            "control": settings.control,
-            "prompt_template": read_template(settings.prompt_template),
-        },
+        "protocol": dataclasses.asdict(settings)
+        | {"tasks": list(settings.tasks), "prompt_template": read_template(settings.prompt_template)},
         "deviations": settings.deviations(),
         "method": "mean of two independent proportions of equal weight; limits from their 95 % Wilson limits (Newcombe's method)",
         "means": {name: _mean({task: policies.get(name) for task, policies in tasks.items()}) for name in names},
@@ -183,6 +197,8 @@ def markdown(part: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"- executed rows a plan {settings['execute_horizon']}, step limit {settings['max_steps']}, control {settings['control']}",
+        f"- rollouts a plan {settings['rollout_chunks']}, denoising steps {settings['denoising_steps'] or 'of the model'}, candidates "
+        f"{settings['candidates']}",
         f"- prompt around the instruction: {prompt}",
         f"- differs from the protocol: {'; '.join(part['deviations']) or 'nothing'}",
         f"- interval: {part['method']}",
@@ -196,7 +212,7 @@ def measurements(part: Mapping[str, Any], *, command: str, provenance: Mapping[s
     from .measurements import measurement
 
     settings = part["protocol"]
-    against = {name: settings[name] for name in ("execute_horizon", "max_steps", "control")}
+    against = {name: settings[name] for name in STATED if name != "verifier" or settings["candidates"] > 1}
     against["deviations"] = "; ".join(part["deviations"]) or "none"
     return [
         measurement(
