@@ -131,7 +131,8 @@ class ComparisonRunner(EpisodeRunner):
                 self._model = self._load(name)
             else:
                 horizon = self.config.planner.execute_horizon
-                self._model = control_model(name, env.unwrapped, self.config.demos, horizon)
+                prompt = self.config.planner.prompt_template
+                self._model = control_model(name, env.unwrapped, self.config.demos, horizon, prompt)
             self._key = key
         return self._model
 

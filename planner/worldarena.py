@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from physisforcing.core.errors import UserError, unknown_name
-from physisforcing.core.protocols import Policy
+from physisforcing.core.protocols import Policy, WorldModel
 from physisforcing.core.stats import mean_of_proportions, wilson
-from physisforcing.core.types import Observation
+from physisforcing.core.types import Observation, Rollout, RolloutRequest, WorldModelSpec
 
 NAME = "worldarena"
 TASKS = ("adjust_bottle", "click_bell")
@@ -141,6 +141,40 @@ def prompted(policy: Policy, template: str) -> Policy:
     """``policy`` itself for the plain template."""
     template = read_template(template)
     return policy if template == PLAIN_PROMPT else PromptedPolicy(policy, template)
+
+
+class Unprompted:
+    """A world model that is told the episode's own sentence where the planner was told ``template`` with it: the simulator knows no other.
+
+    The decoder still gets the whole prompt. Everything else is the inner model's.
+    """
+
+    def __init__(self, world_model: WorldModel, template: str) -> None:
+        self.world_model, (self._before, self._after) = world_model, template.split(PLAIN_PROMPT)
+
+    @property
+    def spec(self) -> WorldModelSpec:
+        return self.world_model.spec
+
+    def rollout(self, request: RolloutRequest) -> Rollout:
+        bare = [self._bare(text) for text in request.instructions]
+        return self.world_model.rollout(dataclasses.replace(request, instructions=bare))
+
+    def close(self) -> None:
+        close = getattr(self.world_model, "close", None)
+        if close is not None:
+            close()
+
+    def _bare(self, text: str) -> str:
+        whole = len(text) >= len(self._before) + len(self._after)
+        inside = whole and text.startswith(self._before) and text.endswith(self._after)
+        return text[len(self._before) : len(text) - len(self._after)] if inside else text
+
+
+def unprompted(world_model: WorldModel, template: str) -> WorldModel:
+    """``world_model`` itself for the plain template."""
+    template = read_template(template)
+    return world_model if template == PLAIN_PROMPT else Unprompted(world_model, template)
 
 
 # ---------------------------------------------------------------------------------------------------------------- results
