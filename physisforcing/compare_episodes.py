@@ -16,6 +16,7 @@ from physisforcing.core.types import DT
 from physisforcing.planner.imagination_media import ImaginedChunk
 from physisforcing.planner.imagination_rows import merge_rows
 from physisforcing.planner.imagination_scores import score_chunk
+from physisforcing.planner.imagined_success import chunk_end
 
 from .compare_controls import VIDEOS, control_model
 from .plan_episodes import EpisodeRunner, SparsePictures, weight_folders
@@ -109,13 +110,15 @@ class ComparisonRunner(EpisodeRunner):
         if chunks is None or result.status == "error" or not imagination.videos:
             return row
         assert result.frames is not None
-        imagined = scored_chunks(imagination.videos, frame_dt, chunks.finish(), result.frames)
+        executed = chunks.finish()
+        imagined = scored_chunks(imagination.videos, frame_dt, executed, result.frames)
         row["scores"] = merge_rows([chunk.scored.row for chunk in imagined if chunk.scored is not None])
         if policy_name == "other":
             row["scores"] |= self._follows(task, seed, result.executed_PA)
         if self.config.classifier:
             last = imagination.videos[-1][1]
             row["imagined_success"] = float(self._classifier().probability(last[None], [task])[0])
+            row["imagined_success_chunks"] = judged_ends(self._classifier(), task, imagined, executed)
         if self._films(policy_name, task, seed, result.success):
             row["panels"] = self._film(policy_name, task, seed, imagined, result)
         return row
@@ -213,6 +216,20 @@ def scored_chunks(
             real = frames_THWC[step : step + chunk.steps + 1]
             scored = score_chunk(video, times_T, chunk, real, np.arange(len(real)) * DT)
         found.append(ImaginedChunk(step=step, frames_THWC=video, times_T=times_T, scored=scored))
+    return found
+
+
+def judged_ends(
+    classifier: Any, task: str, imagined: Sequence[ImaginedChunk], executed: Sequence[ExecutedChunk]
+) -> list[tuple[float, bool]]:
+    """Of every executed plan: the probability that its imagination shows success at its end, and whether the task was done then."""
+    chunks = {chunk.start_step: chunk for chunk in executed}
+    found = []
+    for plan in imagined:
+        chunk = chunks.get(plan.step)
+        end = None if chunk is None else chunk_end(plan.frames_THWC, plan.times_T, chunk)
+        if end is not None:
+            found.append((float(classifier.probability(end[0][None], [task])[0]), end[1]))
     return found
 
 

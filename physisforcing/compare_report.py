@@ -84,12 +84,17 @@ def _last_line(text: str) -> str:
 
 
 def imagined_success(rows: Sequence[Mapping[str, Any]]) -> dict[str, ImaginedSuccess]:
-    """What the success classifier says of the last imagined pictures against what happened, by model. An episode is one case."""
+    """What the success classifier says of imagined pictures against what happened, by model: of the last plan against the episode's
+    outcome, and of every plan against whether the task was done when its chunk had been executed."""
     found = {}
     for name in dict.fromkeys(str(row["policy"]) for row in rows if "imagined_success" in row):
         mine = [row for row in rows if row["policy"] == name and row["status"] != "error"]
         outcomes = [row["status"] == "success" for row in mine]
         found[name] = score_imagined_success([row.get("imagined_success") for row in mine], outcomes)
+        ends = [(p, done, k) for k, row in enumerate(mine) for p, done in row.get("imagined_success_chunks", [])]
+        if ends:
+            p, done, episode = zip(*ends, strict=True)
+            found[f"{name}, every chunk"] = score_imagined_success(p, done, episodes=episode)
     return found
 
 

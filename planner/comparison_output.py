@@ -31,7 +31,10 @@ MEANS = (
 )
 #: Ending of a score of the real video.
 FLOOR = "_floor"
-IMAGINED = "Imagined success, as a classifier sees it, against what happened. Balanced accuracy of .5 is chance."
+IMAGINED = (
+    "Imagined success, as a classifier sees it, against what happened: at the end of an episode's last plan, and of every plan against "
+    "whether the task was done when its chunk had been executed (interval over episodes). Balanced accuracy of .5 is chance."
+)
 SENSITIVITY = (
     "How often an imagination is nearer to what really follows from its own condition than to what follows from another one. A model that "
     "ignores its condition is nearer to neither, which does not count."

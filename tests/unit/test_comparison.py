@@ -336,6 +336,23 @@ def test_imagined_success_of_one_class_is_said_to_be_undefined() -> None:
             score_imagined_success(wrong, [True])
 
 
+def test_chunks_of_one_episode_are_not_independent() -> None:
+    """Forty episodes whose five chunks are all judged alike: the interval is as wide as forty independent cases make it."""
+    generator = np.random.default_rng(5)
+    right = generator.uniform(size=40) < 0.7
+    outcomes, episodes = np.tile([True, False, False, True, False], 40), np.repeat(np.arange(40), 5)
+    p = np.where(np.repeat(right, 5) == outcomes, 0.9, 0.1)
+    found = score_imagined_success(p.tolist(), outcomes.tolist(), episodes=episodes.tolist())
+    alone = score_imagined_success(p.tolist(), outcomes.tolist())
+    half = 1.96 * math.sqrt(right.mean() * (1 - right.mean()) / 40)
+    assert found.balanced_accuracy == alone.balanced_accuracy == pytest.approx(right.mean())
+    assert (found.low, found.high) == pytest.approx((right.mean() - half, right.mean() + half), abs=0.03)
+    assert found.high - found.low > 1.5 * (alone.high - alone.low)
+    assert found.bins[0].success_low is None and alone.bins[0].success_low is not None
+    few = score_imagined_success([0.9, 0.1, 0.2], [True, False, False], episodes=[0, 0, 1])
+    assert few.balanced_accuracy == 1 and few.low is None
+
+
 def full_comparison() -> tuple[Comparison, list[EpisodeOutcome]]:
     rows: list[EpisodeOutcome] = []
     generator = np.random.default_rng(3)
