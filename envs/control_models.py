@@ -2,7 +2,8 @@
 
 All of them say everything there is to say in their ``spec`` and satisfy ``core.protocols.WorldModel``, so that they run under the same
 planner as a trained model. Those that play recordings look up what to play by the request's ``ids``: (task, episode seed, number of the
-plan); plan k starts ``k * execute_horizon`` control steps into the recording, where the robot would be if it followed it.
+plan); plan k starts ``k * execute_horizon`` control steps into the recording, where the robot would be if it followed it. A later rollout
+of one plan starts its ``plan_steps`` further on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.lerobot import LeRobotDataset
 from physisforcing.core.pictures import shrink_area
-from physisforcing.core.requests import check_request
+from physisforcing.core.requests import check_request, plan_steps
 from physisforcing.core.types import Rollout, RolloutRequest, WorldModelSpec
 
 from .baselines import Retrieval
@@ -93,12 +94,16 @@ class PlayedVideo:
 
     def _play(self, request: RolloutRequest) -> Rollout:
         began, samples = time.perf_counter(), request.seeds_BS.shape[1]
-        rows = [self._part(self._video(task, seed), plan, request.horizon) for task, seed, plan in needed_ids(request)]
+        ids, later = needed_ids(request), plan_steps(request)
+        rows = [
+            self._part(self._video(task, seed), plan * self.execute_horizon + steps, request.horizon)
+            for (task, seed, plan), steps in zip(ids, later, strict=True)
+        ]
         frames = np.repeat(np.stack(rows)[:, None], samples, axis=1)
         return _rollout(self.spec, frames, time.perf_counter() - began)
 
-    def _part(self, video_VTHWC: NDArray[np.uint8], plan: int, horizon: int) -> NDArray[np.uint8]:
-        steps = plan * self.execute_horizon + self.geometry.stride * np.arange(horizon)
+    def _part(self, video_VTHWC: NDArray[np.uint8], start: int, horizon: int) -> NDArray[np.uint8]:
+        steps = start + self.geometry.stride * np.arange(horizon)
         return video_VTHWC[:, np.minimum(steps, video_VTHWC.shape[1] - 1)]
 
     def _video(self, task: str, seed: int) -> NDArray[np.uint8]:
@@ -162,8 +167,9 @@ class RetrievalWorldModel(PlayedVideo):
         """See core's ``WorldModel``."""
         check_request(request, self.spec)
         assert request.proprioception_BKA is not None
+        later = plan_steps(request)
         for b, (task, seed, plan) in enumerate(needed_ids(request)):
-            if plan == 0:
+            if plan == 0 and later[b] == 0:
                 picture, state = request.context_BVTHWC[b, 0, -1], request.proprioception_BKA[b, 0]
                 self._nearest[task, seed] = self.retrieval.nearest(picture, state, task)[0]
                 self._videos.pop((task, seed), None)

@@ -9,6 +9,7 @@ and refuses a request whose picture is not that state's.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from physisforcing.core.errors import MissingCapabilityError, UserError, unknown_name
 from physisforcing.core.pictures import shrink_area
-from physisforcing.core.requests import check_request
+from physisforcing.core.requests import check_request, plan_steps
 from physisforcing.core.types import DT, ActionSpec, Rollout, RolloutRequest, WorldModelSpec
 
 from .geometry import Geometry
@@ -54,6 +55,9 @@ class SimulatorWorldModel:
     The rollout depends on the state and, in action mode, on the actions alone: seeds change nothing, candidates of one context are one
     rollout in text mode. In text mode an instruction must be the episode's own (or empty): the expert can do nothing else.
 
+    A plan of several rollouts (``plan_steps``) is imagined in one go in text mode: a later one is answered from the moment at which the
+    plan of its ``ids`` began, whatever its picture, with what follows so many control steps later. The expert does not plan anew there.
+
     ``rollout`` says in ``cost``: ``seconds``; ``success``, the share of samples in which the task's check has succeeded by the end;
     ``expert_failed``, the share in which the expert found no way and holds still from there (``imagine`` says why).
 
@@ -65,6 +69,8 @@ class SimulatorWorldModel:
         self.config, self._twin = config or SimulatorConfig(), twin
         self._action_spec: ActionSpec | None = None
         self._source: Callable[[], SimulatorState | Sequence[SimulatorState]] | None = None
+        #: Plans (``RolloutRequest.ids``) and the moments at which they began.
+        self._begun: dict[tuple[str, int, int], tuple[str, bytes]] = {}
 
     # ------------------------------------------------------------------ binding
 
@@ -131,21 +137,27 @@ class SimulatorWorldModel:
         )
 
     def imagine(self, request: RolloutRequest, *, truth: bool = False) -> list[list[Try]]:
-        """What follows, ``[b][s]``: with the drive targets that were sent, and why the expert failed. ``truth``: with poses and contacts."""
+        """What follows, ``[b][s]``: with the drive targets that were sent, and why the expert failed. ``truth``: with poses and contacts
+        (where the context is the start of its plan)."""
         check_request(request, self.spec)
         rows: list[list[Try] | None] = [None] * len(request.instructions)
-        for state in self._states():
+        later, states = self._later(request), self._states()
+        self._begun = {plan: at for plan, at in self._begun.items() if at in [_moment(state) for state in states]}
+        for state in states:
             met = self.twin.meet(state)
             shown_VHWC = shrink_area(met.pictures_VHWC, self.config.shrink)
-            here = [b for b, row in enumerate(rows) if row is None and _shows(request, b, shown_VHWC)]
+            here = [b for b, row in enumerate(rows) if row is None and self._meant(request, b, state, shown_VHWC)]
             if here:
                 self._check_instructions([request.instructions[b] for b in here], met.instruction)
-                for b, row in zip(here, self._futures(request, here, truth), strict=True):
+            for step in sorted({later[b] for b in here}):
+                mine = [b for b in here if later[b] == step]
+                for b, row in zip(mine, self._futures(request, mine, truth, step), strict=True):
                     rows[b] = row
         found = [row for row in rows if row is not None]
         if len(found) < len(rows):
             missing = ", ".join(str(b) for b, row in enumerate(rows) if row is None)
-            got, wanted = f"other pictures in contexts {missing}", "the pictures of the live episode now"
+            got = f"other pictures, or a plan that did not begin now, in contexts {missing}"
+            wanted = "the pictures of the live episode now, or a plan that began with them"
             fix = "ask from inside the episode that the model is bound to, with its own observation"
             raise UserError("context_BVTHWC", got=got, wanted=wanted, fix=fix)
         return found
@@ -172,18 +184,42 @@ class SimulatorWorldModel:
         given = source()
         return [given] if isinstance(given, SimulatorState) else list(given)
 
-    def _futures(self, request: RolloutRequest, contexts: list[int], truth: bool) -> list[list[Try]]:
-        """Of the moment met last, for these contexts."""
+    def _later(self, request: RolloutRequest) -> list[int]:
+        """Control steps from the start of its plan to each context. ``MissingCapabilityError`` for actions that begin later: those before
+        them are not known."""
+        later = plan_steps(request)
+        if any(later) and request.actions_BSPA is not None:
+            fix = "give the whole plan's actions in one request"
+            raise MissingCapabilityError("plan_steps", got=max(later), wanted="0 with actions", fix=fix)
+        return later
+
+    def _meant(
+        self, request: RolloutRequest, context: int, state: SimulatorState, shown_VHWC: NDArray[np.uint8]
+    ) -> bool:
+        """Whether a context is this moment, or goes on from a plan that began at it."""
+        plan = None if request.ids is None else request.ids[context]
+        if plan_steps(request)[context]:
+            return plan is not None and self._begun.get(plan) == _moment(state)
+        shows = bool(np.array_equal(request.context_BVTHWC[context, :, -1], shown_VHWC))
+        if shows and plan is not None:
+            self._begun[plan] = _moment(state)
+        return shows
+
+    def _futures(self, request: RolloutRequest, contexts: list[int], truth: bool, begin: int) -> list[list[Try]]:
+        """Of the moment met last, for these contexts, ``begin`` control steps later."""
         samples, config = request.seeds_BS.shape[1], self.config
         order = Order(
-            steps=(request.horizon - 1) * config.stride,
-            stride=config.stride,
+            steps=begin + (request.horizon - 1) * config.stride,
+            stride=math.gcd(begin, config.stride),
             shrink=config.shrink,
             hide_objects=config.hide_objects,
-            truth=truth,
+            truth=truth and not begin,
         )
         if request.actions_BSPA is None:
-            return [[self.twin.imagine(order)] * samples] * len(contexts)
+            whole, every = self.twin.imagine(order), config.stride // order.stride
+            frames = whole.frames_VTHWC[:, begin // order.stride :: every]
+            part = dataclasses.replace(whole, frames_VTHWC=frames, actions_PA=whole.actions_PA[begin:])
+            return [[part] * samples] * len(contexts)
         actions = np.asarray(request.actions_BSPA, np.float32)
         return [
             [self.twin.imagine(dataclasses.replace(order, actions_PA=actions[b, s])) for s in range(samples)]
@@ -197,5 +233,6 @@ class SimulatorWorldModel:
             raise MissingCapabilityError("instructions", got=other[0], wanted=wanted, fix=fix)
 
 
-def _shows(request: RolloutRequest, context: int, shown_VHWC: NDArray[np.uint8]) -> bool:
-    return bool(np.array_equal(request.context_BVTHWC[context, :, -1], shown_VHWC))
+def _moment(state: SimulatorState) -> tuple[str, bytes]:
+    """What tells the moments of episodes apart."""
+    return state.scene_hash, state.commands_TA.tobytes()

@@ -32,9 +32,11 @@ VIDEOS: dict[str, Control] = {
 }
 
 
-def control_model(name: str, env: Any, demos: str, execute_horizon: int) -> WorldModel:
+def control_model(
+    name: str, env: Any, demos: str, execute_horizon: int, prompt_template: str = "{instruction}"
+) -> WorldModel:
     """The control for episodes of the live environment ``env`` (unwrapped). ``demos``: dataset with the compared scenes, where the control
-    needs one. What has a ``close`` runs a process of its own until then."""
+    needs one. ``prompt_template``: what the planner puts round the episode's sentence, which ``perfect`` must not see. What has a ``close`` runs a process of its own until then."""
     from physisforcing.envs import control_models
 
     if name == "frozen":
@@ -43,8 +45,9 @@ def control_model(name: str, env: Any, demos: str, execute_horizon: int) -> Worl
         return control_models.NoiseWorldModel()
     if name == "perfect":
         from physisforcing.envs.simulator_world_model import SimulatorWorldModel
+        from physisforcing.planner.worldarena import unprompted
 
-        return SimulatorWorldModel().bind(env)
+        return unprompted(SimulatorWorldModel().bind(env), prompt_template)
     dataset = LeRobotDataset(demos)
     if name == "other":
         return control_models.OtherEpisodeWorldModel(dataset, execute_horizon=execute_horizon)

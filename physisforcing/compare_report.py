@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,12 +84,17 @@ def _last_line(text: str) -> str:
 
 
 def imagined_success(rows: Sequence[Mapping[str, Any]]) -> dict[str, ImaginedSuccess]:
-    """What the success classifier says of the last imagined pictures against what happened, by model. An episode is one case."""
+    """What the success classifier says of imagined pictures against what happened, by model: of the last plan against the episode's
+    outcome, and of every plan against whether the task was done when its chunk had been executed."""
     found = {}
     for name in dict.fromkeys(str(row["policy"]) for row in rows if "imagined_success" in row):
         mine = [row for row in rows if row["policy"] == name and row["status"] != "error"]
         outcomes = [row["status"] == "success" for row in mine]
         found[name] = score_imagined_success([row.get("imagined_success") for row in mine], outcomes)
+        ends = [(p, done, k) for k, row in enumerate(mine) for p, done in row.get("imagined_success_chunks", [])]
+        if ends:
+            p, done, episode = zip(*ends, strict=True)
+            found[f"{name}, every chunk"] = score_imagined_success(p, done, episodes=episode)
     return found
 
 
@@ -103,7 +109,7 @@ def measurement_lines(
     for cell in found.success:
         if cell.rate is not None:
             claim = f"compare/{config.control}/{cell.model}/{_word(cell.task)}/success"
-            against = {f"{name}_p": p for name, p in cell.against.items()}
+            against = {f"{name}_fisher_p_unadjusted": p for name, p in cell.against.items()}
             interval = {"low": cell.low, "high": cell.high}
             lines.append(measurement(claim, cell.rate, unit="share", n=cell.n, against=against, **interval, **shared))
     for mean in found.scores:
@@ -121,10 +127,25 @@ def _word(task: str) -> str:
     return task.replace(" ", "_")
 
 
+#: What a score is measured in, by how its name ends once the horizon, ``_floor`` and ``_to_other`` are taken off.
+UNITS = {
+    "px": "px of 240x320",
+    "mm": "mm",
+    "deg": "deg",
+    "steps": "control steps",
+    "seconds": "s",
+    "chunks": "chunks",
+    **dict.fromkeys(
+        ("lost", "unjudged", "unseen", "missing", "missed", "false", "unknown", "melted", "persists"), "share"
+    ),
+}
+UNKNOWN_UNIT = "unit not known"
+
+
 def unit(score: str) -> str:
     """Of a score, from its name."""
-    endings = {"_mm": "mm", "_deg": "deg", "_steps": "control steps", "_s": "px of 240x320"}
-    return next((word for ending, word in endings.items() if score.endswith(ending)), "share")
+    name = re.sub(r"_\d+(\.\d+)?s$", "", score.removesuffix("_floor")).removesuffix("_to_other")
+    return UNITS.get(name.rsplit("_", 1)[-1], UNKNOWN_UNIT)
 
 
 def report_data(
@@ -156,8 +177,9 @@ def report_data(
         tables=tables(found, imagined=success),
         verdicts=verdicts,
         skipped=[f"{name}: needs {what}" for name, what in plan.skipped.items()],
+        crashed=found.errors,
         published=published_tables(),
-        limits=LIMITS,
+        limits=[*LIMITS, found.family],
     )
 
 

@@ -127,6 +127,11 @@ class EvalPlanConfig:
             control=self.control,
             execute_horizon=self.planner.execute_horizon,
             prompt_template=self.planner.prompt_template,
+            candidates=self.planner.candidates,
+            verifier=self.planner.verifier,
+            denoising_steps=self.planner.denoising_steps,
+            rollout_chunks=self.planner.rollout_chunks,
+            first_seed=self.first_seed,
         )
 
     def check(self) -> None:

@@ -122,7 +122,8 @@ class LiveSimulator:
 
     Its pictures are what really happens, so what remains between verdicts and truth is the judge's error, and the shorter video. It holds
     one episode at a time and goes on from where the last rollout ended: requests come in the order of their ``ids``. ``scenes``: scene hash
-    of each (task, seed). ``cost["success"]``: whether the task's check has succeeded.
+    of each (task, seed). ``cost["success"]``: whether the task's check has succeeded; ``cost["success_s"]``: where it has, by how many
+    seconds into this rollout at the latest.
     """
 
     def __init__(self, scenes: Mapping[tuple[str, int], str], control: str) -> None:
@@ -139,17 +140,19 @@ class LiveSimulator:
         assert number == 0 or self._next == (task, seed, number), (
             "one episode after the other, one rollout after the other"
         )
-        frames, info = [request.context_BVTHWC[0, 0, 0]], {}
+        frames, won = [request.context_BVTHWC[0, 0, 0]], None
         for step, target_A in enumerate(request.actions_BSPA[0, 0], start=1):
             seen = step % STRIDE == 0
             raw, *_, info = (self._env.step if seen else self._env.step_blind)(target_A)
+            won = step * DT if won is None and info["is_success"] else won
             if seen:
                 frames.append(shrink_area(raw["head_rgb"][None], 2)[0])
         self._next = (task, seed, number + 1)
         return Rollout(
             times_T=np.arange(len(frames), dtype=np.float64) * self.spec.frame_dt,
             frames_BSVTHWC=np.stack(frames)[None, None, None],
-            cost={"seconds": time.perf_counter() - began, "success": float(info["is_success"])},
+            cost={"seconds": time.perf_counter() - began, "success": float(won is not None)}
+            | ({} if won is None else {"success_s": won}),
         )
 
     def _reset(self, task: str, seed: int) -> None:

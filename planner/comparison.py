@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from physisforcing.core.paired_stats import paired_t, permutation_p_of_two, sign_flip_p, welch_t
+from physisforcing.core.paired_stats import (
+    paired_t,
+    permutation_p_of_two,
+    sign_flip_p,
+    smallest_permutation_p,
+    smallest_sign_flip_p,
+    welch_t,
+)
 from physisforcing.core.stats import holm
 
 from .comparison_rows import (
@@ -61,6 +68,7 @@ def compare(outcomes: Iterable[EpisodeOutcome], settings: ComparisonSettings | N
         for m in table.models
     ]
     unit, title, notes = _unit(recipes, checkpoints, settings)
+    notes += _out_of_reach(seeds, tests)
     return Comparison(
         title=title,
         unit=unit,
@@ -72,6 +80,7 @@ def compare(outcomes: Iterable[EpisodeOutcome], settings: ComparisonSettings | N
         score_differences=differences,
         seeds=seeds,
         tests=tests,
+        family=_family(paired, differences, seeds),
         errors=table.errors(),
         notes=notes,
     )
@@ -102,6 +111,39 @@ def _adjust(rows: Sequence[PairedSuccess | ScoreDifference | SeedDifference]) ->
     return len(tested)
 
 
+#: Chance of a false finding below which a difference is called one.
+LEVEL = 0.05
+FAMILY = (
+    "Holm's adjustment covers {total} p-values as one family: {members}. Not in it, and unadjusted: Fisher's tests against no-op and "
+    "random, every interval, and the sentences on controls, which rest on intervals."
+)
+
+
+def _family(
+    paired: Sequence[PairedSuccess], differences: Sequence[ScoreDifference], seeds: Sequence[SeedDifference]
+) -> str:
+    """Which p-values ``_adjust`` adjusted, in a sentence."""
+    kinds = {
+        "McNemar tests of success between checkpoints": paired,
+        "sign-flip tests of scores between checkpoints": differences,
+        "tests between recipes": seeds,
+    }
+    counts = {name: sum(row.p is not None for row in rows) for name, rows in kinds.items()}
+    members = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return FAMILY.format(total=sum(counts.values()), members=members)
+
+
+def _out_of_reach(seeds: Sequence[SeedDifference], tests: int) -> list[str]:
+    """Says where no difference between recipes could have come out, however large."""
+    smallest = min((row.p_smallest for row in seeds), default=0.0)
+    if smallest * tests <= LEVEL:
+        return []
+    return [
+        f"With these numbers of training seeds no p-value between recipes can be below {smallest:.2g}, which {tests} tests take to "
+        f"{min(1.0, smallest * tests):.2g}: no difference can come out at {LEVEL:g}, whatever its size."
+    ]
+
+
 def _seed_differences(
     table: EpisodeTable, recipes: Mapping[str, Mapping[int, str]], settings: ComparisonSettings
 ) -> list[SeedDifference]:
@@ -126,16 +168,18 @@ def _seed_difference(
 ) -> SeedDifference:
     generator = named_generator(settings.seed, "seeds", task, measure, name_a, name_b)
     a, b = list(values_a.values()), list(values_b.values())
-    if values_a.keys() == values_b.keys():
+    if settings.paired_seeds and values_a.keys() == values_b.keys():
         differences = [values_a[seed] - values_b[seed] for seed in sorted(values_a)]
         difference, low, high = paired_t(differences)
         p, exact = sign_flip_p(differences, generator)
-        method = f"paired by seed: t interval, sign flips ({'all' if exact else 'drawn'})"
+        smallest = smallest_sign_flip_p(len(differences))
+        method = f"paired by seed, as declared: t interval, sign flips ({'all' if exact else 'drawn'})"
     else:
         difference, low, high = welch_t(a, b)
         p, exact = permutation_p_of_two(a, b, generator)
-        method = f"seeds differ: Welch's interval, permutation ({'all' if exact else 'drawn'})"
+        smallest = smallest_permutation_p(len(a), len(b))
+        method = f"seeds not paired: Welch's interval, permutation ({'all' if exact else 'drawn'})"
     return SeedDifference(
         task=task, measure=measure, a=name_a, b=name_b, seeds_a=len(a), seeds_b=len(b), mean_a=float(np.mean(a)),
-        mean_b=float(np.mean(b)), difference=difference, low=low, high=high, p=p, method=method,
+        mean_b=float(np.mean(b)), difference=difference, low=low, high=high, p=p, p_smallest=smallest, method=method,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A comparison as Markdown and as sections of a report."""
+"""A comparison as tables of a report."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ from collections.abc import Mapping, Sequence
 
 from physisforcing.core.report import SuccessRow, Table
 
-from .comparison_controls import Sensitivity, Verdict
+from .comparison_controls import Sensitivity
 from .comparison_rows import CONTROLS, Comparison, PairedSuccess, ScoreDifference, ScoreMean, SeedDifference
 from .imagined_success import ImaginedSuccess
 
 FEW = "-"
+HOLM = "Adjusted by Holm over all {tests} tests of one family, which the end of the page lists."
 PAIRED = (
-    "A minus B on the episodes that both finished. Exact McNemar test; 95 % interval of the difference by Newcombe's method 10. The last "
-    "column is adjusted by Holm over all {tests} tests of this report."
-)
+    "A minus B on the episodes that both finished. Exact McNemar test; 95 % interval of the difference by Newcombe's method 10. "
+) + HOLM
 SCORES = (
     "Mean difference, A minus B, over the episodes in which both could be measured (n; the others are missing). Lower is better for all "
-    "of them. Paired bootstrap interval (95 %), sign-flip test, adjusted by Holm over all {tests} tests of this report."
-)
+    "of them. Paired bootstrap interval (95 %; none for fewer than three episodes or equal differences), sign-flip test. "
+) + HOLM
 SEEDS = (
-    "A training seed counts once, with its mean over episodes. Adjusted by Holm over all {tests} tests of this report."
-)
+    "A training seed counts once, with its mean over episodes. Seeds of two recipes are no pairs unless that was declared. Smallest p: "
+    "what this many seeds can give at best. "
+) + HOLM
 GAP = "How far a model stays behind under the same planner: first minus second on the same episodes. Not tested."
 MEANS = (
-    "Mean over episodes with its bootstrap interval (95 %); missing: finished episodes in which it could not be measured; floor: the same "
-    "score of the video that was really rendered, which is what the measuring itself costs."
+    "Mean over episodes with its bootstrap interval (95 %; none for fewer than three episodes or equal values); missing: finished episodes "
+    "in which it could not be measured; floor: the same score of the video that was really rendered, which is what the measuring itself costs."
 )
 #: Ending of a score of the real video.
 FLOOR = "_floor"
-IMAGINED = "Imagined success, as a classifier sees it, against what happened. Balanced accuracy of .5 is chance."
+IMAGINED = (
+    "Imagined success, as a classifier sees it, against what happened: at the end of an episode's last plan, and of every plan against "
+    "whether the task was done when its chunk had been executed (interval over episodes). Balanced accuracy of .5 is chance."
+)
 SENSITIVITY = (
     "How often an imagination is nearer to what really follows from its own condition than to what follows from another one. A model that "
     "ignores its condition is nearer to neither, which does not count."
@@ -73,45 +77,6 @@ def tables(
         _sensitivity(sensitivity),
     ]
     return [table for table in found if table.rows]
-
-
-def markdown(
-    comparison: Comparison,
-    *,
-    verdicts: Sequence[Verdict] = (),
-    imagined: Mapping[str, ImaginedSuccess] | None = None,
-    sensitivity: Sequence[Sensitivity] = (),
-    skipped: Sequence[str] = (),
-) -> str:
-    """The comparison as Markdown: success by task, every table, verdicts, crashed episodes, notes."""
-    lines = [f"# {comparison.title}", ""]
-    for task in comparison.episodes:
-        rows = [
-            [
-                c.model,
-                f"{c.successes}/{c.n}",
-                _percent(c.rate),
-                _range(c.low, c.high),
-                str(c.errors),
-                _against(c.against),
-            ]
-            for c in comparison.success
-            if c.task == task
-        ]
-        lines += [f"## {task}", ""]
-        lines += _markdown_table(["model", "success", "rate", "95 % interval", "errors", "against"], rows)
-    for table in tables(comparison, imagined=imagined, sensitivity=sensitivity):
-        lines += [f"## {table.title}", "", table.text, "", *_markdown_table(table.head, table.rows)]
-    sections = (
-        ("What the controls say", [v.text for v in verdicts]),
-        ("Skipped", list(skipped)),
-        ("Crashed episodes, in no denominator", comparison.errors),
-        ("Notes", comparison.notes),
-    )
-    for heading, sentences in sections:
-        if sentences:
-            lines += [f"## {heading}", "", *[f"- {s}" for s in sentences], ""]
-    return "\n".join(lines).rstrip() + "\n"
 
 
 def _over_tasks(comparison: Comparison) -> Table:
@@ -157,15 +122,16 @@ def _seeds(found: Sequence[SeedDifference], text: str) -> Table:
         "difference",
         "95 % interval",
         "p",
+        "smallest p",
         "p (Holm)",
         "how",
     ]
     rows = [
         [r.task, r.measure, r.a, r.b, f"{r.seeds_a}, {r.seeds_b}", _number(r.mean_a), _number(r.mean_b), _number(r.difference),
-         _numbers(r.low, r.high), _p(r.p), _p(r.p_holm), r.method]
+         _numbers(r.low, r.high), _p(r.p), _p(r.p_smallest), _p(r.p_holm), r.method]
         for r in found
     ]  # fmt: skip
-    return Table(title="Recipes over training seeds", text=text, head=head, rows=rows, numeric=list(range(4, 11)))
+    return Table(title="Recipes over training seeds", text=text, head=head, rows=rows, numeric=list(range(4, 12)))
 
 
 def _means(comparison: Comparison) -> list[Table]:
@@ -190,7 +156,8 @@ def _mean_cell(row: ScoreMean | None, floor: ScoreMean | None) -> str:
     if row is None or row.mean is None:
         return f"{FEW}{missing}"
     beside = f"; floor {_number(floor.mean)}" if floor is not None and floor.mean is not None else ""
-    return f"{_number(row.mean)} ({_numbers(row.low, row.high)}) n={row.n}{missing}{beside}"
+    interval = "no interval" if row.low is None else _numbers(row.low, row.high)
+    return f"{_number(row.mean)} ({interval}) n={row.n}{missing}{beside}"
 
 
 def _imagined(found: Mapping[str, ImaginedSuccess]) -> Table:
@@ -225,13 +192,8 @@ def _sensitivity(found: Sequence[Sensitivity]) -> Table:
     return Table(title=title, text=SENSITIVITY, head=head, rows=rows, numeric=list(range(3, 9)))
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]
-
-
 def _against(found: Mapping[str, float | None]) -> str:
-    return ", ".join(f"p={_p(p)} against {name}" for name, p in found.items())
+    return ", ".join(f"Fisher p={_p(p)} against {name}, unadjusted" for name, p in found.items())
 
 
 def _percent(value: float | None) -> str:

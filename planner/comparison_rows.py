@@ -14,17 +14,19 @@ CONTROLS = {
     "retrieval_video": "decodes the video of the nearest training demonstration",
     "frozen": "decodes the first picture repeated",
     "noise": "decodes noise",
-    "black": "decodes black pictures",
     "other": "decodes another episode's real video",
     "objects_erased": "decodes the real future drawn without the task's objects",
     "oracle": "decodes the real future",
-    "recorded": "replays the recorded actions",
     "perfect": "plans with exact dynamics under the same planner",
 }
 #: Of these the report says how far each model stays behind (or leads).
 GAPS = ("perfect", "retrieval", "retrieval_video", "frozen")
 #: Scores whose differences are tested; for all of them lower is better. Other scores are shown as means.
-TESTED_SCORES = ("object_px_0.96s", "gripper_px_0.96s", "pose_mm", "pose_deg", "onset_error_steps", "object_melted")
+#: Where a thing that is not shown has no error, the share of such things is tested beside the error.
+TESTED_SCORES = (
+    "object_px_0.96s", "object_lost_0.96s", "gripper_px_0.96s", "pose_mm", "pose_deg", "pose_missing", "onset_error_steps",
+    "onset_missed", "contact_onset_error_steps", "contact_onset_missed", "object_melted",
+)  # fmt: skip
 ALL = "all tasks"
 #: ``<score>_n`` in a row is what ``<score>`` was averaged over, not a score.
 COUNT_SUFFIX = "_n"
@@ -48,9 +50,14 @@ class EpisodeOutcome:
 @dataclass(slots=True, kw_only=True)
 class ComparisonSettings:
     """``min_training_seeds``: from so many seeds a recipe on, recipes are compared with the seed as unit. ``seed`` feeds the bootstrap
-    and the permutations; each difference has its own stream, so that another model in the table does not change it."""
+    and the permutations; each difference has its own stream, so that another model in the table does not change it.
+
+    ``paired_seeds``: checkpoints of two recipes with one training seed belong together, because the seed fixes something that both share
+    and that matters (the same initial weights and the same batches, say). Equal numbers alone are no pairs.
+    """
 
     min_training_seeds: int = 5
+    paired_seeds: bool = False
     resamples: int = 10_000
     tested_scores: tuple[str, ...] = TESTED_SCORES
     seed: int = 0
@@ -58,7 +65,7 @@ class ComparisonSettings:
 
 @dataclass(slots=True, kw_only=True)
 class SuccessCell:
-    """Episodes of one model on one task; 95 % Wilson interval. ``against``: Fisher's p against no-op and random."""
+    """Episodes of one model on one task; 95 % Wilson interval. ``against``: Fisher's p against no-op and random, not adjusted."""
 
     task: str
     model: str
@@ -123,7 +130,9 @@ class ScoreDifference:
 
 @dataclass(slots=True, kw_only=True)
 class SeedDifference:
-    """Recipe A minus recipe B; a training seed counts once, with its mean over episodes (over tasks, then equal weights)."""
+    """Recipe A minus recipe B; a training seed counts once, with its mean over episodes (over tasks, then equal weights).
+
+    ``low``, ``high``: None where the seeds give no interval. ``p_smallest``: what p can be at best with so many seeds."""
 
     task: str
     measure: str
@@ -134,16 +143,18 @@ class SeedDifference:
     mean_a: float
     mean_b: float
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
+    p_smallest: float
     method: str
     p_holm: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Comparison:
-    """What ``compare`` found. ``tests``: how many p-values Holm's adjustment covers. ``errors``: crashed episodes, one sentence each."""
+    """What ``compare`` found. ``tests``: how many p-values Holm's adjustment covers, ``family``: which ones, and which it does not.
+    ``errors``: crashed episodes, one sentence each."""
 
     title: str
     unit: str
@@ -155,6 +166,7 @@ class Comparison:
     score_differences: list[ScoreDifference]
     seeds: list[SeedDifference]
     tests: int
+    family: str
     errors: list[str]
     notes: list[str]
 

@@ -66,6 +66,7 @@ class Imaginer:
         pasts = [rows_RA]  # one a context
         context_BVTHWC, instructions = context_VTHWC[None], [instruction]
         parts: list[Imagination] = []
+        begins = 0  # control steps into the plan
         for chunk, seeds_S in enumerate(seeds_KS):
             request = RolloutRequest(
                 context_BVTHWC=context_BVTHWC,
@@ -76,9 +77,11 @@ class Imaginer:
                 returns=self.inverse_dynamics.needs.returns | self.returns,
                 features=self.inverse_dynamics.needs.features,
                 ids=[about] * len(instructions),
+                plan_steps=[begins] * len(instructions),
             )
             part, frames_SVTHWC = self._chunk(request, np.stack([past[-1] for past in pasts]))
             parts.append(part)
+            begins += part.actions_SPA.shape[1]
             if chunk + 1 < len(seeds_KS):
                 assert frames_SVTHWC is not None, "the planner asks for pictures where it continues them"
                 context_BVTHWC, instructions = frames_SVTHWC[:, :, -1:], [instruction] * len(seeds_S)

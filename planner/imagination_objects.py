@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,37 +128,76 @@ def onset_scores(objects: Sequence[ObjectMotion], end: float, limits: Limits) ->
 
     An object has started when the median of its points is off by more than ``moving_px``, in this frame and the next; the moment is
     interpolated between frames, the truth by the same rule at every control step. ``onset_error_steps``: mean distance,
-    ``onset_bias_steps``: signed, late is positive. ``onset_missed``: share of truly moving objects that stay still, ``onset_false``: of
-    still objects that start; ``onset_unknown``: lost before anything could be said. ``contact_to_motion_steps``: how long after the
-    robot's first touch the object truly moves. A touch that moves nothing cannot be seen in an object's tracks and is not judged.
+    ``onset_bias_steps``: signed, late is positive. ``onset_missed``: share of truly moving objects that stay still, or that the
+    imagination loses before they start where the real video shows their start; ``onset_false``: of still objects that start;
+    ``onset_unknown``: lost before anything could be said. ``contact_to_motion_steps``: how long after the robot's first touch the
+    object truly moves. See ``contact_scores`` for the rest.
     """
     rested = [o for o in objects if not _under_way(o.truth)]
     true_starts = {o.body: _start(o.truth, end, 1, limits.moving_px, all_visible=True)[0] for o in rested}
-    lags = [
-        start / DT - o.first_contact
-        for o in rested
-        if o.first_contact is not None and (start := true_starts[o.body]) is not None
-    ]
-    row = score("contact_to_motion_steps", _mean(lags), len(lags))
+    starts = {
+        kind: {o.body: _start(o.seen(kind), end, limits.min_points, limits.moving_px) for o in rested}
+        for kind in ("imagined", "floor")
+    }
+    row: Row = {}
     for kind, suffix in (("imagined", ""), ("floor", "_floor")):
         errors, missed, false, unknown = [], [], [], []
         for thing in rested:
-            started, known = _start(thing.seen(kind), end, limits.min_points, limits.moving_px)
+            started, known = starts[kind][thing.body]
             truly = true_starts[thing.body]
             unknown.append(started is None and not known)
-            if unknown[-1]:
-                continue
             if started is not None and truly is not None:
                 errors.append((started - truly) / DT)
-            if truly is None:
-                false.append(started is not None)
-            else:
+            if truly is not None and (not unknown[-1] or _vanished(kind, starts["floor"][thing.body])):
                 missed.append(started is None)
+            if truly is None and not unknown[-1]:
+                false.append(started is not None)
         row |= score(f"onset_error_steps{suffix}", _mean([abs(e) for e in errors]), len(errors))
         row |= score(f"onset_bias_steps{suffix}", _mean(errors), len(errors))
         for name, found in (("missed", missed), ("false", false), ("unknown", unknown)):
             row |= score(f"onset_{name}{suffix}", _mean(found), len(found))
+    # Row 0 holds the contacts of the step before the chunk.
+    touched = {o.body: o.first_contact for o in rested if o.first_contact}
+    return row | contact_scores(touched, true_starts, starts)
+
+
+def contact_scores(
+    touched: Mapping[int, int],
+    true_starts: Mapping[int, float | None],
+    starts: Mapping[str, Mapping[int, tuple[float | None, bool]]],
+) -> Row:
+    """When imagined objects start to move against when the robot truly first touches them, in control steps.
+
+    ``touched``: object -> row of its first contact (without those touched before). An imagination's own touches cannot be seen in its
+    pictures, only what they move; so a touch that truly moves nothing is not judged, nor is what moves before it is touched. Even a
+    perfect imagination has an error, the time from the touch to visible motion (``contact_to_motion_steps``, from the exact tracks),
+    which ``..._floor``, the real video's error, holds as well. ``contact_onset_error_steps``: mean distance,
+    ``contact_onset_bias_steps``: signed, negative where an object moves before it is touched. ``contact_onset_missed``: share of
+    these objects that the imagination does not move at all, or loses.
+    """
+    lags = {
+        body: start / DT - step
+        for body, step in touched.items()
+        if (start := true_starts[body]) is not None and start / DT > step - 1
+    }
+    row = score("contact_to_motion_steps", _mean(list(lags.values())), len(lags))
+    for kind, suffix in (("imagined", ""), ("floor", "_floor")):
+        errors, missed = [], []
+        for body in lags:
+            started, known = starts[kind][body]
+            if started is not None:
+                errors.append(started / DT - touched[body])
+            if started is not None or known or _vanished(kind, starts["floor"][body]):
+                missed.append(started is None)
+        row |= score(f"contact_onset_error_steps{suffix}", _mean([abs(e) for e in errors]), len(errors))
+        row |= score(f"contact_onset_bias_steps{suffix}", _mean(errors), len(errors))
+        row |= score(f"contact_onset_missed{suffix}", _mean(missed), len(missed))
     return row
+
+
+def _vanished(kind: str, real: tuple[float | None, bool]) -> bool:
+    """Whether an object that the imagination has lost is its own doing: the real video shows it start."""
+    return kind == "imagined" and real[0] is not None
 
 
 def _under_way(truth: TimedTracks) -> bool:

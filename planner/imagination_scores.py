@@ -34,7 +34,8 @@ from .imagination_tracks import (
 
 @dataclass(slots=True, kw_only=True)
 class ImaginationScoring:
-    """``points_per_body``: points followed on each body. ``min_points``: with fewer an object counts as not measured.
+    """``points_per_body``: points followed on each body. ``min_points``: with fewer that can be judged, an object or a group of points
+    counts as not measured.
     ``horizons``: seconds at which tracks are compared. ``moving_px``: a body, or an imagined object, has moved when the median of
     its points has left its place by more; noise of the tracker at half size stays below. ``rigid_px``: how far a point may be off
     the motion that most points of its body agree on. ``followed_px``: a point is judged while the tracker has it within this distance
@@ -97,7 +98,7 @@ def score_chunk(
     for name, mask_N in _groups(points, moving).items():
         for horizon in config.horizons:
             if horizon <= end + SAME_TIME:
-                row |= _track_scores(name, mask_N, horizon, points, imagined, floor, config.followed_px)
+                row |= _track_scores(name, mask_N, horizon, points, imagined, floor, config)
     objects = [
         _object(points, body, body in moving, executed, imagined, floor, end)
         for body in points.bodies("object")
@@ -174,24 +175,32 @@ def _track_scores(
     points: BodyPoints,
     imagined: TimedTracks,
     floor: TimedTracks,
-    followed_px: float,
+    config: ImaginationScoring,
 ) -> Row:
     """Errors over the points that can be judged; ``..._unjudged``: share of those in sight that cannot, ``..._lost``: share of the
-    judged ones that the imagination does not show any more, ``..._moved_px``: how far they truly went (a frozen picture's error)."""
-    true_N2, judged_N = judged(points.truth, floor, horizon, followed_px)
+    judged ones that the imagination does not show any more, ``..._moved_px``: how far they truly went (a frozen picture's error).
+
+    A lost point costs what a frozen picture would make of it, and at least ``followed_px``: an imagination gains nothing by making a
+    body vanish. With fewer than ``min_points`` that can be judged nothing but ``..._unjudged`` is said.
+    """
+    true_N2, judged_N = judged(points.truth, floor, horizon, config.followed_px)
     judged_N, in_sight_N = judged_N & mask_N, points.truth.at(horizon)[1] & mask_N
     imagined_N2, kept_N = imagined.at(horizon)
-    floor_N2, both_N = floor.at(horizon)[0], judged_N & kept_N
+    moved_N, shown_N, floor_N = (
+        np.linalg.norm(found_N2 - true_N2, axis=1) for found_N2 in (points.query_N2, imagined_N2, floor.at(horizon)[0])
+    )
+    error_N = np.where(kept_N, shown_N, np.maximum(moved_N, config.followed_px))
+    at, in_sight, seen = f"{horizon:g}s", int(in_sight_N.sum()), int(judged_N.sum())
+    count = seen if seen >= config.min_points else 0
 
-    def mean(found_N2: NDArray[np.float64], over_N: NDArray[np.bool_]) -> float | None:
-        return float(np.linalg.norm(found_N2 - true_N2, axis=1)[over_N].mean()) if over_N.any() else None
+    def mean(value_N: NDArray[np.float64] | NDArray[np.bool_]) -> float | None:
+        return float(value_N[judged_N].mean()) if count else None
 
-    at, count, in_sight = f"{horizon:g}s", int(judged_N.sum()), int(in_sight_N.sum())
-    row = score(f"{name}_px_{at}", mean(imagined_N2, both_N), int(both_N.sum()))
-    row |= score(f"{name}_px_{at}_floor", mean(floor_N2, judged_N), count)
-    row |= score(f"{name}_moved_px_{at}", mean(points.query_N2, judged_N), count)
-    row |= score(f"{name}_lost_{at}", 1 - int(both_N.sum()) / count if count else None, count)
-    return row | score(f"{name}_unjudged_{at}", 1 - count / in_sight if in_sight else None, in_sight)
+    row = score(f"{name}_px_{at}", mean(error_N), count)
+    row |= score(f"{name}_px_{at}_floor", mean(floor_N), count)
+    row |= score(f"{name}_moved_px_{at}", mean(moved_N), count)
+    row |= score(f"{name}_lost_{at}", mean(~kept_N), count)
+    return row | score(f"{name}_unjudged_{at}", 1 - seen / in_sight if in_sight else None, in_sight)
 
 
 def _object(

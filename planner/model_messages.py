@@ -29,6 +29,7 @@ def pack_request(request: RolloutRequest) -> dict[str, Any]:
         "returns": sorted(request.returns),
         "features": features,
         "ids": None if request.ids is None else [list(entry) for entry in request.ids],
+        "plan_steps": None if request.plan_steps is None else list(request.plan_steps),
     }
 
 
@@ -52,11 +53,15 @@ def unpack_request(message: Any) -> RolloutRequest:
         fine = isinstance(ids, list) and all(_is_id(entry) for entry in ids)
         _check(fine, "ids", ids, "a list of [task, episode seed, number of the plan]")
         ids = [(task, seed, plan) for task, seed, plan in ids]
+    steps = message["plan_steps"]
+    fine = steps is None or (isinstance(steps, list) and all(type(step) is int for step in steps))
+    _check(fine, "plan_steps", steps, "a list of whole numbers")
     return RolloutRequest(
         **{name: message[name] for name in (*_REQUEST_ARRAYS, "instructions", "horizon")},
         returns=frozenset(message["returns"]),
         features=_features(message["features"]),
         ids=ids,
+        plan_steps=steps,
     )
 
 

@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.protocols import Policy, WorldModel
-from physisforcing.core.types import DT, Observation, RolloutRequest, WorldModelSpec
+from physisforcing.core.types import DT, Observation, Rollout, RolloutRequest, WorldModelSpec
 
 from .action_planner import noise_seed
 from .evaluator_config import PolicyInModelConfig
 from .imagination import lagged
 from .imagined import frame_steps, head_context
+
+#: Times closer than this, in seconds, are the same.
+SAME_TIME = 1e-6
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,7 +41,8 @@ class Start:
 class ModelEpisode:
     """``frames_THWC``: the imagined video, at the model's rate. ``commands_PA``: what reached the model, one row a control step.
 
-    ``truth``: ``success``, where the model knows it (a simulator's rollouts say it in ``cost``); else empty.
+    ``truth``: ``success`` by the end of ``frames_THWC``, where the model knows it (a simulator's rollouts say in ``cost`` whether the task
+    was done by their end, ``success``, and how many seconds after their start, ``success_s``); else empty.
     ``telemetry``: ``policy_calls``, ``stale_calls`` (the policy's chunk was too short for the model, and it was asked again before a new
     picture was there), ``dropped_rows``, ``rollouts``, ``imagination_s``.
     """
@@ -90,9 +94,9 @@ class PolicyInModel:
         wanted = target_frames(start.steps, self.spec.frame_dt, self.config.length_scale)
         loop = _Loop(self, policy, start)
         while loop.frame_count < wanted:
-            loop.imagine(loop.next_rows())
+            loop.imagine(loop.next_rows(), wanted - loop.frame_count)
         return ModelEpisode(
-            frames_THWC=np.concatenate(loop.frames)[:wanted],
+            frames_THWC=np.concatenate(loop.frames),
             commands_PA=np.stack(loop.past[1:]),
             truth=loop.truth,
             telemetry=loop.counts,
@@ -146,8 +150,8 @@ class _Loop:
             raise UserError("policy.act", got=got, wanted=wanted, fix="see core.protocols.Policy")
         return rows
 
-    def imagine(self, rows_PA: NDArray[np.float32]) -> None:
-        """One rollout: its pictures, the last of which the policy sees next."""
+    def imagine(self, rows_PA: NDArray[np.float32], room: int) -> None:
+        """One rollout: its pictures, the last of which the policy sees next. The video has room for so many of them."""
         setting, spec, start = self.setting, self.setting.spec, self.start
         number = int(self.counts["rollouts"])
         lags, by_actions = spec.proprioception_lags, setting.config.conditioning == "actions"
@@ -165,15 +169,26 @@ class _Loop:
         rollout = setting.world_model.rollout(request)
         assert rollout.frames_BSVTHWC is not None, "the contract: frames are what is returned by default"
         frames = rollout.frames_BSVTHWC[0, 0, 0]
-        self.frames.append(frames if number == 0 else frames[1:])
-        self.frame_count += len(self.frames[-1])
+        kept = frames[0 if number == 0 else 1 :][:room]
+        self.frames.append(kept)
+        self.frame_count += len(kept)
         self.past += list(rows_PA)
         self.context = frames[-1:][None, None]
         self.picture = _as_large_as(frames[-1], start.picture_HW3)
         self.counts["rollouts"] += 1
         self.counts["imagination_s"] += rollout.cost.get("seconds", 0.0)
-        if "success" in rollout.cost:
-            self.truth["success"] = self.truth.get("success", False) or rollout.cost["success"] > 0.5
+        last = len(kept) - 1 if number == 0 else len(kept)
+        self._learn(rollout, float(rollout.times_T[last]), cut=last + 1 < len(frames))
+
+    def _learn(self, rollout: Rollout, until: float, *, cut: bool) -> None:
+        """What the model knows of success by ``until`` seconds into a rollout, the last moment that the video shows."""
+        if "success" not in rollout.cost or self.truth.get("success"):
+            return
+        done, when = rollout.cost["success"] > 0.5, rollout.cost.get("success_s")
+        if done and cut and when is None:
+            self.truth.clear()  # it may have come after the last picture
+            return
+        self.truth["success"] = done and (when is None or when <= until + SAME_TIME)
 
 
 def _as_large_as(picture_HW3: NDArray[np.uint8], like_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -15,6 +15,7 @@ from physisforcing.core.types import Rollout, RolloutRequest
 
 #: Fields of a request, and of a rollout, whose first axis are the contexts.
 _CONTEXT_FIELDS = ("context_BVTHWC", "proprioception_BKA", "actions_BSPA", "goal_BVHWC")
+_CONTEXT_LISTS = ("ids", "plan_steps")
 _ANSWER_FIELDS = ("frames_BSVTHWC", "latents_BSCFhw", "features_BSKFhwD")
 
 
@@ -22,7 +23,7 @@ def kind_of(request: RolloutRequest) -> tuple[Any, ...]:
     """What two requests must have in common to be merged."""
     arrays = [getattr(request, name) for name in _CONTEXT_FIELDS]
     shapes = tuple(None if array is None else (array.dtype.str, array.shape[1:]) for array in arrays)
-    named = request.ids is not None
+    named = request.ids is not None, request.plan_steps is not None
     return request.horizon, request.returns, request.features, request.seeds_BS.shape[1], shapes, named
 
 
@@ -37,8 +38,13 @@ def merge(requests: Sequence[RolloutRequest]) -> RolloutRequest:
         for name in (*_CONTEXT_FIELDS, "seeds_BS")
     }
     instructions = [sentence for request in requests for sentence in request.instructions]
-    ids = None if requests[0].ids is None else [name for request in requests for name in request.ids or ()]
-    return dataclasses.replace(requests[0], instructions=instructions, ids=ids, **joined)
+    lists = {
+        name: None
+        if getattr(requests[0], name) is None
+        else [x for request in requests for x in getattr(request, name)]
+        for name in _CONTEXT_LISTS
+    }
+    return dataclasses.replace(requests[0], instructions=instructions, **lists, **joined)
 
 
 def split(answer: Rollout, requests: Sequence[RolloutRequest]) -> list[Rollout]:
@@ -88,9 +94,11 @@ def _contexts(request: RolloutRequest, rows: slice | NDArray[np.int64]) -> Rollo
         name: None if (array := getattr(request, name)) is None else array[rows]
         for name in (*_CONTEXT_FIELDS, "seeds_BS")
     }
-    ids = None if request.ids is None else [request.ids[row] for row in chosen]
-    instructions = [request.instructions[row] for row in chosen]
-    return dataclasses.replace(request, instructions=instructions, ids=ids, **arrays)
+    lists = {
+        name: None if (given := getattr(request, name)) is None else [given[row] for row in chosen]
+        for name in ("instructions", *_CONTEXT_LISTS)
+    }
+    return dataclasses.replace(request, **lists, **arrays)
 
 
 def _candidates(request: RolloutRequest, columns: slice) -> RolloutRequest:
@@ -114,7 +122,10 @@ def singly(request: RolloutRequest) -> RolloutRequest:
     return dataclasses.replace(
         request,
         instructions=[sentence for sentence in request.instructions for _ in range(samples)],
-        ids=None if request.ids is None else [name for name in request.ids for _ in range(samples)],
+        **{
+            name: None if (given := getattr(request, name)) is None else [x for x in given for _ in range(samples)]
+            for name in _CONTEXT_LISTS
+        },
         seeds_BS=request.seeds_BS.reshape(-1, 1),
         actions_BSPA=actions,
         **arrays,

@@ -6,6 +6,7 @@ episodes are not known. What is set here and not there is in ``docs/worldarena.m
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,20 +17,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from physisforcing.core.errors import UserError, unknown_name
-from physisforcing.core.protocols import Policy
+from physisforcing.core.protocols import Policy, WorldModel
 from physisforcing.core.stats import mean_of_proportions, wilson
-from physisforcing.core.types import Observation
+from physisforcing.core.types import Observation, Rollout, RolloutRequest, WorldModelSpec
 
 NAME = "worldarena"
 TASKS = ("adjust_bottle", "click_bell")
 CONTROLS = ("topp", "interpolated")
 #: A prompt that is the instruction itself.
 PLAIN_PROMPT = "{instruction}"
+#: Rollouts that a plan of 45 rows may be made of: one, or two of the 32 rows that the shipped models have.
+ROLLOUT_CHUNKS = (1, 2)
+#: Settings that the report states whatever they are.
+STATED = ("execute_horizon", "rollout_chunks", "max_steps", "control", "denoising_steps", "candidates", "verifier")
 
 
 @dataclass(slots=True, kw_only=True)
 class ProtocolSettings:
-    """What a report of this protocol says about how episodes were run; the defaults are the protocol."""
+    """What a report of this protocol says about how episodes were run; the defaults are the protocol. ``denoising_steps`` 0: the
+    model's own. ``rollout_chunks``: rollouts a plan is made of; one or two as the model's horizon asks for 45 rows."""
 
     tasks: tuple[str, ...] = TASKS
     episodes: int = 100
@@ -38,6 +44,11 @@ class ProtocolSettings:
     execute_horizon: int = 45
     control: str = "topp"
     prompt_template: str = PLAIN_PROMPT
+    candidates: int = 1
+    verifier: str = ""
+    denoising_steps: int = 0
+    rollout_chunks: int = 2
+    first_seed: int | None = None
 
     def check(self) -> None:
         """``UserError`` for what this protocol does not know at all."""
@@ -60,6 +71,16 @@ class ProtocolSettings:
                 found.append(f"{name} {value}, not {wanted}")
         if self.manifest not in ("auto", "test"):
             found.append(f"scenes of {self.manifest}, not of the test set")
+        if self.first_seed is not None:
+            found.append(f"scenes from seed {self.first_seed} on, not the frozen ones")
+        if self.candidates != 1:
+            found.append(f"best of {self.candidates} imaginations by {self.verifier}, not the only one")
+        if self.denoising_steps:
+            found.append(f"denoising_steps {self.denoising_steps}, not the model's own")
+        if self.rollout_chunks not in ROLLOUT_CHUNKS:
+            found.append(f"plans of {self.rollout_chunks} chained rollouts, not of 1 or 2")
+        if read_template(self.prompt_template) != PLAIN_PROMPT:
+            found.append("a prompt around the instruction, not the instruction alone")
         return found
 
 
@@ -122,6 +143,40 @@ def prompted(policy: Policy, template: str) -> Policy:
     return policy if template == PLAIN_PROMPT else PromptedPolicy(policy, template)
 
 
+class Unprompted:
+    """A world model that is told the episode's own sentence where the planner was told ``template`` with it: the simulator knows no other.
+
+    The decoder still gets the whole prompt. Everything else is the inner model's.
+    """
+
+    def __init__(self, world_model: WorldModel, template: str) -> None:
+        self.world_model, (self._before, self._after) = world_model, template.split(PLAIN_PROMPT)
+
+    @property
+    def spec(self) -> WorldModelSpec:
+        return self.world_model.spec
+
+    def rollout(self, request: RolloutRequest) -> Rollout:
+        bare = [self._bare(text) for text in request.instructions]
+        return self.world_model.rollout(dataclasses.replace(request, instructions=bare))
+
+    def close(self) -> None:
+        close = getattr(self.world_model, "close", None)
+        if close is not None:
+            close()
+
+    def _bare(self, text: str) -> str:
+        whole = len(text) >= len(self._before) + len(self._after)
+        inside = whole and text.startswith(self._before) and text.endswith(self._after)
+        return text[len(self._before) : len(text) - len(self._after)] if inside else text
+
+
+def unprompted(world_model: WorldModel, template: str) -> WorldModel:
+    """``world_model`` itself for the plain template."""
+    template = read_template(template)
+    return world_model if template == PLAIN_PROMPT else Unprompted(world_model, template)
+
+
 # ---------------------------------------------------------------------------------------------------------------- results
 
 
@@ -132,15 +187,8 @@ def block(tasks: Mapping[str, Mapping[str, Any]], settings: ProtocolSettings) ->
     """
     names = list(dict.fromkeys(name for policies in tasks.values() for name in policies))
     return {
-        "protocol": {
-            "tasks": list(settings.tasks),
-            "episodes": settings.episodes,
-            "manifest": settings.manifest,
-            "max_steps": settings.max_steps,
-            "execute_horizon": settings.execute_horizon,
-            "control": settings.control,
-            "prompt_template": read_template(settings.prompt_template),
-        },
+        "protocol": dataclasses.asdict(settings)
+        | {"tasks": list(settings.tasks), "prompt_template": read_template(settings.prompt_template)},
         "deviations": settings.deviations(),
         "method": "mean of two independent proportions of equal weight; limits from their 95 % Wilson limits (Newcombe's method)",
         "means": {name: _mean({task: policies.get(name) for task, policies in tasks.items()}) for name in names},
@@ -183,6 +231,8 @@ def markdown(part: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"- executed rows a plan {settings['execute_horizon']}, step limit {settings['max_steps']}, control {settings['control']}",
+        f"- rollouts a plan {settings['rollout_chunks']}, denoising steps {settings['denoising_steps'] or 'of the model'}, candidates "
+        f"{settings['candidates']}",
         f"- prompt around the instruction: {prompt}",
         f"- differs from the protocol: {'; '.join(part['deviations']) or 'nothing'}",
         f"- interval: {part['method']}",
@@ -196,7 +246,7 @@ def measurements(part: Mapping[str, Any], *, command: str, provenance: Mapping[s
     from .measurements import measurement
 
     settings = part["protocol"]
-    against = {name: settings[name] for name in ("execute_horizon", "max_steps", "control")}
+    against = {name: settings[name] for name in STATED if name != "verifier" or settings["candidates"] > 1}
     against["deviations"] = "; ".join(part["deviations"]) or "none"
     return [
         measurement(

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .stats import wilson
+from .stats import MIN_VALUES, all_equal, wilson
 
-#: Up to this many pairs all sign flips are counted (2^16); beyond, they are drawn.
-EXACT_PAIRS = 16
+#: Up to this many pairs all sign flips are counted (2^16); beyond, they are drawn. So with regroupings of two groups.
+EXACT_PAIRS, EXACT_REGROUPINGS = 16, 20_000
+#: Flips or regroupings that are drawn.
+DRAWS = 9_999
 
 
 def paired_proportions(both: int, only_a: int, only_b: int, neither: int) -> tuple[float, float, float]:
@@ -42,7 +44,7 @@ def paired_proportions(both: int, only_a: int, only_b: int, neither: int) -> tup
 
 
 def sign_flip_p(
-    differences: Sequence[float], generator: np.random.Generator, *, draws: int = 9_999
+    differences: Sequence[float], generator: np.random.Generator, *, draws: int = DRAWS
 ) -> tuple[float, bool]:
     """Two-sided p-value that the mean of paired differences is 0, and whether it is exact.
 
@@ -61,32 +63,40 @@ def sign_flip_p(
     return (count + 1) / (draws + 1), False
 
 
-def paired_t(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean of paired differences and its Student t interval. ``ValueError`` for fewer than two."""
+def smallest_sign_flip_p(pairs: int, *, draws: int = DRAWS) -> float:
+    """The smallest p-value that ``sign_flip_p`` can give for so many pairs: what all of one sign gives."""
+    return 2 / 2**pairs if pairs <= EXACT_PAIRS else 1 / (draws + 1)
+
+
+def paired_t(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None, float | None]:
+    """Mean of paired differences and its Student t interval; None for fewer than ``MIN_VALUES`` or where all are equal, which is no
+    reason to be certain. ``ValueError`` without differences."""
     data = _finite(differences)
-    if len(data) < 2:
-        raise ValueError("a t interval wants at least two differences")
-    half = student_t(confidence, len(data) - 1) * float(data.std(ddof=1)) / math.sqrt(len(data))
     mean = float(data.mean())
+    if len(data) < MIN_VALUES or all_equal(data):
+        return mean, None, None
+    half = student_t(confidence, len(data) - 1) * float(data.std(ddof=1)) / math.sqrt(len(data))
     return mean, mean - half, mean + half
 
 
-def welch_t(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Difference of two means (A minus B) and Welch's interval, for units that are no pairs. ``ValueError`` for fewer than two each."""
+def welch_t(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float | None, float | None]:
+    """Difference of two means (A minus B) and Welch's interval, for units that are no pairs; None for fewer than ``MIN_VALUES`` of
+    either, and where neither varies. ``ValueError`` without values."""
     first, second = _finite(a), _finite(b)
-    if min(len(first), len(second)) < 2:
-        raise ValueError("Welch's interval wants at least two values of each")
+    difference = float(first.mean() - second.mean())
+    if min(len(first), len(second)) < MIN_VALUES or (all_equal(first) and all_equal(second)):
+        return difference, None, None
     parts = [float(part.var(ddof=1)) / len(part) for part in (first, second)]
-    difference, variance = float(first.mean() - second.mean()), sum(parts)
-    if variance == 0:
-        return difference, difference, difference
+    variance = sum(parts)
     weights = sum(part**2 / (len(data) - 1) for part, data in zip(parts, (first, second), strict=True))
     half = student_t(confidence, variance**2 / weights) * math.sqrt(variance)
     return difference, difference - half, difference + half
 
 
 def permutation_p_of_two(
-    a: Sequence[float], b: Sequence[float], generator: np.random.Generator, *, draws: int = 9_999
+    a: Sequence[float], b: Sequence[float], generator: np.random.Generator, *, draws: int = DRAWS
 ) -> tuple[float, bool]:
     """Two-sided p-value that two groups have one distribution, by their means, and whether all regroupings were counted (up to 20 000)."""
     first, second = _finite(a), _finite(b)
@@ -99,11 +109,17 @@ def permutation_p_of_two(
         mean_b: NDArray[np.float64] = (pooled.sum() - size * mean_a) / (len(pooled) - size)
         return np.abs(mean_a - mean_b)
 
-    if math.comb(len(pooled), size) <= 20_000:
+    if math.comb(len(pooled), size) <= EXACT_REGROUPINGS:
         rows = np.array(list(itertools.combinations(range(len(pooled)), size)))
         return float((difference(rows) >= seen - slack).mean()), True
     rows = np.stack([generator.permutation(len(pooled))[:size] for _ in range(draws)])
     return (int((difference(rows) >= seen - slack).sum()) + 1) / (draws + 1), False
+
+
+def smallest_permutation_p(size_a: int, size_b: int, *, draws: int = DRAWS) -> float:
+    """The smallest p-value that ``permutation_p_of_two`` can give: groups that do not overlap; of equal size, their exchange too."""
+    regroupings = math.comb(size_a + size_b, size_a)
+    return (1 + (size_a == size_b)) / regroupings if regroupings <= EXACT_REGROUPINGS else 1 / (draws + 1)
 
 
 def student_t(confidence: float, freedom: float) -> float:

@@ -45,6 +45,15 @@ def check_request(request: RolloutRequest, spec: WorldModelSpec) -> None:
         raise MissingCapabilityError("actions", got=None, wanted=f"actions, which {spec.name} needs", fix=fix)
     if request.ids is not None and len(request.ids) != batch:
         raise UserError("ids", got=len(request.ids), wanted=f"{batch}, one a context", fix="(task, seed, plan) of each")
+    steps = request.plan_steps
+    if steps is not None and (len(steps) != batch or min(steps) < 0):
+        fix = "control steps from the start of the plan to each context"
+        raise UserError("plan_steps", got=steps, wanted=f"{batch} numbers of 0 or more", fix=fix)
+
+
+def plan_steps(request: RolloutRequest) -> list[int]:
+    """Control steps from the start of its plan to each context."""
+    return [0] * len(request.instructions) if request.plan_steps is None else request.plan_steps
 
 
 def _action_shape(request: RolloutRequest, spec: WorldModelSpec) -> tuple[int | None, int | None]:

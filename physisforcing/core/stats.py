@@ -87,20 +87,32 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def all_equal(data: NDArray[np.float64]) -> bool:
+    """Whether numbers differ by no more than rounding (differences of equal rates need not be equal to the last bit)."""
+    return bool(np.ptp(data) <= 1e-12 * np.abs(data).max())
+
+
+#: Values below which a mean has no interval.
+MIN_VALUES = 3
+
+
 def bootstrap_mean(
     values: Sequence[float] | NDArray[np.float64],
     generator: np.random.Generator,
     *,
     resamples: int = 10_000,
     confidence: float = 0.95,
-) -> tuple[float, float, float]:
+) -> tuple[float, float | None, float | None]:
     """Mean and its percentile bootstrap interval. For paired comparisons give the differences.
 
-    ``ValueError`` without values or with NaN; a single value has itself as interval.
+    Fewer than ``MIN_VALUES`` values, or values that are all equal, say nothing about how far others would lie: no interval, None, rather
+    than one without a width. ``ValueError`` without values or with NaN.
     """
     data = np.asarray(values, dtype=np.float64)
     if data.ndim != 1 or data.size == 0 or not np.isfinite(data).all():
         raise ValueError("bootstrap_mean wants a non-empty list of finite numbers")
+    if data.size < MIN_VALUES or all_equal(data):
+        return float(data.mean()), None, None
     means = np.empty(resamples)
     for start in range(0, resamples, 1000):
         stop = min(start + 1000, resamples)

@@ -180,7 +180,8 @@ class RolloutRequest:
     ``spec.frame_dt / DT``; only for models whose conditions hold ``actions``. ``goal_BVHWC``: a picture of the end, only for models
     whose conditions hold ``goal``. ``features``: needed where ``returns`` holds ``features``; without frames or latents among
     ``returns`` nothing is denoised. ``ids``: (task, episode seed, number of the plan) of each context, for models that look their
-    answer up; nothing is computed from them.
+    answer up; nothing is computed from them. ``plan_steps``: how many control steps after the start of its plan each context lies,
+    for them too: 0 (None: all 0) where the context is what a camera sees, more where a longer plan goes on from imagined pictures.
     """
 
     context_BVTHWC: NDArray[np.uint8]
@@ -193,6 +194,7 @@ class RolloutRequest:
     returns: frozenset[str] = frozenset({"frames"})
     features: FeatureRequest | None = None
     ids: list[tuple[str, int, int]] | None = None
+    plan_steps: list[int] | None = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -108,6 +108,22 @@ def test_the_expert_presses_the_bell_as_it_imagined(live, models):
     assert live.success and said == [False] * (len(said) - 1) + [True] and len(said) >= 2
 
 
+def test_a_plan_of_two_rollouts_is_one_imagination(live, models):
+    """The second rollout, asked for from the first one's last picture, is what the live environment then shows."""
+    observation, _ = live.reset(seed=SEED)
+    asked = dataclasses.replace(request(observation), ids=[(live.task_name, SEED, 0)], plan_steps=[0])
+    first = models["text"].rollout(asked).frames_BSVTHWC
+    later = dataclasses.replace(asked, context_BVTHWC=first[:, 0, :, -1:], plan_steps=[8])
+    (found,) = models["text"].imagine(later)[0]
+    np.testing.assert_array_equal(found.frames_VTHWC[:, 0], first[0, 0, :, -1])
+    (whole,) = models["text"].imagine(request(observation, horizon=17))[0]
+    np.testing.assert_array_equal(found.actions_PA, whole.actions_PA[8:16])
+    for action_A in whole.actions_PA[:15]:
+        live.step_blind(action_A)
+    observation = live.step(whole.actions_PA[15])[0]
+    np.testing.assert_array_equal(found.frames_VTHWC[0, -1], shrink_area(observation["head_rgb"], 2))
+
+
 def test_the_expert_goes_on_after_commands_that_were_read_imperfectly(live, models):
     """Smooth errors of about 2 degrees on every target, as a decoder makes them: the next plan starts from where the robot is, and does
     not jump back to where it should be."""

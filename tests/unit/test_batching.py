@@ -16,6 +16,7 @@ from physisforcing.core.types import Rollout, RolloutRequest, ViewLayout, WorldM
 from physisforcing.planner.batching import Batcher, BusyError, ClosedError
 from physisforcing.planner.requests import (
     as_asked,
+    kind_of,
     merge,
     rollout_in_equal_parts,
     rollout_in_parts,
@@ -275,8 +276,13 @@ def test_settings_out_of_range_are_refused() -> None:
 
 
 def test_merging_and_splitting_are_inverse() -> None:
-    requests = [a_request(n, batch=1 + n, samples=2, ids=[("t", n, k) for k in range(1 + n)]) for n in range(3)]
+    requests = [
+        a_request(n, batch=1 + n, samples=2, ids=[("t", n, k) for k in range(1 + n)], plan_steps=[32 * n] * (1 + n))
+        for n in range(3)
+    ]
     whole = merge(requests)
+    assert whole.plan_steps == [0, 32, 32, 64, 64, 64] and singly(requests[1]).plan_steps == [32] * 4
+    assert kind_of(requests[0]) != kind_of(a_request(0, samples=2, ids=[("t", 0, 0)]))
     assert whole.seeds_BS.shape == (6, 2) and whole.ids is not None and whole.ids[1:3] == [("t", 1, 0), ("t", 1, 1)]
     for part, request in zip(split(Counting().rollout(whole), requests), requests, strict=True):
         same(part, Counting().rollout(request))

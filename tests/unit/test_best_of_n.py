@@ -218,6 +218,8 @@ def test_chunked_rollouts_go_on_from_the_last_picture_and_state(candidates: int)
     assert second.seeds_BS.shape == third.seeds_BS.shape == (candidates, 1)
     assert third.seeds_BS[:, 0].tolist() == [noise_seed(5, 0, k, 2) for k in range(candidates)]
     assert len(second.instructions) == candidates and second.ids == [("click_bell", 5, 0)] * candidates
+    starts = [request.plan_steps for request in model.requests]
+    assert starts == [[0], [32] * candidates, [64] * candidates], "each rollout says where in the plan it begins"
     for k in range(candidates):
         end = 0.2 + 16 * model.speeds[k]
         assert second.context_BVTHWC[k, 0, 0, 0, 0, 0] == round(100 * end)

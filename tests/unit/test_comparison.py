@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ from physisforcing.core.report import ReportData, write_report
 from physisforcing.core.stats import wilson
 from physisforcing.planner.comparison import Comparison, ComparisonSettings, EpisodeOutcome, compare
 from physisforcing.planner.comparison_controls import SensitivityPair, control_verdicts, summarise_sensitivity
-from physisforcing.planner.comparison_output import markdown, success_rows, tables
+from physisforcing.planner.comparison_output import success_rows, tables
 from physisforcing.planner.imagined_success import score_imagined_success
 
 SETTINGS = ComparisonSettings(resamples=2000)
@@ -64,8 +65,6 @@ def test_crashed_episodes_stand_in_no_denominator_and_are_shown() -> None:
     pair = found.paired[0]
     assert (pair.n, pair.dropped, pair.only_a, pair.only_b) == (2, 2, 2, 0)
     assert found.errors == ["a on click_bell/100002: the simulator died", "b on click_bell/100001: crashed"]
-    text = markdown(found)
-    assert "3/3" in text and "the simulator died" in text
     nothing = compare([*outcomes("a", "ee"), *outcomes("b", "11")], SETTINGS)
     assert one(nothing.success, model="a").rate is None and nothing.paired[0].p is None and nothing.tests == 0
 
@@ -160,11 +159,45 @@ def test_from_five_seeds_on_the_seed_is_the_unit() -> None:
     assert found.paired == [] and len(found.seeds) == 1  # no checkpoint is compared with another one
     row = found.seeds[0]
     a, b = np.array(rates["flow"]), np.array(rates["physis"])
-    expected = scipy.stats.t.interval(0.95, 4, loc=(a - b).mean(), scale=scipy.stats.sem(a - b))
-    assert row.difference == pytest.approx((a - b).mean()) and (row.low, row.high) == pytest.approx(expected)
-    assert row.p == pytest.approx(2 / 32) and "paired by seed" in row.method and (row.seeds_a, row.seeds_b) == (5, 5)
+    wanted = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    assert row.difference == pytest.approx((a - b).mean()) and (row.low, row.high) == pytest.approx(
+        (wanted.low, wanted.high)
+    )
+    pooled = np.concatenate([a, b])
+    apart = [pooled[list(c)].mean() - np.delete(pooled, c).mean() for c in itertools.combinations(range(10), 5)]
+    assert row.p == pytest.approx(np.mean(np.abs(apart) >= abs((a - b).mean()) - 1e-9))
+    assert "not paired" in row.method and (row.seeds_a, row.seeds_b) == (5, 5) and row.p_smallest == 2 / 252
     assert (row.mean_a, row.mean_b) == pytest.approx((a.mean(), b.mean()))
     assert "training seed" in found.notes[0] and "flow: 5" in found.notes[0]
+
+
+def test_seeds_are_paired_only_where_that_is_declared() -> None:
+    """Five seeds of which every one is better: equal numbers are no pairs, and pairs could not go below 1/16."""
+    rates = {"flow": [0.2, 0.3, 0.25, 0.3, 0.2], "physis": [0.6, 0.7, 0.65, 0.7, 0.6]}
+    row = compare(recipe_rows(rates), SETTINGS).seeds[0]
+    assert row.p == row.p_smallest == pytest.approx(0.00794, abs=1e-5)
+    paired = dataclasses.replace(SETTINGS, paired_seeds=True)
+    declared = compare(recipe_rows(rates), paired)
+    row = declared.seeds[0]
+    assert "as declared" in row.method and row.p == row.p_smallest == 2 / 32
+    assert (row.low, row.high) == (None, None)  # five equal differences are no certainty
+    assert any("can be below 0.062" in note for note in declared.notes)
+    assert next(t for t in tables(declared) if "smallest p" in t.head).rows[0][10] == "0.062"
+    assert "not paired" in compare(recipe_rows(rates, first_seed={"physis": 3}), paired).seeds[0].method
+
+
+def test_the_family_is_told() -> None:
+    found = compare([*scored("a", [1.0, 2, 3, 5]), *scored("b", [2.0, 2, 4, 4]), *outcomes("noop", "0000")], SETTINGS)
+    assert "covers 2 p-values" in found.family and "1 McNemar" in found.family and "1 sign-flip" in found.family
+    assert "Fisher's tests against no-op and random" in found.family and found.tests == 2
+
+
+def test_one_episode_has_no_interval() -> None:
+    found = compare([*scored("a", [4.0]), *scored("b", [5.0])], SETTINGS)
+    row, mean = found.score_differences[0], one(found.scores, model="a")
+    assert (row.difference, row.low, row.high) == (-1, None, None) and (mean.mean, mean.low) == (4, None)
+    cells = [cell for t in tables(found) for r in t.rows for cell in r]
+    assert "4 (no interval) n=1" in cells
 
 
 def test_other_seeds_are_not_paired_and_four_are_too_few() -> None:
@@ -216,26 +249,41 @@ def test_erased_objects_decide_what_a_task_can_show() -> None:
     def erased(oracle: str, without: str):
         return verdict([*outcomes("oracle", oracle), *outcomes("objects_erased", without)], "objects_erased")
 
-    same = erased("1" * 18 + "00", "1" * 17 + "000")
-    assert same.holds is False and "cannot show object physics" in same.text and "n=20" in same.text
+    same = erased("1" * 180 + "0" * 20, "1" * 179 + "0" * 21)
+    assert same.holds is False and "cannot show object physics" in same.text and "n=200" in same.text
+    loose = [*outcomes("oracle", "1" * 18 + "00"), *outcomes("objects_erased", "1" * 18 + "00")]
+    assert [control_verdicts(loose, margin=m)[0].holds for m in (0.1, 0.3)] == [None, False]
     matters = erased("1" * 18 + "00", "1" * 4 + "0" * 16)
     assert matters.holds is True and "matters" in matters.text
-    few = erased("11", "10")
-    assert few.holds is False  # two episodes cannot tell them apart, and the sentence says n
+    for oracle, without in (("1" * 10, "1" * 7 + "000"), ("1", "0"), ("11", "10"), ("1" * 10, "1" * 10)):
+        few = erased(oracle, without)
+        assert few.holds is None and "n too small to say" in few.text and "equal within 10 points" in few.text
+    unneeded = erased("1" * 4 + "0" * 16, "1" * 18 + "00")
+    assert unneeded.holds is False and "without the objects" in unneeded.text
     never = erased("0" * 10, "0" * 10)
     assert never.holds is None and "says nothing" in never.text
 
 
 def test_noise_must_not_succeed_and_models_must_beat_a_frozen_picture() -> None:
-    still = outcomes("noop", "0" * 20)
-    assert verdict([*still, *outcomes("noise", "1" + "0" * 19)], "noise").holds
-    lucky = verdict([*still, *outcomes("noise", "1" * 15 + "0" * 5)], "noise")
+    def noise(wins: int, still: int, n: int):
+        rows = [*outcomes("noise", "1" * wins + "0" * (n - wins)), *outcomes("noop", "1" * still + "0" * (n - still))]
+        return verdict(rows, "noise")
+
+    assert noise(1, 0, 100).holds and "at most 10 points better" in noise(1, 0, 100).text
+    lucky = noise(15, 0, 20)
     assert lucky.holds is False and "not owed to the imagination" in lucky.text
+    assert noise(5, 0, 10).holds is False  # the interval of half of ten against none lies above 0
+    for wins in (1, 2):
+        assert noise(wins, 0, 10).holds is None and "n too small to say" in noise(wins, 0, 10).text
     assert verdict(outcomes("noise", "00"), "noise").holds is None
-    frozen = outcomes("frozen", "0" * 20)
-    assert verdict([*frozen, *outcomes("a", "1" * 15 + "0" * 5)], "frozen").holds
-    weak = verdict([*frozen, *outcomes("a", "1" + "0" * 19)], "frozen")
-    assert weak.holds is False and "not shown to succeed more often" in weak.text
+
+    def frozen(wins: int, n: int):
+        return verdict([*outcomes("frozen", "0" * n), *outcomes("a", "1" * wins + "0" * (n - wins))], "frozen")
+
+    assert frozen(15, 20).holds and "more often" in frozen(15, 20).text
+    assert frozen(1, 20).holds is None and "n too small to say" in frozen(1, 20).text
+    weak = frozen(1, 200)
+    assert weak.holds is False and "at most 10 points more often" in weak.text and "unadjusted" in weak.text
 
 
 def test_sensitivity_counts_ties_as_not_nearer() -> None:
@@ -288,6 +336,23 @@ def test_imagined_success_of_one_class_is_said_to_be_undefined() -> None:
             score_imagined_success(wrong, [True])
 
 
+def test_chunks_of_one_episode_are_not_independent() -> None:
+    """Forty episodes whose five chunks are all judged alike: the interval is as wide as forty independent cases make it."""
+    generator = np.random.default_rng(5)
+    right = generator.uniform(size=40) < 0.7
+    outcomes, episodes = np.tile([True, False, False, True, False], 40), np.repeat(np.arange(40), 5)
+    p = np.where(np.repeat(right, 5) == outcomes, 0.9, 0.1)
+    found = score_imagined_success(p.tolist(), outcomes.tolist(), episodes=episodes.tolist())
+    alone = score_imagined_success(p.tolist(), outcomes.tolist())
+    half = 1.96 * math.sqrt(right.mean() * (1 - right.mean()) / 40)
+    assert found.balanced_accuracy == alone.balanced_accuracy == pytest.approx(right.mean())
+    assert (found.low, found.high) == pytest.approx((right.mean() - half, right.mean() + half), abs=0.03)
+    assert found.high - found.low > 1.5 * (alone.high - alone.low)
+    assert found.bins[0].success_low is None and alone.bins[0].success_low is not None
+    few = score_imagined_success([0.9, 0.1, 0.2], [True, False, False], episodes=[0, 0, 1])
+    assert few.balanced_accuracy == 1 and few.low is None
+
+
 def full_comparison() -> tuple[Comparison, list[EpisodeOutcome]]:
     rows: list[EpisodeOutcome] = []
     generator = np.random.default_rng(3)
@@ -321,11 +386,6 @@ def test_output_is_strict_json_markdown_and_a_report(tmp_path) -> None:
         "fm": score_imagined_success([0.2, 0.6], [False, True]),
         "physis": score_imagined_success([0.2], [False]),
     }
-    text = markdown(found, verdicts=verdicts, imagined=imagined, skipped=["WoW: skipped: needs weights"])
-    assert text.startswith("# Checkpoint comparison") and not re.search(r"\bnan\b", text)
-    assert "1 missing" in text and "skipped: needs weights" in text and "All 1 episodes failed" in text
-    for line in (line for line in text.splitlines() if line.startswith("|")):
-        assert line.count("|") > 3
     report = ReportData(
         title=found.title, summary="s", created="now", success=success_rows(found), tables=tables(found, imagined=imagined),
         verdicts=[v.text for v in verdicts],
@@ -338,5 +398,8 @@ def test_output_is_strict_json_markdown_and_a_report(tmp_path) -> None:
         "noise",
     }
     page = write_report(report, tmp_path).read_text(encoding="utf-8")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Checkpoint comparison") and not re.search(r"\bnan\b", text)
+    assert "1 missing" in text and "All 1 episodes failed" in text and "against noop, unadjusted" in text
     assert "Paired success" in page and "Scores, click_bell" in page and "<script" not in page
     assert found == full_comparison()[0]  # the same rows give the same numbers

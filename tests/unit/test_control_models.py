@@ -1,5 +1,6 @@
 """Control models: frozen picture, noise, recordings; the spec is the truth and what is played is the right part of the right recording."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 
 from physisforcing.core.errors import DatasetError, MissingCapabilityError, UserError
 from physisforcing.core.protocols import WorldModel
-from physisforcing.core.types import DT, RolloutRequest
+from physisforcing.core.types import DT, ActionChunk, DecoderNeeds, RolloutRequest
 from physisforcing.envs.baselines import Retrieval
 from physisforcing.envs.control_models import (
     FrozenFrame,
@@ -19,6 +20,7 @@ from physisforcing.envs.control_models import (
     RetrievalWorldModel,
 )
 from physisforcing.envs.geometry import Geometry
+from physisforcing.planner.imagination import Imaginer
 
 SMALL = Geometry(height=30, width=40, horizons=(3, 5))
 
@@ -125,6 +127,47 @@ def test_a_recording_goes_on_where_the_robot_should_be():
         )
 
 
+def test_a_later_rollout_of_a_plan_goes_on_in_the_recording():
+    def find(task, seed):
+        return np.stack([np.full((30, 40, 3), step, np.uint8) for step in range(60)])
+
+    model = PlayedVideo("played", find, fingerprint="a", execute_horizon=6, geometry=SMALL)
+    asked = dataclasses.replace(request(ids=[("bell", 0, 0), ("bell", 0, 2)]), plan_steps=[8, 16])
+    frames = model.rollout(asked).frames_BSVTHWC[:, 0, 0, :, 0, 0, 0]
+    assert frames.tolist() == [[8, 10, 12, 14, 16], [28, 30, 32, 34, 36]]
+    for wrong in ([8], [8, -8]):
+        with pytest.raises(UserError, match="plan_steps"):
+            model.rollout(dataclasses.replace(asked, plan_steps=wrong))
+
+
+class Levels:
+    """A decoder whose targets are the grey levels of the pictures, one a picture after the first."""
+
+    needs = DecoderNeeds()
+    fingerprint = "levels"
+
+    def decode(self, rollout, state_BA, instructions):
+        rows = rollout.frames_BSVTHWC[:, :, 0, 1:, 0, 0, 0].astype(np.float32)
+        steps = np.repeat(rows, 2, axis=-1)[..., None].repeat(14, -1)
+        return [[ActionChunk(actions_PA=sample) for sample in row] for row in steps]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_plan_of_several_rollouts_plays_one_recording_through(samples):
+    def find(task, seed):
+        return np.stack([np.full((30, 40, 3), step, np.uint8) for step in range(60)])
+
+    model = PlayedVideo("played", find, fingerprint="a", execute_horizon=24, geometry=SMALL)
+    imaginer = Imaginer(model, Levels(), horizon=5, limits_2A=None, returns=frozenset({"frames"}))
+    context = np.zeros((1, 1, 30, 40, 3), np.uint8)
+    made = imaginer.imagine(
+        context, "press", np.zeros((1, 14), np.float32), np.zeros((3, samples), np.int64), ("bell", 0, 1)
+    )
+    for s in range(samples):
+        assert made.frames_STHWC[s, :, 0, 0, 0].tolist() == list(range(24, 49, 2))
+        assert made.actions_SPA[s, ::2, 0].tolist() == list(range(26, 49, 2))
+
+
 def test_another_episode_of_the_same_task():
     dataset = Recordings(
         [("bell", 3, True), ("cup", 4, True), ("bell", 5, False), ("bell", 7, True), ("bell", 9, True)]
@@ -150,6 +193,8 @@ def test_the_nearest_demonstration(tmp_path):
     later = request(ids=[("bell", 80, 1), ("bell", 81, 2)], proprioception=asked.proprioception_BKA)
     frames = model.rollout(later).frames_BSVTHWC[:, 0, 0, :, 0, 0, 0]
     assert frames.tolist() == [[58, 60, 62, 64, 66], [166, 168, 170, 172, 174]], "whatever the picture then is"
+    on = dataclasses.replace(asked, context_BVTHWC=np.full_like(asked.context_BVTHWC, 140), plan_steps=[8, 8])
+    assert model.rollout(on).frames_BSVTHWC[0, 0, 0, 0, 0, 0, 0] == 58, "a plan that goes on looks for nothing else"
     with pytest.raises(UserError, match="plan 1 of bell 82"):
         model.rollout(request(ids=[("bell", 82, 1), ("bell", 80, 1)], proprioception=asked.proprioception_BKA))
     asked.context_BVTHWC[0], asked.proprioception_BKA[0] = 140, 0.3

@@ -13,6 +13,8 @@ from physisforcing.core.paired_stats import (
     paired_t,
     permutation_p_of_two,
     sign_flip_p,
+    smallest_permutation_p,
+    smallest_sign_flip_p,
     student_t,
     welch_t,
 )
@@ -88,7 +90,27 @@ def test_t_intervals_equal_scipy():
     assert (mean, low, high) == pytest.approx((a.mean(), *expected), rel=1e-9)
     wanted = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     assert welch_t(a, b) == pytest.approx((a.mean() - b.mean(), wanted.low, wanted.high), rel=1e-7)
-    assert welch_t([1, 1], [0, 0]) == (1, 1, 1)
+
+
+def test_no_interval_where_nothing_says_how_far_others_would_lie():
+    for few in ([0.3], [0.3, 0.7], [0.5] * 4):
+        assert paired_t(few) == (pytest.approx(np.mean(few)), None, None)
+    for a, b in (([1, 1, 1], [0, 0, 0]), ([1, 2], [0, 1, 2, 5]), ([1, 2, 4], [3])):
+        assert welch_t(a, b) == (pytest.approx(np.mean(a) - np.mean(b)), None, None)
+    assert welch_t([1, 1, 1], [0, 1, 2])[1] is not None
+    with pytest.raises(ValueError):
+        paired_t([])
+
+
+def test_the_smallest_p_values_are_reached_and_not_undercut():
+    generator = np.random.default_rng(0)
+    for n in (1, 3, 5, 16, 17):
+        p, _ = sign_flip_p([1.0] * n, generator)
+        assert smallest_sign_flip_p(n) == pytest.approx(p, abs=2e-4)
+    for m, n in ((2, 2), (5, 5), (5, 6), (12, 12)):
+        p, _ = permutation_p_of_two(1 + np.arange(m), -1.0 - np.arange(n), generator)
+        assert smallest_permutation_p(m, n) == pytest.approx(p, abs=2e-4)
+    assert smallest_permutation_p(5, 5) == pytest.approx(0.00794, abs=1e-5) and smallest_sign_flip_p(5) == 0.0625
 
 
 def test_sign_flips_equal_scipy_and_are_exact_for_few():

@@ -16,11 +16,19 @@ from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.executed import ExecutedChunk, load_executed, roles_by_name, save_executed
 from physisforcing.core.types import DT
 from physisforcing.core.video import probe_mp4, read_mp4
+from physisforcing.planner.comparison import EpisodeOutcome, compare
 from physisforcing.planner.imagination_fit import fit_similarity
-from physisforcing.planner.imagination_media import ImaginedChunk, write_panels
+from physisforcing.planner.imagination_media import SHOWN, ImaginedChunk, film_label, write_panels
+from physisforcing.planner.imagination_objects import Limits, ObjectMotion, onset_scores
 from physisforcing.planner.imagination_rows import merge_rows
-from physisforcing.planner.imagination_scores import own_and_other, score_chunk, score_imagination
-from physisforcing.planner.imagination_tracks import sample_points, true_tracks
+from physisforcing.planner.imagination_scores import (
+    ImaginationScoring,
+    _track_scores,
+    own_and_other,
+    score_chunk,
+    score_imagination,
+)
+from physisforcing.planner.imagination_tracks import BodyPoints, TimedTracks, sample_points, true_tracks
 
 SIZE, FOCAL, STEPS = (240, 320), 300.0, 32
 TABLE, OBJECT, FINGER = 1, 35, 27
@@ -213,6 +221,85 @@ def test_a_vanished_object_is_flagged() -> None:
     assert row["object_lost_0.48s"] < 0.1 and row["gripper_lost_1.92s"] < 0.1
 
 
+def drawn_tracks(shift: float, visible: int, moved: float) -> TimedTracks:
+    """64 points that rest, and at 0.96 s are ``moved`` pixels further right and ``shift`` px off, only so many of them visible."""
+    start = np.stack(np.meshgrid(np.arange(8.0), np.arange(8.0)), -1).reshape(-1, 2) + 100
+    seen = np.ones((4, 64), bool)
+    seen[3, visible:] = False
+    points = np.stack([start, start, start, start + (moved, shift)])
+    return TimedTracks(points_TN2=points, visible_TN=seen, times_T=np.array([0.0, 0.06, 0.12, 0.96]))
+
+
+def track_row(shift: float, visible: int, *, moved: float = 30.0, judged: int = 64) -> dict:
+    truth = drawn_tracks(0.0, 64, moved)
+    points = BodyPoints(
+        query_N2=truth.points_TN2[0], body_N=np.full(64, OBJECT), role_N=np.full(64, "object"), depth_N=np.ones(64),
+        truth=truth,
+    )  # fmt: skip
+    floor, mask = drawn_tracks(0.0, judged, moved), np.ones(64, bool)
+    return _track_scores("object", mask, 0.96, points, drawn_tracks(shift, visible, moved), floor, ImaginationScoring())
+
+
+@pytest.mark.parametrize("moved", [3.0, 30.0])
+def test_a_lost_point_costs_at_least_what_a_frozen_picture_would(moved: float) -> None:
+    """All 64 points 4 px off against 63 of them lost and the last one exact."""
+    shown, lost = track_row(4.0, 64, moved=moved), track_row(0.0, 1, moved=moved)
+    assert shown["object_px_0.96s"] == pytest.approx(4) and shown["object_lost_0.96s"] == 0
+    assert lost["object_px_0.96s"] == pytest.approx(63 / 64 * max(moved, 8.0)) and lost["object_px_0.96s_n"] == 64
+    assert lost["object_lost_0.96s"] == pytest.approx(63 / 64)
+    names = ("object_px_0.96s", "object_lost_0.96s")
+    rows = [
+        EpisodeOutcome(task="t", episode=str(k), model=m, status="success", scores={n: row[n] for n in names})
+        for m, row in (("shown", shown), ("vanished", lost))
+        for k in range(10)
+    ]
+    found = {d.score: d for d in compare(rows).score_differences}
+    assert set(found) == set(names) and all(d.difference < 0 and d.p < 0.01 for d in found.values())
+
+
+def test_too_few_judged_points_give_no_track_score() -> None:
+    few, enough = track_row(0.0, 64, judged=7), track_row(0.0, 64, judged=8)
+    for name in ("object_px_0.96s", "object_px_0.96s_floor", "object_moved_px_0.96s", "object_lost_0.96s"):
+        assert few[name] is None and few[f"{name}_n"] == 0 and enough[name] is not None and enough[f"{name}_n"] == 8
+    assert few["object_unjudged_0.96s"] == pytest.approx(57 / 64)
+
+
+@pytest.mark.parametrize("real_shows_it", [True, False])
+def test_an_object_that_vanishes_before_it_starts_has_missed_its_onset(real_shows_it: bool) -> None:
+    truth, gone = drawn_tracks(0.0, 64, 30.0), drawn_tracks(0.0, 0, 30.0)
+    thing = ObjectMotion(
+        body=OBJECT, moves=True, depth=1.0, first_contact=1, truth=truth, imagined=gone,
+        floor=truth if real_shows_it else gone,
+    )  # fmt: skip
+    limits = Limits(min_points=8, moving_px=2.0, rigid_px=3.0, followed_px=8.0, horizons=(0.96,))
+    row = onset_scores([thing], 0.96, limits)
+    assert row["onset_unknown"] == 1 and row["onset_unknown_floor"] == (not real_shows_it)
+    for name in ("onset_missed", "contact_onset_missed"):
+        assert row[name] == (1 if real_shows_it else None) and row[f"{name}_floor"] == (0 if real_shows_it else None)
+
+
+def test_contact_onset_is_imagined_motion_against_the_true_touch() -> None:
+    """Touched at step 6 and two pixels away 3.3 steps later; imagined 5 steps too early, on time, never, and without a touch."""
+    times = np.arange(13) * 2 * DT
+    executed, real = execute(TRUE, contact=6, steps=24), video(TRUE, times)
+
+    def early(k: float) -> tuple[float, float, float]:
+        return pushed(k + 5)
+
+    row = score_imagination(video({OBJECT: early, FINGER: finger}, times), times, executed, real, times)
+    lag = row["contact_to_motion_steps"]
+    assert lag == pytest.approx(3.3, abs=0.3) and row["contact_onset_bias_steps_floor"] == pytest.approx(lag, abs=0.7)
+    assert row["contact_onset_bias_steps"] == pytest.approx(lag - 5, abs=0.8)  # before the touch
+    assert row["contact_onset_error_steps"] == pytest.approx(5 - lag, abs=0.8) and row["contact_onset_missed"] == 0
+    frozen = score_imagination(np.repeat(real[:1], 13, 0), times, executed, real, times)
+    assert frozen["contact_onset_error_steps"] is None and frozen["contact_onset_missed"] == 1
+    for contact in (None, 0):  # nothing touched it, or something did already
+        none = score_imagination(real, times, execute(TRUE, contact=contact, steps=24), real, times)
+        assert none["contact_onset_error_steps_n"] == none["contact_onset_missed_n"] == 0
+    later = score_imagination(real, times, execute(TRUE, contact=20, steps=24), real, times)
+    assert later["contact_onset_error_steps_n"] == 0  # it moved long before it was touched
+
+
 def test_a_melting_object_is_flagged() -> None:
     """The picture round the object is pulled apart in waves that grow to 9 px."""
     ys, xs = np.mgrid[:120, :160].astype(np.float32)
@@ -375,6 +462,25 @@ def test_films_of_an_episode(tmp_path: Path) -> None:
         np.abs(changed - (x, y)).max(-1) < HALF[OBJECT] + 4
     ).sum() > 30  # many of them on the object, where it is then
     assert np.abs(tracks[18] - imagined[18]).mean() < 4  # a chunk that was not scored has no dots
+
+
+@pytest.mark.parametrize("name", ["m", "oracle", "other", "objects_erased", "perfect", "frozen", "noise"])
+def test_films_say_who_made_the_pictures(tmp_path: Path, name: str) -> None:
+    """Only a model imagines and generates; a control shows something, and its films say what."""
+    executed, real = truth()
+    scored = score_chunk(real[:3], TIMES[:3], executed, real[:3], TIMES[:3])
+    chunks = [ImaginedChunk(step=0, frames_THWC=real[:3], times_T=TIMES[:3], scored=scored)]
+    label = film_label(name, f"{name}-1f", 3)
+    panels = write_panels(tmp_path, "a", {0: real[0], 2: real[0]}, chunks, model=name, label=label)
+    told = " ".join([label, *(f"{p.label} {p.description}" for p in panels)])
+    assert f"{name}-1f" in label and "seed 3" in label and len(panels) == 3
+    if name == "m":
+        assert label.startswith("generated by m-1f") and "m: imagined" in told and "m imagined" in told
+    else:
+        assert (
+            "generated by m" not in told and "not generated by a model" in label and "not imagined by a model" in told
+        )
+        assert f"{name}: imagined" not in told and f"{name} imagined" not in told and SHOWN[name] in label
 
 
 def test_roles_follow_the_names() -> None:

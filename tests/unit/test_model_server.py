@@ -229,6 +229,8 @@ def test_whole_messages_with_the_wrong_content_are_refused_one_by_one() -> None:
         right | {"features": {"taps": [1.5], "sigma": 1.0, "first_frame_mask": "correct"}},
         right | {"features": {"taps": [1]}},
         right | {"ids": [["task", "5", 0]]},
+        right | {"plan_steps": [1.5]},
+        right | {"plan_steps": 0},
     ]
     with serving() as (address, _):
         connection = Connection(raw(address), peer=address)
@@ -280,6 +282,7 @@ def test_what_travels_is_the_same_on_the_other_side() -> None:
         returns=frozenset({"features", "latents"}),
         features=FeatureRequest(taps=(2, 5), sigma=0.25, first_frame_mask="worldarena_compat"),
         ids=[("click_bell", 100_000, 3)],
+        plan_steps=[32],
     )
     for value in (request, a_request(1)):
         back = unpack_request(_sent(pack_request(value)))

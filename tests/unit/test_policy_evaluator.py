@@ -204,12 +204,30 @@ def test_what_a_model_knows_to_be_true_is_kept() -> None:
     class Knows(Meter):
         def rollout(self, request: RolloutRequest) -> Rollout:
             made = super().rollout(request)
-            made.cost["success"] = float(len(self.requests) == 2)
+            made.cost |= {"success": float(len(self.requests) == 2), "success_s": 0.06}
             return made
 
     assert PolicyInModel(Knows()).run(Counting(8), start(20)).truth == {"success": True}, "success latches"
     assert PolicyInModel(Knows()).run(Counting(8), start(5)).truth == {"success": False}
     assert PolicyInModel(Meter()).run(Counting(8), start(20)).truth == {}
+
+
+@pytest.mark.parametrize(("step", "told"), [(2, True), (4, True), (5, False), (8, False), (None, "unknown")])
+def test_truth_is_that_of_the_video_which_is_judged(step: int | None, told: bool | str) -> None:
+    """11 pictures: 5, 4, and of the last rollout of 8 steps 2 pictures, so that its last four steps are not shown."""
+
+    class Late(Meter):
+        def rollout(self, request: RolloutRequest) -> Rollout:
+            made = super().rollout(request)
+            made.cost["success"] = float(len(self.requests) == 3)
+            if step is not None and made.cost["success"]:
+                made.cost["success_s"] = step * DT
+            return made
+
+    made = PolicyInModel(Late()).run(Counting(8), start(18))
+    shown = len(made.frames_THWC) - 9
+    assert shown == 2, "pictures of the third rollout, two control steps each"
+    assert made.truth == ({} if told == "unknown" else {"success": told})
 
 
 def test_lengths() -> None:

@@ -68,6 +68,7 @@ def make_data(folder: Path, groups: int = 2, frames: int = 40, short: int = 24) 
                       rows=[["one model", "another model", "+10 %", "0.5"] * 4] * 3, numeric=[2, 3])],
         verdicts=["The robot follows the video it is shown."],
         skipped=["WoW: skipped: needs weights"],
+        crashed=["b on click_bell/100001: the simulator died"],
         published=[Table(title="Table 3", text="Percent.", head=["model", "task 1"], rows=[["WoW", "20"]], numeric=[1])],
         success=[SuccessRow(task="click_bell", policy="a", successes=2, episodes=3)],
     )  # fmt: skip
@@ -96,13 +97,22 @@ def test_reports_without_players_stay_free_of_scripts(tmp_path: Path) -> None:
 def test_sections_twin_and_markdown(tmp_path: Path) -> None:
     data = make_data(tmp_path)
     page = write_report(data, tmp_path).read_bytes()
-    for anchor in ("players", "failures", "success", "verdicts", "tables", "skipped", "published"):
+    for anchor in ("players", "failures", "success", "verdicts", "tables", "skipped", "crashed", "published"):
         assert f'<section id="{anchor}">'.encode() in page
     again = load_report(tmp_path / "report.json")
     assert again == data
     assert write_report(again, tmp_path).read_bytes() == page
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
-    for text in ("skipped: needs weights", "not measured here", "did not succeed", "media/imagined.mp4", "+10 %"):
+    assert b"b on click_bell/100001: the simulator died" in page
+    assert b"every other panel was imagined" not in page and b"what a control put in its place" in page
+    for text in (
+        "skipped: needs weights",
+        "b on click\\_bell/100001: the simulator died",
+        "not measured here",
+        "did not succeed",
+        "media/imagined.mp4",
+        "+10 %",
+    ):
         assert text in markdown
     assert markdown.index("+10 %") < markdown.index("not measured here")
 
@@ -116,7 +126,7 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
     for table in data.tables + data.published:
         table.title = table.text = NASTY
         table.head, table.rows = [NASTY] * 2, [[NASTY] * 2]
-    data.verdicts = data.skipped = [NASTY]
+    data.verdicts = data.skipped = data.crashed = [NASTY]
     data.players_note = data.failures_note = NASTY
     text = write_report(data, tmp_path).read_text(encoding="utf-8")
     assert text.count("<script") == 1 and "&lt;script&gt;" in text

@@ -71,7 +71,8 @@ def test_bootstrap_mean():
     assert (low, high) == pytest.approx(tuple(expected.confidence_interval), abs=0.01)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(200), rel=0.05)
     assert bootstrap_mean(values, np.random.default_rng(2)) == (mean, low, high), "the generator decides"
-    assert bootstrap_mean([3.0], np.random.default_rng(0)) == (3.0, 3.0, 3.0)
+    for few in ([3.0], [3.0, 5.0], [3.0] * 9):
+        assert bootstrap_mean(few, np.random.default_rng(0)) == (np.mean(few), None, None), "no width is not certainty"
     for bad in ([], [1.0, math.nan]):
         with pytest.raises(ValueError):
             bootstrap_mean(bad, np.random.default_rng(0))

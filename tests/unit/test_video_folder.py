@@ -112,6 +112,9 @@ def test_what_does_not_belong_to_the_id_is_refused(folder):
                 horizon=5,
             )
         )
+    with pytest.raises(MissingCapabilityError, match="rollout_chunks=1"):
+        model.rollout(dataclasses.replace(ask(IDS[0]), plan_steps=[32]))
+    model.rollout(dataclasses.replace(ask(IDS[0]), plan_steps=[0]))
     with pytest.raises(UserError, match="do click_bell"):
         model.rollout(ask(IDS[0], instructions=["do lift_pot"]))
     with pytest.raises(MissingCapabilityError, match="at most 2"):

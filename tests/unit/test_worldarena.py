@@ -47,6 +47,29 @@ def test_other_settings_win_and_are_named() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["planner.candidates=4", "planner.verifier=spread"], "best of 4 imaginations by spread, not the only one"),
+        (["planner.denoising_steps=2"], "denoising_steps 2, not the model's own"),
+        (["planner.rollout_chunks=3"], "plans of 3 chained rollouts, not of 1 or 2"),
+        (
+            ["planner.prompt_template='Do this: {instruction}'"],
+            "a prompt around the instruction, not the instruction alone",
+        ),
+        (["first_seed=100200"], "scenes from seed 100200 on, not the frozen ones"),
+    ],
+)
+def test_whatever_changes_results_is_named(words: list[str], told: str) -> None:
+    config = compose("eval_plan", ["protocol=worldarena", *words], EvalPlanConfig)
+    assert config.worldarena().deviations() == [told]
+    part = worldarena.block({}, config.worldarena())
+    json.dumps(part["protocol"], allow_nan=False)
+    assert f"differs from the protocol: {told}" in worldarena.markdown(part)
+    one = compose("eval_plan", ["protocol=worldarena", "planner.rollout_chunks=1"], EvalPlanConfig)
+    assert not one.worldarena().deviations(), "a model whose rollout holds 45 rows needs one"
+
+
 def test_what_the_protocol_does_not_know_is_refused() -> None:
     with pytest.raises(UserError, match=r"tasks: got 'press_stapler'.*adjust_bottle, click_bell"):
         EvalPlanConfig(protocol="worldarena", tasks=["press_stapler"]).check()
@@ -166,7 +189,10 @@ def test_the_mean_of_two_tasks_and_its_interval(tmp_path: Path) -> None:
     task = claims["planner/worldarena/model/adjust_bottle/success"]
     assert (task["low"], task["high"]) == wilson(12, 100)
     against = claims["planner/worldarena/model/mean/success"]["against"]
-    assert against == {"execute_horizon": 45, "max_steps": 400, "control": "topp", "deviations": "none"}
+    assert against == {
+        "execute_horizon": 45, "rollout_chunks": 1, "max_steps": 400, "control": "topp", "denoising_steps": 0, "candidates": 1,
+        "deviations": "none",
+    }  # fmt: skip
     assert "| model | 16.0 % | 11.8-21.9 % | 200 | 0 |" in text
     assert "executed rows a plan 45, step limit 400, control topp" in text
 

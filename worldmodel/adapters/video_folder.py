@@ -95,6 +95,10 @@ class VideoFolderWorldModel:
         if request.ids is None:
             fix = "plan with a planner that passes ids, as physis eval plan does"
             raise UserError("ids", got=None, wanted="(task, seed, plan) of each context", fix=fix)
+        if request.plan_steps is not None and any(request.plan_steps):
+            got, wanted = f"a rollout that starts {max(request.plan_steps)} control steps into a plan", "whole plans"
+            fix = "planner.rollout_chunks=1: a folder holds one video of each plan, and nothing that goes on from it"
+            raise MissingCapabilityError("plan_steps", got=got, wanted=wanted, fix=fix)
         samples, videos, worst = request.seeds_BS.shape[1], [], 0.0
         for row, (name, instruction) in enumerate(zip(request.ids, request.instructions, strict=True)):
             entry = self._entry(name, instruction, samples)

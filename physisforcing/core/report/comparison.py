@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from .data import ReportData, Table
 from .markup import Markup, fill, join
 
+CRASHED = "They count as neither success nor failure and stand in no denominator."
+
 
 def tables(data: ReportData) -> Markup:
     return _tables(data.tables)
@@ -18,6 +20,10 @@ def verdicts(data: ReportData) -> Markup:
 
 def skipped(data: ReportData) -> Markup:
     return _list(data.skipped)
+
+
+def crashed(data: ReportData) -> Markup:
+    return fill("<p>{t}</p>{items}", t=CRASHED, items=_list(data.crashed)) if data.crashed else Markup("")
 
 
 def published(data: ReportData) -> Markup:

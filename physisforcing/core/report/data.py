@@ -127,7 +127,8 @@ class ReportData:
     ``held_out``: how the held-out loss was measured, in a sentence. ``provenance``: group -> name -> value.
     ``limits``: sentences on what the figures do not show. What a comparison adds: ``players``, ``failures`` (a gallery of them), each
     with a ``note`` on what was left out; ``tables``, ``verdicts`` (sentences on the controls), ``skipped`` (what could not run and what
-    it needs) and ``published`` (numbers of others, kept apart from what was measured here).
+    it needs), ``crashed`` (episodes that count nowhere, with what went wrong) and ``published`` (numbers of others, kept apart from what
+    was measured here).
     """
 
     title: str
@@ -150,6 +151,7 @@ class ReportData:
     tables: list[Table] = field(default_factory=list)
     verdicts: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    crashed: list[str] = field(default_factory=list)
     published: list[Table] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .charts import interval_bar, line_chart
-from .comparison import published, skipped, tables, verdicts
+from .comparison import crashed, published, skipped, tables, verdicts
 from .data import LossChange, Player, ReportData, SuccessRow, interval
 from .figures import render_figures
 from .markup import Markup, fill, join
@@ -17,11 +17,12 @@ from .players import render_players, script, script_policy
 #: A page may show only what is inside it.
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 #: Sections that only a comparison has: a page without them does not name them as missing.
-OPTIONAL = ("players", "failures", "verdicts", "tables", "skipped", "published")
+OPTIONAL = ("players", "failures", "verdicts", "tables", "skipped", "crashed", "published")
 
 PLAYERS = (
-    "Each group plays on one clock. What the simulator rendered is real; every other panel was imagined by a model before it happened, "
-    "chunk by chunk. Coloured points are followed through the imagination, pale points are where the simulator says they truly went."
+    "Each group plays on one clock. Executed is what the simulator rendered. The other panels are what the planner took for the future, "
+    "chunk by chunk, before it happened: what a model imagined, or what a control put in its place; each says which. Coloured points are "
+    "followed through these pictures, pale points are where the simulator says they truly went."
 )
 FAILURES = "Episodes that did not succeed: what was imagined, and what happened instead."
 
@@ -48,6 +49,7 @@ def render_html(data: ReportData, folder: Path) -> str:
         ("verdicts", "What the controls say", verdicts(data)),
         ("tables", "Comparison", tables(data)),
         ("skipped", "Skipped", skipped(data)),
+        ("crashed", "Crashed episodes", crashed(data)),
         ("published", "Published numbers of others", published(data)),
         ("time", "Where the time went", _stages(data)),
         ("provenance", "Provenance", _provenance(data)),

@@ -39,7 +39,11 @@ def render_markdown(data: ReportData) -> str:
             for r in data.success
         ]
         parts += _table(["task", "policy", "successes", "95 % interval", "crashed", "note"], rows)
-    for heading, sentences in (("What the controls say", data.verdicts), ("Skipped", data.skipped)):
+    for heading, sentences in (
+        ("What the controls say", data.verdicts),
+        ("Skipped", data.skipped),
+        ("Crashed episodes, in no denominator", data.crashed),
+    ):
         if sentences:
             parts += [f"## {heading}", ""] + [f"- {_text(text)}" for text in sentences] + [""]
     for heading, tables in (
