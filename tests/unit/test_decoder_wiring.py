@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from physisforcing.compare import CompareConfig, ComparedModel, ComparisonPlan
+from physisforcing.compare_controls import VIDEOS
+from physisforcing.compare_models import RETRIEVED, look_at_models, picture_note, refused_controls
 from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.lerobot import HEAD, LeRobotWriter, robot_features
 from physisforcing.core.types import DT, ActionSpec, Observation, RolloutRequest, WorldModelSpec
@@ -176,6 +179,63 @@ def test_an_oracle_check_reads_its_pictures_with_the_second_decoder(folders: dic
     assert weight_folders(config)["decoder"].name == "idm", "it is what the results are keyed by"
     same = EpisodeRunner(EvalPlanConfig(), {}, {}, {})
     assert same.decoder is same.picture_decoder
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def compared(**planner: Any) -> CompareConfig:
+    return CompareConfig(models={"mine": "shipped"}, planner=PlannerSettings(**planner))
+
+
+def test_controls_that_no_decoder_can_read_are_listed(folders: dict[str, str], tmp_path: Path) -> None:
+    controls = ["noop", "retrieval", RETRIEVED, *VIDEOS]
+    assert refused_controls(PlannerSettings(decoder=folders["feature"]), controls) == {}
+    assert "reads features" in picture_note(PlannerSettings(decoder=folders["feature"]))
+    assert picture_note(PlannerSettings(decoder=folders["single_frame"])) == ""
+    with torch.random.fork_rng():
+        longer = SingleFrameInverseDynamics(InverseDynamicsConfig(frames=33, dim=16, heads=2))
+    longer.set_statistics(*statistics())
+    second = str(save_single_frame_decoder(longer, tmp_path / "longer"))
+    found = refused_controls(PlannerSettings(decoder=folders["feature"], picture_decoder=second), controls)
+    assert set(found) == {RETRIEVED, *VIDEOS}
+    assert "17 pictures" in found[RETRIEVED] and "frames for 3.84 s" in found["oracle"]
+    # the models' plans may be longer than what the controls' decoder reads
+    assert "1..32" in refused_controls(PlannerSettings(execute_horizon=40), ["frozen", "noop"])["frozen"]
+    assert refused_controls(PlannerSettings(execute_horizon=40), ["noop"]) == {}
+
+
+def test_models_are_looked_at_before_the_simulator_starts(folders: dict[str, str]) -> None:
+    config = compared(decoder=folders["latent"])
+    models = {"mine": ComparedModel(source="shipped"), "still": ComparedModel(source=FROZEN)}
+    with pytest.raises(MissingCapabilityError, match=r"latents.*planner.decoder=shipped"):
+        look_at_models(config, models, rows=())
+    looked = look_at_models(config, models, rows={"still"})
+    assert set(looked.specs) == {"mine", "still"} and set(looked.resting) == {"still"}
+    assert "planner.decoder=shipped" in looked.resting["still"]
+    toy = {"toy": ComparedModel(source="physisforcing.planner.service.toy:actions")}
+    rests = look_at_models(compared(), toy, rows=()).resting["toy"]
+    assert rests.startswith("a planner that gives it actions") and "is measured" in rests
+    config = compared()
+    config.sensitivity = 0
+    with pytest.raises(MissingCapabilityError, match="must be given actions"):
+        look_at_models(config, toy, rows=())
+
+
+@pytest.mark.sim
+def test_a_comparison_keys_controls_by_the_decoder_that_reads_them(folders: dict[str, str], tmp_path: Path) -> None:
+    def plan_of(**planner: Any) -> ComparisonPlan:
+        config = compared(**planner)
+        config.controls, config.episodes, config.output = ["noop", "frozen", "perfect"], 1, str(tmp_path)
+        return ComparisonPlan(config, progress=False)
+
+    plain, feature = plan_of(), plan_of(decoder=folders["feature"])
+    assert plain.names == feature.names == ["mine", "noop", "frozen", "perfect"] and not feature.skipped
+    assert plain.fingerprints["frozen"] == feature.fingerprints["frozen"], "the shipped decoder reads it in both"
+    assert plain.fingerprints["mine"] != feature.fingerprints["mine"] and feature.note and not plain.note
+    third = plan_of(decoder=folders["feature"], picture_decoder=folders["single_frame"])
+    assert third.fingerprints["mine"] == feature.fingerprints["mine"]
+    assert third.fingerprints["frozen"] != feature.fingerprints["frozen"]
 
 
 # --- models that a planner cannot use --------------------------------------------------------------------------------
