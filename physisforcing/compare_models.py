@@ -72,27 +72,20 @@ def try_planner(settings: PlannerSettings, model: WorldModel, decoder: InverseDy
 def refused_controls(settings: PlannerSettings, controls: Sequence[str]) -> dict[str, str]:
     """Controls that show pictures, where no decoder at hand can read them -> what they need. ``UserError`` for a second decoder that does
     not read pictures at all."""
-    from physisforcing.core.types import DT
     from physisforcing.envs.control_models import FrozenFrame
-    from physisforcing.planner.video_decoding import STRIDE, WINDOW_FRAMES
 
-    from .planners import open_decoder, picture_decoder_name
+    from .planners import open_decoder, picture_decoder_name, recorded_video_needs
 
-    shown = [name for name in controls if name in VIDEOS or name == RETRIEVED]
-    if not shown:
-        return {}
-    decoder = open_decoder(picture_decoder_name(settings), "cpu")
+    shown = [name for name in controls if name in VIDEOS]
     found: dict[str, str] = {}
+    if RETRIEVED in controls and (needed := recorded_video_needs(settings)):
+        found[RETRIEVED] = needed
+    if not shown:
+        return found
     try:
-        try_planner(settings, FrozenFrame(), decoder)
+        try_planner(settings, FrozenFrame(), open_decoder(picture_decoder_name(settings), "cpu"))
     except UserError as error:
-        found |= dict.fromkeys(
-            (name for name in shown if name in VIDEOS), f"other settings or another decoder: {error}"
-        )
-    needs = decoder.needs
-    whole = not needs.horizons or WINDOW_FRAMES in needs.horizons
-    if RETRIEVED in shown and not (whole and needs.frame_dt in (None, STRIDE * DT)):
-        found[RETRIEVED] = f"a decoder that reads {WINDOW_FRAMES} pictures, one every {STRIDE * DT:g} s"
+        found |= dict.fromkeys(shown, f"other settings or another decoder: {error}")
     return found
 
 

@@ -262,15 +262,24 @@ class _Plan:
     def _policies(self) -> list[str]:
         from physisforcing.planner.oracle import ORACLE_POLICIES
 
+        from .planners import recorded_video_needs
+
         config = self.config
+        retrieves = "retrieval" in config.baselines and config.train_demos
+        needed = recorded_video_needs(config.planner) if config.oracle or retrieves else ""
         if config.oracle:
+            if needed:
+                fix = "planner.picture_decoder=shipped"
+                raise UserError("planner.picture_decoder", got=config.planner.picture_decoder, wanted=needed, fix=fix)
             return list(ORACLE_POLICIES)
         policies = [MODEL]
+        if needed:
+            self.skipped.append(f"retrieval_video skipped: needs {needed}")
         for name in config.baselines:
             if name == "retrieval" and not config.train_demos:
                 self.skipped.append("retrieval skipped: needs train_demos=FOLDER (demonstrations with training seeds)")
             else:
-                policies += [name, "retrieval_video"] if name == "retrieval" else [name]
+                policies += [name, "retrieval_video"] if name == "retrieval" and not needed else [name]
         return policies
 
     def _identify(self) -> dict[str, str]:

@@ -140,6 +140,22 @@ def picture_decoder_name(settings: PlannerSettings) -> str:
     raise UserError("planner.picture_decoder", got=f"a {kind} decoder in {name}", wanted=wanted, fix=fix)
 
 
+def recorded_video_needs(settings: PlannerSettings) -> str:
+    """What is missing for whole recorded videos to be decoded (``planner.video_decoding``); empty where nothing is. ``UserError`` for a
+    second decoder that does not read pictures."""
+    from physisforcing.core.types import DT
+    from physisforcing.planner.video_decoding import STRIDE, WINDOW_FRAMES
+
+    needs = open_decoder(picture_decoder_name(settings), "cpu").needs
+    fits = not needs.horizons or WINDOW_FRAMES in needs.horizons
+    fits = fits and (needs.frame_dt is None or abs(needs.frame_dt - STRIDE * DT) < 1e-6)
+    return (
+        ""
+        if fits
+        else f"a decoder that reads {WINDOW_FRAMES} pictures, one every {STRIDE * DT:g} s (planner.picture_decoder)"
+    )
+
+
 def is_ours(source: str) -> bool:
     """Whether a world model is weights of ours: shipped, or a folder of ``physis train worldmodel``."""
     return source == "shipped" or (Path(source) / "world_model.json").is_file()

@@ -41,6 +41,7 @@ from physisforcing.planners import (
     open_decoder,
     open_world_model,
     picture_decoder_name,
+    recorded_video_needs,
     result_settings,
     source_name,
 )
@@ -200,6 +201,8 @@ def test_controls_that_no_decoder_can_read_are_listed(folders: dict[str, str], t
     found = refused_controls(PlannerSettings(decoder=folders["feature"], picture_decoder=second), controls)
     assert set(found) == {RETRIEVED, *VIDEOS}
     assert "17 pictures" in found[RETRIEVED] and "frames for 3.84 s" in found["oracle"]
+    assert recorded_video_needs(PlannerSettings(decoder=second)) == found[RETRIEVED]
+    assert recorded_video_needs(PlannerSettings(decoder=folders["feature"])) == ""
     # the models' plans may be longer than what the controls' decoder reads
     assert "1..32" in refused_controls(PlannerSettings(execute_horizon=40), ["frozen", "noop"])["frozen"]
     assert refused_controls(PlannerSettings(execute_horizon=40), ["noop"]) == {}
