@@ -101,8 +101,8 @@ class EpisodeRunner:
         from physisforcing.planner.videos import ImaginationRecorder, side_by_side, write_labelled
 
         env, imagination = self._environment(task), ImaginationRecorder()
-        policy, every = self._policy(policy_name, env, imagination)
         film = policy_name == MODEL and (task, seed) in self.filmed
+        policy, every = self._policy(policy_name, env, imagination, show=film)
         result = run_episode(
             env if film else SparsePictures(env, every),
             policy,
@@ -123,12 +123,15 @@ class EpisodeRunner:
             row["video"] = str(write_labelled(path, frames, label=label).relative_to(self.config.output))
         return row
 
-    def _policy(self, name: str, env: Any, imagination: Any) -> tuple[Any, int]:
-        """The policy, and after how many control steps it wants to see a picture again (0: never)."""
+    def _policy(self, name: str, env: Any, imagination: Any, *, show: bool = False) -> tuple[Any, int]:
+        """The policy, and after how many control steps it wants to see a picture again (0: never). ``show``: what it imagines is wanted as
+        pictures, where the model has them."""
         from physisforcing.envs import baselines
 
         if name == MODEL:
-            return self._planner(self._world_model(), env, imagination), self.config.planner.execute_horizon
+            model = self._world_model()
+            show = show and "frames" in model.spec.returns
+            return self._planner(model, env, imagination, show=show), self.config.planner.execute_horizon
         if name == "noop":
             return baselines.NoOp(), 0
         if name == "random":

@@ -29,7 +29,7 @@ def test_every_control_runs_beside_a_latent_decoder(tmp_path):
         train_demos=str(train),
         episodes=1,
         sensitivity=0,
-        max_steps=33,
+        max_steps=40,
         threads=1,
         videos=0,
         output=str(tmp_path / "run"),
@@ -43,7 +43,7 @@ def test_every_control_runs_beside_a_latent_decoder(tmp_path):
     assert any("reads latents" in note for note in summary["notes"])
     rows = {row["policy"]: row for row in ResultsFile(tmp_path / "run" / "results.jsonl").rows}
     for name in ("mine", "frozen", "noise", "oracle", "other", "objects_erased"):
-        assert rows[name]["scores"]["chunks"] == 1, (
+        assert rows[name]["scores"]["chunks"] == 2, (
             "what was imagined is scored, also where the decoder does not read it"
         )
     oracle = rows["oracle"]["scores"]
