@@ -36,6 +36,9 @@ settings (field=value):
                          the task's objects
   demos=FOLDER           demonstrations of the same scenes (recorded into output/demonstrations if not given)
   planner=pico           decoder and planner: planner.decoder, planner.execute_horizon=32, planner.candidates=1, planner.device=cpu, ...
+                         planner.picture_decoder=shipped reads the controls' pictures where planner.decoder needs features or latents
+  sensitivity=2          scenes a task in which it is measured how much a model depends on its condition: text models on the sentence
+                         (against another task's), action models on the actions (against other ones executed from there); 0: none
   classifier=FOLDER      success classifier (physis train success): imagined against true success
   output=PATH            the same command again continues; results.jsonl, report.html, report.md, summary.json, videos/
   workers=0  threads=2  videos=2 (filmed scenes a task)  control=interpolated  max_steps=null  retry_errors=false
@@ -72,6 +75,7 @@ class CompareConfig:
     train_demos: str = ""
     demos: str = ""
     classifier: str = ""
+    sensitivity: int = 2
     output: str = "runs/compare"
     control: str = "interpolated"
     max_steps: int | None = None
@@ -96,7 +100,7 @@ class CompareConfig:
         for name in self.controls:
             if name not in CONTROLS:
                 raise unknown_name("controls", name, CONTROLS, see="physis compare --help")
-        check_at_least(self, episodes=1, workers=0, threads=1, videos=0)
+        check_at_least(self, episodes=1, workers=0, threads=1, videos=0, sensitivity=0)
         check_planner(self.planner)
         if self.planner.server:
             fix = "leave it out: every process loads the models that it compares"
@@ -151,6 +155,7 @@ def main(argv: Sequence[str]) -> int:
 def compare(config: CompareConfig, *, command: str = "physis compare", progress: bool = True) -> dict[str, Any]:
     """Run or continue a comparison; returns the summary that ``summary.json`` holds."""
     from .compare_report import write_comparison
+    from .compare_sensitivity import measure_sensitivity
     from .episode_jobs import run_jobs
 
     plan = ComparisonPlan(config, progress=progress)
@@ -163,7 +168,7 @@ def compare(config: CompareConfig, *, command: str = "physis compare", progress:
         retry_errors=config.retry_errors,
         progress=progress,
     )
-    return write_comparison(config, plan, rows, command=command)
+    return write_comparison(config, plan, rows, measure_sensitivity(config, plan, progress=progress), command=command)
 
 
 class ComparisonPlan:
@@ -172,16 +177,16 @@ class ComparisonPlan:
     def __init__(self, config: CompareConfig, *, progress: bool = True) -> None:
         from physisforcing.envs.seeds import Job
 
-        self.config, self.models = config, config.check()
+        self.config, given = config, config.check()
         #: name -> what it lacks.
         self.skipped: dict[str, str] = {}
-        self._add_rows()
+        self._look_at(given)
         self.scenes: Scenes = plan_scenes(config.tasks, config.episodes, config.manifest, config.first_seed)
         self.controls = self._controls()
         if not config.demos and any(name in VIDEOS and VIDEOS[name].needs_demos for name in self.controls):
             config.demos = record_demonstrations(config, self.scenes, progress=progress)
         self.names = [*self.models, *self.controls]
-        self.fingerprints = identify(config, self.models, self.controls)
+        self.fingerprints = identify(config, self.specs, list(self.models), self.controls)
         settings = {"control": config.control, "max_steps": config.max_steps, "threads": config.threads}
         self._config_hash = config_hash(settings)
         self.filmed = {(task, seed) for task in config.tasks for seed in self.scenes.seeds[task][: config.videos]}
@@ -198,23 +203,37 @@ class ComparisonPlan:
             config=self._config_hash,
         )
 
-    def _add_rows(self) -> None:
+    def _look_at(self, given: dict[str, ComparedModel]) -> None:
+        """``models`` act in closed loop; ``sensitive`` are those whose sensitivity is measured; ``specs`` of all of them."""
         from physisforcing.planner.model_sources import load_rows
 
-        for row in load_rows(self.config.rows):
-            if row.missing:
-                self.skipped[row.title] = row.missing
-            else:
-                self.models[row.name] = ComparedModel(source=row.source, recipe=row.recipe)
+        from .compare_models import look_at_models, picture_note, unmeasured_sensitivity
+
+        rows = load_rows(self.config.rows)
+        self.skipped |= {row.title: row.missing for row in rows if row.missing}
+        found = {row.name: ComparedModel(source=row.source, recipe=row.recipe) for row in rows if not row.missing}
+        every = given | found
+        looked = look_at_models(self.config, every, found)
+        self.specs = looked.specs
+        self.models = {name: model for name, model in every.items() if name not in looked.resting}
+        self.skipped |= {f"{name} in closed loop": what for name, what in looked.resting.items()}
+        unmeasured = unmeasured_sensitivity(self.specs) if self.config.sensitivity else dict.fromkeys(every, "")
+        self.sensitive = {name: model for name, model in every.items() if name not in unmeasured}
+        self.skipped |= {f"sensitivity of {name}": what for name, what in unmeasured.items() if what}
+        self.note = picture_note(self.config.planner)
 
     def _controls(self) -> list[str]:
+        from .compare_models import RETRIEVED, refused_controls
+
         controls = list(self.config.controls)
         if "retrieval" in controls and not self.config.train_demos:
             controls.remove("retrieval")
             self.skipped["retrieval"] = "train_demos=FOLDER (demonstrations with training seeds)"
         elif "retrieval" in controls:
-            controls.insert(controls.index("retrieval") + 1, "retrieval_video")
-        return controls
+            controls.insert(controls.index("retrieval") + 1, RETRIEVED)
+        refused = refused_controls(self.config.planner, controls)
+        self.skipped |= refused
+        return [name for name in controls if name not in refused]
 
 
 def record_demonstrations(config: CompareConfig, scenes: Scenes, *, progress: bool) -> str:

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from physisforcing.core.executed import ExecutedChunk
 from physisforcing.core.results import config_hash
-from physisforcing.core.types import DT
+from physisforcing.core.types import DT, WorldModelSpec
 from physisforcing.planner.imagination_media import ImaginedChunk
 from physisforcing.planner.imagination_rows import merge_rows
 from physisforcing.planner.imagination_scores import score_chunk
 from physisforcing.planner.imagined_success import chunk_end
 
 from .compare_controls import VIDEOS, control_model
-from .plan_episodes import EpisodeRunner, SparsePictures, weight_folders
+from .plan_episodes import EpisodeRunner, SparsePictures
 from .plan_scenes import Scenes
 
 if TYPE_CHECKING:
@@ -29,38 +29,50 @@ if TYPE_CHECKING:
 POLICIES = ("noop", "random", "retrieval")
 
 
-def identify(config: CompareConfig, models: Mapping[str, ComparedModel], controls: Sequence[str]) -> dict[str, str]:
-    """Fingerprints of all models and controls: weights, decoder and planner's settings."""
+def identify(
+    config: CompareConfig, specs: Mapping[str, WorldModelSpec], models: Sequence[str], controls: Sequence[str]
+) -> dict[str, str]:
+    """Fingerprints of the models and controls that act: weights, decoder and planner's settings."""
     from physisforcing.core.lerobot import LeRobotDataset
+    from physisforcing.planner.train import weights_folder
     from physisforcing.planner.worldarena import read_template
     from physisforcing.worldmodel.storage import fingerprint
 
-    from .planners import result_settings
-    from .world_models import load_any
+    from .planners import picture_decoder_name, result_settings
 
     settings: dict[str, Any] = result_settings(config.planner, None)
-    settings["decoder"] = fingerprint(weight_folders(config)["decoder"])  # type: ignore[arg-type]
     if config.planner.prompt_template != "{instruction}":
         settings["prompt"] = read_template(config.planner.prompt_template)
     if config.classifier:
         settings["classifier"] = fingerprint(Path(config.classifier))
+    decoder, pictures = (
+        fingerprint(weights_folder(name, "idm", field="planner.decoder"))
+        for name in (config.planner.decoder, picture_decoder_name(config.planner))
+    )
     found = {}
-    for name, model in models.items():
-        steps, codec = config.planner.denoising_steps or None, source_codec(model.source, config.planner.codec)
-        spec = load_any(model.source, config.planner.device, codec=codec, steps=steps).spec
-        found[name] = f"{name}-{config_hash(settings | {'world_model': spec.fingerprint})}"
+    for name in models:
+        parts = settings | {"decoder": decoder, "world_model": specs[name].fingerprint}
+        found[name] = f"{name}-{config_hash(parts)}"
     for name in controls:
         own: dict[str, Any] = {}
         if name in VIDEOS:
-            own |= settings
+            own |= settings | {"decoder": pictures}
         if name in VIDEOS and VIDEOS[name].needs_demos:
             own["demos"] = LeRobotDataset(config.demos).fingerprint()
         if name.startswith("retrieval"):
             own["train_demos"] = LeRobotDataset(config.train_demos).fingerprint()
         if name == "retrieval_video":
-            own["decoder"] = settings["decoder"]
+            own["decoder"] = pictures
         found[name] = f"{name}-{config_hash(own)}" if own else name
     return found
+
+
+def load_compared(config: CompareConfig, source: str, device: str) -> Any:
+    """A compared world model from any source; codec and denoising steps of the settings are for folders of ours."""
+    from .world_models import load_any
+
+    codec, steps = source_codec(source, config.planner.codec), config.planner.denoising_steps or None
+    return load_any(source, device, codec=codec, steps=steps)
 
 
 class ComparisonRunner(EpisodeRunner):
@@ -91,8 +103,10 @@ class ComparisonRunner(EpisodeRunner):
         env, imagination = self._environment(task), ImaginationRecorder()
         imagines = policy_name in self.models or policy_name in VIDEOS
         if imagines:
-            model = self._shown(policy_name, env)
-            policy, frame_dt = self._planner(model, env, imagination), model.spec.frame_dt
+            decoder = self.decoder if policy_name in self.models else self.picture_decoder
+            model = self._shown(policy_name, env, decoder)
+            show, frame_dt = "frames" in model.spec.returns, model.spec.frame_dt
+            policy = self._planner(model, env, imagination, decoder, show=show)
             chunks = ChunkRecorder(env.unwrapped, every=self.config.planner.execute_horizon)
         else:
             (policy, every), chunks = self._policy(policy_name, env, imagination), None
@@ -125,31 +139,20 @@ class ComparisonRunner(EpisodeRunner):
 
     # ------------------------------------------------------------------ who imagines
 
-    def _shown(self, name: str, env: Any) -> Any:
-        """The world model, or the control in its place. One is kept, since a model may fill the memory."""
+    def _shown(self, name: str, env: Any, decoder: Any) -> Any:
+        """The world model, or the control in its place, as the decoder reads it. One is kept, since a model may fill the memory."""
+        from physisforcing.worldmodel.adapters.resampled import for_decoder
+
         key = name if name in self.models else f"{name}/{env.unwrapped.task_name}"
         if self._key != key:
             self._drop_model()
             if name in self.models:
-                self._model = self._load(name)
+                made = load_compared(self.config, self.models[name].source, self.device)
             else:
-                horizon = self.config.planner.execute_horizon
-                prompt = self.config.planner.prompt_template
-                self._model = control_model(name, env.unwrapped, self.config.demos, horizon, prompt)
-            self._key = key
+                horizon, prompt = self.config.planner.execute_horizon, self.config.planner.prompt_template
+                made = control_model(name, env.unwrapped, self.config.demos, horizon, prompt)
+            self._model, self._key = for_decoder(made, decoder.needs), key
         return self._model
-
-    def _load(self, name: str) -> Any:
-        from physisforcing.worldmodel.adapters.resampled import for_decoder
-
-        from .world_models import load_any
-
-        steps = self.config.planner.denoising_steps or None
-        model = load_any(self.models[name].source, self.device, codec=self._codec(name), steps=steps)
-        return for_decoder(model, self.decoder.needs)
-
-    def _codec(self, name: str) -> str | None:
-        return source_codec(self.models[name].source, self.config.planner.codec)
 
     def _drop_model(self) -> None:
         close = getattr(self._model, "close", None)
@@ -164,8 +167,8 @@ class ComparisonRunner(EpisodeRunner):
         from physisforcing.planner.oracle import target_errors
 
         assert executed_PA is not None
-        demos = self._demonstrations()
-        own, other = demos.load(task, seed), demos.load(task, self._model.other_seed(task, seed))
+        demos, shown = self._demonstrations(), getattr(self._model, "world_model", self._model)
+        own, other = demos.load(task, seed), demos.load(task, shown.other_seed(task, seed))
         return {
             "joint_deg": target_errors(executed_PA, own)["joint_deg"],
             "joint_deg_to_other": target_errors(executed_PA, other)["joint_deg"],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from physisforcing.core.lerobot_format import write_json
 from physisforcing.core.report import Panel, Player, ReportData, Table, within_bytes, write_report
 from physisforcing.planner.comparison import Comparison, EpisodeOutcome, compare
-from physisforcing.planner.comparison_controls import control_verdicts
+from physisforcing.planner.comparison_controls import Sensitivity, control_verdicts
 from physisforcing.planner.comparison_output import success_rows, tables
 from physisforcing.planner.imagined_success import ImaginedSuccess, score_imagined_success
 
@@ -30,23 +30,34 @@ LIMITS = [
 
 
 def write_comparison(
-    config: CompareConfig, plan: ComparisonPlan, rows: Sequence[Mapping[str, Any]], *, command: str
+    config: CompareConfig,
+    plan: ComparisonPlan,
+    rows: Sequence[Mapping[str, Any]],
+    sensitivity_rows: Sequence[Mapping[str, Any]] = (),
+    *,
+    command: str,
 ) -> dict[str, Any]:
-    """Write ``report.*``, ``summary.json``, ``measurements.json`` and ``provenance.json``; returns the summary.
+    """``rows`` of episodes, and of ``compare_sensitivity``. Write ``report.*``, ``summary.json``, ``measurements.json`` and ``provenance.json``; returns the summary.
 
     Raises ``IncompleteCoverageError`` listing episodes that are missing.
     """
     from physisforcing.planner import measurements
 
+    from . import compare_sensitivity
+
     output = Path(config.output)
     outcomes = [_outcome(row, plan) for row in rows]
     found, verdicts = compare(outcomes), control_verdicts(outcomes)
-    success = imagined_success(rows)
+    success, sensitivity = imagined_success(rows), compare_sensitivity.summary_lines(sensitivity_rows)
+    crashed = compare_sensitivity.sensitivity_errors(sensitivity_rows)
+    found.errors += crashed
+    found.notes += [plan.note] if plan.note else []
     provenance = measurements.machine_provenance()
     summary = {
         **found.to_json(),
         "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
         "imagined_success": {name: value.to_json() for name, value in success.items()},
+        "sensitivity": compare_sensitivity.plain(sensitivity),
         "skipped": plan.skipped,
         "scenes": plan.scenes.manifests,
         "errors": len(found.errors),
@@ -57,8 +68,12 @@ def write_comparison(
     }
     write_json(output / "summary.json", summary)
     write_json(output / "provenance.json", provenance | {"command": command})
-    write_json(output / "measurements.json", measurement_lines(found, config, command=command, provenance=provenance))
-    data = report_data(config, plan, rows, found, [verdict.text for verdict in verdicts], success)
+    lines = measurement_lines(found, config, command=command, provenance=provenance)
+    shared: dict[str, Any] = {"command": command, "provenance": provenance}
+    lines += compare_sensitivity.sensitivity_measurements(sensitivity, config.control, **shared)
+    write_json(output / "measurements.json", lines)
+    data = report_data(config, plan, rows, found, [verdict.text for verdict in verdicts], success, sensitivity)
+    data.skipped += [f"{sentence} (crashed, in no denominator)" for sentence in crashed]
     data.provenance = {"run": {name: str(value) for name, value in provenance.items()} | {"command": command}}
     write_report(data, output)
     return summary
@@ -155,6 +170,7 @@ def report_data(
     found: Comparison,
     verdicts: list[str],
     success: Mapping[str, ImaginedSuccess],
+    sensitivity: Sequence[Sensitivity] = (),
 ) -> ReportData:
     """Everything on the page."""
     output = Path(config.output)
@@ -165,7 +181,7 @@ def report_data(
     scenes = ", ".join(f"{task} ({name})" for task, name in plan.scenes.manifests.items())
     return ReportData(
         title=found.title,
-        summary=f"{', '.join(plan.models)} under the same planner and decoder in the same scenes: {scenes}; control {config.control}, "
+        summary=f"{', '.join(plan.models) or 'No world model'} under the same planner and decoder in the same scenes: {scenes}; control {config.control}, "
         f"{config.planner.execute_horizon} steps executed a plan. " + " ".join(found.notes),
         created=datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         success=success_rows(found),
@@ -174,7 +190,7 @@ def report_data(
         players_note=_left_out(hidden),
         failures=failures,
         failures_note=_left_out(hidden_failures),
-        tables=tables(found, imagined=success),
+        tables=tables(found, imagined=success, sensitivity=sensitivity),
         verdicts=verdicts,
         skipped=[f"{name}: needs {what}" for name, what in plan.skipped.items()],
         crashed=found.errors,

@@ -185,18 +185,22 @@ class _Imagining:
 
     def __init__(self, config: DataExportConfig) -> None:
         from physisforcing.planner.imagined import EpisodeImaginer
-        from physisforcing.planner.inverse_dynamics import load_inverse_dynamics
-        from physisforcing.planner.train import choose_device, weights_folder
+        from physisforcing.planner.train import choose_device
         from physisforcing.planner.worldarena import PLAIN_PROMPT, read_template
+        from physisforcing.worldmodel.adapters.resampled import for_decoder
 
+        from .planners import check_latents, check_source, open_decoder
         from .world_models import load_any
 
         planner, self.config = config.planner, config
+        check_source(planner)
         device = choose_device(planner.device)
-        decoder = weights_folder(planner.decoder, "idm", field="planner.decoder")
+        decoder = open_decoder(planner.decoder, device)
         codec = None if planner.codec == "shipped" else planner.codec
         model = load_any(planner.world_model, device, codec=codec, steps=planner.denoising_steps or None)
-        self._imaginer = EpisodeImaginer(model, load_inverse_dynamics(decoder, device))
+        check_latents(model, decoder)
+        model = for_decoder(model, decoder.needs)
+        self._imaginer = EpisodeImaginer(model, decoder)
         self._before, self._after = read_template(config.prompt_template).split(PLAIN_PROMPT)
         self._spec = model.spec
         self.fps = 1 / model.spec.frame_dt

@@ -47,12 +47,11 @@ def make_policy(settings: Mapping[str, Any]) -> Policy:
 def _planner(values: Mapping[str, Any]) -> Policy:
     from physisforcing.core.connection import TOKEN_VARIABLE
     from physisforcing.eval_plan import PlannerSettings
-    from physisforcing.planner.action_planner import ActionPlanner
-    from physisforcing.planner.inverse_dynamics import load_inverse_dynamics
-    from physisforcing.planner.train import choose_device, weights_folder
+    from physisforcing.planner.train import choose_device
 
     from .model_process import ServerAddress
-    from .planners import check_planner, open_world_model, planner_config, planner_verifier
+    from .plan_episodes import model_folders
+    from .planners import check_planner, make_planner, open_decoder, open_world_model, planner_verifier
 
     known = [field.name for field in dataclasses.fields(PlannerSettings)]
     for name in values:
@@ -64,16 +63,11 @@ def _planner(values: Mapping[str, Any]) -> Policy:
         fix = "start one with physis serve model and give its HOST:PORT"
         raise UserError("planner.server", got="auto", wanted="HOST:PORT, or nothing", fix=fix)
     device = choose_device(chosen.device)
-    folders = {
-        "world_model": weights_folder(chosen.world_model, "worldmodel", field="world_model"),
-        "codec": weights_folder(chosen.codec, "vae", field="codec"),
-    }
     token = os.environ.get(TOKEN_VARIABLE, "")
     server = ServerAddress(address=chosen.server, token=token) if chosen.server else None
-    world_model = open_world_model(chosen, folders, device, server)
-    decoder = load_inverse_dynamics(weights_folder(chosen.decoder, "idm", field="decoder"), device)
-    verifier = planner_verifier(chosen, device)
-    return ActionPlanner(world_model, decoder, planner_config(chosen), verifier=verifier)
+    world_model = open_world_model(chosen, model_folders(chosen), device, server)
+    decoder = open_decoder(chosen.decoder, device)
+    return make_planner(chosen, world_model, decoder, verifier=planner_verifier(chosen, device))
 
 
 _interface = deploy_interface(make_policy)

@@ -31,8 +31,10 @@ settings (field=value):
                          upward); or a shipped set (validation, test_ood, test_embodiment, swapped_instruction), or a
                          manifest's name or .json file
   output=PATH            the same command again continues; results.jsonl, summary.md, summary.json, videos/, measurements.json
-  planner=pico           weights and settings: planner.world_model, planner.codec, planner.decoder (folders; 'shipped'),
-                         planner.execute_horizon=32, planner.denoising_steps=0 (0: the model's own), planner.device=cpu
+  planner=pico           weights and settings: planner.world_model (any source: physis check worldmodel --help), planner.codec,
+                         planner.decoder (folders; 'shipped'), planner.execute_horizon=32, planner.denoising_steps=0 (0: the
+                         model's own), planner.device=cpu; planner.picture_decoder (shipped) reads recorded video for retrieval
+                         and the oracle where planner.decoder needs features or latents
   baselines=[noop,random,retrieval]        retrieval needs train_demos=FOLDER (a dataset with training seeds)
   planner.oracle=video   the decoder reads held-out demonstrations instead: needs demos=FOLDER with seeds from 100000
   workers=0 (processes; 0: this one)  threads=2 (numeric threads; part of the result's key)  videos=3  control=interpolated
@@ -63,6 +65,7 @@ class PlannerSettings:
     world_model: str = "shipped"
     codec: str = "shipped"
     decoder: str = "shipped"
+    picture_decoder: str = "shipped"
     oracle: str = "none"
     execute_horizon: int = 32
     min_motion: float = 0.02
@@ -264,15 +267,24 @@ class _Plan:
     def _policies(self) -> list[str]:
         from physisforcing.planner.oracle import ORACLE_POLICIES
 
+        from .planners import recorded_video_needs
+
         config = self.config
+        retrieves = "retrieval" in config.baselines and config.train_demos
+        needed = recorded_video_needs(config.planner) if config.oracle or retrieves else ""
         if config.oracle:
+            if needed:
+                fix = "planner.picture_decoder=shipped"
+                raise UserError("planner.picture_decoder", got=config.planner.picture_decoder, wanted=needed, fix=fix)
             return list(ORACLE_POLICIES)
         policies = [MODEL]
+        if needed:
+            self.skipped.append(f"retrieval_video skipped: needs {needed}")
         for name in config.baselines:
             if name == "retrieval" and not config.train_demos:
                 self.skipped.append("retrieval skipped: needs train_demos=FOLDER (demonstrations with training seeds)")
             else:
-                policies += [name, "retrieval_video"] if name == "retrieval" else [name]
+                policies += [name, "retrieval_video"] if name == "retrieval" and not needed else [name]
         return policies
 
     def _identify(self) -> dict[str, str]:
@@ -283,6 +295,8 @@ class _Plan:
 
         config = self.config
         parts = {name: fingerprint(folder) for name, folder in weight_folders(config).items()}
+        if MODEL in self.policies and "world_model" not in parts:
+            parts["world_model"] = self._source_fingerprint()
         retrieved = ""
         if "retrieval" in self.policies:
             retrieved = _training_demonstrations(config.train_demos).fingerprint()[:12]
@@ -294,10 +308,30 @@ class _Plan:
             "noop": "noop",
             "random": "random",
             "retrieval": f"retrieval-{retrieved}",
-            "retrieval_video": f"retrieval-{retrieved}-{parts.get('decoder')}",
+            "retrieval_video": f"retrieval-{retrieved}-{fingerprint(self._picture_decoder())}",
             "recorded": "recorded",
         }
         return {policy: known.get(policy, f"{policy}-{config_hash(parts)}") for policy in self.policies}
+
+    def _picture_decoder(self) -> Path:
+        from physisforcing.planner.train import weights_folder
+
+        from .planners import picture_decoder_name
+
+        return weights_folder(picture_decoder_name(self.config.planner), "idm", field="planner.picture_decoder")
+
+    def _source_fingerprint(self) -> str:
+        """What a world model that is no folder of ours says of itself, after a look at whether it can be planned with."""
+        from .planners import check_model, open_decoder, open_world_model
+
+        planner = self.config.planner
+        model = open_world_model(planner, {}, "cpu", self._server)
+        try:
+            check_model(model, open_decoder(planner.decoder, "cpu"))
+            return str(model.spec.fingerprint)
+        finally:
+            if hasattr(model, "close"):
+                model.close()
 
 
 def _training_demonstrations(root: str) -> Any:

@@ -101,8 +101,8 @@ def model_server(config: EvalPlanConfig) -> Iterator[ServerAddress | None]:
     folders = weight_folders(config)
     process = ModelProcess(
         {
-            "model": str(folders["world_model"]),
-            "codec": str(folders["codec"]),
+            "model": str(folders.get("world_model", planner.world_model)),
+            "codec": str(folders.get("codec", "")),
             "steps": planner.denoising_steps,
             "device": planner.device,
             "threads": config.threads,

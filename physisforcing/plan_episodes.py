@@ -11,7 +11,7 @@ import numpy as np
 from physisforcing.core.errors import UserError
 
 if TYPE_CHECKING:
-    from .eval_plan import EvalPlanConfig
+    from .eval_plan import EvalPlanConfig, PlannerSettings
     from .model_process import ServerAddress
 
 #: Name of the planner itself in results.
@@ -21,17 +21,32 @@ SETTLE = 10
 
 
 def weight_folders(config: EvalPlanConfig) -> dict[str, Path]:
-    """The folders this evaluation reads: decoder and codec, and the world model unless the oracle replaces it."""
+    """The folders this evaluation reads: decoder, and codec and world model where they are ours; the oracle needs no world model."""
     from physisforcing.planner.train import weights_folder
 
+    from .planners import picture_decoder_name
+
     planner = config.planner
-    folders = {
-        "decoder": weights_folder(planner.decoder, "idm", field="planner.decoder"),
+    folders = {"decoder": weights_folder(planner.decoder, "idm", field="planner.decoder")}
+    if config.oracle:
+        folders["decoder"] = weights_folder(picture_decoder_name(planner), "idm", field="planner.decoder")
+        return folders | {"codec": weights_folder(planner.codec, "vae", field="planner.codec")}
+    return folders | model_folders(planner)
+
+
+def model_folders(planner: PlannerSettings) -> dict[str, Path]:
+    """Codec and world model, where the world model is a folder of ours; nothing for any other source. ``UserError`` for none at all."""
+    from physisforcing.planner.train import weights_folder
+
+    from .planners import check_source, is_ours
+
+    check_source(planner)
+    if not is_ours(planner.world_model):
+        return {}
+    return {
         "codec": weights_folder(planner.codec, "vae", field="planner.codec"),
+        "world_model": weights_folder(planner.world_model, "worldmodel", field="planner.world_model"),
     }
-    if not config.oracle:
-        folders["world_model"] = weights_folder(planner.world_model, "worldmodel", field="planner.world_model")
-    return folders
 
 
 class EpisodeRunner:
@@ -49,13 +64,11 @@ class EpisodeRunner:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         import torch
 
-        from physisforcing.planner.decoder_files import load_decoder
         from physisforcing.planner.train import choose_device
 
         torch.set_num_threads(config.threads)
         self.config, self.entries, self.filmed, self.environments = config, entries, filmed, environments
         self.folders, self.device, self._server = weight_folders(config), choose_device(config.planner.device), server
-        self.decoder = load_decoder(self.folders["decoder"], self.device)
         self._env: Any = None
         self._task = ""
         self._parts: dict[str, Any] = {}
@@ -77,6 +90,8 @@ class EpisodeRunner:
         env, self._env = self._env, None
         if env is not None:
             env.close()
+        if hasattr(self._parts.get("world_model"), "close"):
+            self._parts.pop("world_model").close()
         torch.use_deterministic_algorithms(False)
 
     # ------------------------------------------------------------------ closed loop
@@ -86,8 +101,8 @@ class EpisodeRunner:
         from physisforcing.planner.videos import ImaginationRecorder, side_by_side, write_labelled
 
         env, imagination = self._environment(task), ImaginationRecorder()
-        policy, every = self._policy(policy_name, env, imagination)
         film = policy_name == MODEL and (task, seed) in self.filmed
+        policy, every = self._policy(policy_name, env, imagination, show=film)
         result = run_episode(
             env if film else SparsePictures(env, every),
             policy,
@@ -108,12 +123,15 @@ class EpisodeRunner:
             row["video"] = str(write_labelled(path, frames, label=label).relative_to(self.config.output))
         return row
 
-    def _policy(self, name: str, env: Any, imagination: Any) -> tuple[Any, int]:
-        """The policy, and after how many control steps it wants to see a picture again (0: never)."""
+    def _policy(self, name: str, env: Any, imagination: Any, *, show: bool = False) -> tuple[Any, int]:
+        """The policy, and after how many control steps it wants to see a picture again (0: never). ``show``: what it imagines is wanted as
+        pictures, where the model has them."""
         from physisforcing.envs import baselines
 
         if name == MODEL:
-            return self._planner(self._world_model(), env, imagination), self.config.planner.execute_horizon
+            model = self._world_model()
+            show = show and "frames" in model.spec.returns
+            return self._planner(model, env, imagination, show=show), self.config.planner.execute_horizon
         if name == "noop":
             return baselines.NoOp(), 0
         if name == "random":
@@ -122,25 +140,27 @@ class EpisodeRunner:
             return self._retrieval(), 0
         from physisforcing.planner.video_decoding import RetrievedVideo
 
-        return RetrievedVideo(self._retrieval(), self.decoder), 0
+        return RetrievedVideo(self._retrieval(), self.picture_decoder), 0
 
-    def _planner(self, world_model: Any, env: Any, imagination: Any) -> Any:
-        """The planner of the settings with this world model; ``imagination`` receives what it imagines."""
-        from physisforcing.planner.action_planner import ActionPlanner
-        from physisforcing.planner.worldarena import prompted
+    def _planner(self, world_model: Any, env: Any, imagination: Any, decoder: Any = None, *, show: bool = False) -> Any:
+        """The planner of the settings with this world model; ``imagination`` receives what it imagines. ``decoder``: in place of the
+        settings'; ``show`` as in ``planners.make_planner``."""
+        from .planners import make_planner, state_dim
 
-        from .planners import planner_config, state_dim
-
-        settings = self.config.planner
         limits, known = env.unwrapped.action_spec, state_dim(world_model)
         if known not in (None, limits.dim):
             fix = "train one on this robot, or use scenes of the robot that the model knows"
             got = f"scenes of a robot with {limits.dim} numbers an action"
             raise UserError("planner.world_model", got=got, wanted=f"{known}, as the model was trained", fix=fix)
-        planner = ActionPlanner(
-            world_model, self.decoder, planner_config(settings), imagination, limits, verifier=self._verifier()
+        return make_planner(
+            self.config.planner,
+            world_model,
+            self.decoder if decoder is None else decoder,
+            recorder=imagination,
+            action_spec=limits,
+            verifier=self._verifier(),
+            show=show,
         )
-        return prompted(planner, settings.prompt_template)
 
     # ------------------------------------------------------------------ oracle
 
@@ -156,7 +176,7 @@ class EpisodeRunner:
         seeds = demos.seeds(task)
         demo = demos.load(task, seed)
         other = demos.load(task, seeds[(seeds.index(seed) + 1) % len(seeds)])
-        targets = oracle.oracle_targets(policy_name, demo, other, self.decoder, self._round_trip)
+        targets = oracle.oracle_targets(policy_name, demo, other, self.picture_decoder, self._round_trip)
         poses: list[Any] = []
         policy = OpenLoopPolicy(policy_name, targets, lambda step: poses.append(env.unwrapped.body_poses()[1]))
         film = policy_name == "oracle" and (task, seed) in self.filmed
@@ -197,6 +217,25 @@ class EpisodeRunner:
         return round_trip(self._parts["codec"], frames, latent_noise=0.0, generator=generator)[0].cpu().numpy()
 
     # ------------------------------------------------------------------ parts, made when first needed
+
+    @property
+    def decoder(self) -> Any:
+        """Reads joint targets out of what the world model imagines."""
+        return self._opened(self.config.planner.decoder, "planner.decoder")
+
+    @property
+    def picture_decoder(self) -> Any:
+        """Reads joint targets out of recorded pictures: the same one, or a second one where that needs features or latents."""
+        from .planners import picture_decoder_name
+
+        return self._opened(picture_decoder_name(self.config.planner), "planner.picture_decoder")
+
+    def _opened(self, name: str, field: str) -> Any:
+        from .planners import open_decoder
+
+        if (key := f"decoder {name}") not in self._parts:
+            self._parts[key] = open_decoder(name, self.device, field=field)
+        return self._parts[key]
 
     def _environment(self, task: str) -> Any:
         import gymnasium

@@ -1,4 +1,4 @@
-"""From settings to a planner's parts: world model (here or in a server), verifier, configuration, and what identifies its results."""
+"""From settings to a planner and its parts: world model (here or in a server), decoders, verifier, and what identifies its results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from physisforcing.core.errors import UserError
 
 if TYPE_CHECKING:
-    from physisforcing.core.protocols import WorldModel
+    from physisforcing.core.protocols import InverseDynamics, Policy, VideoRecorderHook, WorldModel
+    from physisforcing.core.types import ActionSpec
     from physisforcing.planner.action_planner import ActionPlannerConfig
     from physisforcing.planner.verifiers import Verifier
 
@@ -40,7 +41,7 @@ def check_planner(settings: PlannerSettings) -> None:
 
 
 def planner_config(settings: PlannerSettings) -> ActionPlannerConfig:
-    """The planner's own part of the settings."""
+    """The planner's own part of the settings; its horizon follows from model and decoder (``make_planner``)."""
     from physisforcing.planner.action_planner import ActionPlannerConfig
 
     names = [field.name for field in dataclasses.fields(ActionPlannerConfig)]
@@ -58,14 +59,144 @@ def planner_verifier(settings: PlannerSettings, device: str) -> Verifier | None:
     return make_verifier(settings.verifier, classifier=classifier)
 
 
+def make_planner(
+    settings: PlannerSettings,
+    world_model: WorldModel,
+    decoder: InverseDynamics,
+    *,
+    recorder: VideoRecorderHook | None = None,
+    action_spec: ActionSpec | None = None,
+    verifier: Verifier | None = None,
+    show: bool = False,
+) -> Policy:
+    """The planner of the settings. The model's frames are chosen at the times that the decoder reads, and as many as it takes.
+
+    ``show``: what is imagined is recorded also where the decoder does not read pictures. Raises ``UserError`` for a model and a decoder
+    that do not belong together.
+    """
+    from physisforcing.planner.action_planner import ActionPlanner
+    from physisforcing.planner.plannable import planning_horizon
+    from physisforcing.planner.worldarena import prompted
+
+    fitted = check_model(world_model, decoder)
+    config = planner_config(settings)
+    config.horizon = planning_horizon(fitted.spec, decoder.needs)
+    planner = ActionPlanner(fitted, decoder, config, recorder, action_spec, verifier=verifier, show=show)
+    return prompted(planner, settings.prompt_template)
+
+
+def check_model(world_model: WorldModel, decoder: InverseDynamics) -> WorldModel:
+    """The model as the decoder reads it. ``UserError`` naming what is wrong where it cannot be planned with, or not with this decoder."""
+    from physisforcing.planner.plannable import check_conditions, check_plannable, planning_horizon
+    from physisforcing.worldmodel.adapters.resampled import for_decoder
+
+    check_conditions(world_model.spec)
+    check_latents(world_model, decoder)
+    fitted = for_decoder(world_model, decoder.needs)
+    check_plannable(fitted.spec, decoder.needs, horizon=planning_horizon(fitted.spec, decoder.needs))
+    return fitted
+
+
+def check_latents(world_model: Any, decoder: Any) -> None:
+    """``UserError`` for a latent decoder and a world model with other latents. A model that does not say which it has is not judged."""
+    wanted = getattr(getattr(decoder, "config", None), "latents_fingerprint", "")
+    settings = getattr(world_model, "settings", None)
+    about = settings if isinstance(settings, dict) else getattr(world_model, "about", None)
+    found = (about or {}).get("latents_fingerprint")
+    if wanted and found and wanted != found:
+        fix = (
+            "physis train idm decoder=latent with this model's codec, or planner.decoder=shipped, which reads pictures"
+        )
+        raise UserError("planner.decoder", got=f"a decoder of the latents {wanted}", wanted=f"of {found}", fix=fix)
+
+
+def open_decoder(name: str, device: str, *, field: str = "planner.decoder") -> InverseDynamics:
+    """The decoder of a folder of any kind, or ``shipped``. ``field``: the setting that says it."""
+    from physisforcing.planner.decoder_files import load_decoder
+    from physisforcing.planner.train import weights_folder
+
+    return load_decoder(weights_folder(name, "idm", field=field), device)
+
+
+def reads_pictures(decoder: InverseDynamics) -> bool:
+    """Whether recorded or drawn video is enough for a decoder."""
+    return decoder.needs.returns == {"frames"}
+
+
+def picture_decoder_name(settings: PlannerSettings) -> str:
+    """The decoder that reads the controls' pictures: the planner's own where it reads pictures, else ``planner.picture_decoder``.
+
+    Only the folders' configurations are read. ``UserError`` where that one does not read pictures either.
+    """
+    from physisforcing.planner.decoder_files import PICTURE_KINDS, read_config
+    from physisforcing.planner.train import weights_folder
+
+    for field in ("decoder", "picture_decoder"):
+        name = str(getattr(settings, field))
+        kind = read_config(weights_folder(name, "idm", field=f"planner.{field}"))["decoder"]
+        if kind in PICTURE_KINDS:
+            return name
+    wanted, fix = f"a decoder that reads pictures ({' or '.join(PICTURE_KINDS)})", "planner.picture_decoder=shipped"
+    raise UserError("planner.picture_decoder", got=f"a {kind} decoder in {name}", wanted=wanted, fix=fix)
+
+
+def recorded_video_needs(settings: PlannerSettings) -> str:
+    """What is missing for whole recorded videos to be decoded (``planner.video_decoding``); empty where nothing is. ``UserError`` for a
+    second decoder that does not read pictures."""
+    from physisforcing.core.types import DT
+    from physisforcing.planner.video_decoding import STRIDE, WINDOW_FRAMES
+
+    needs = open_decoder(picture_decoder_name(settings), "cpu").needs
+    fits = not needs.horizons or WINDOW_FRAMES in needs.horizons
+    fits = fits and (needs.frame_dt is None or abs(needs.frame_dt - STRIDE * DT) < 1e-6)
+    return (
+        ""
+        if fits
+        else f"a decoder that reads {WINDOW_FRAMES} pictures, one every {STRIDE * DT:g} s (planner.picture_decoder)"
+    )
+
+
+def is_ours(source: str) -> bool:
+    """Whether a world model is weights of ours: shipped, or a folder of ``physis train worldmodel``."""
+    return source == "shipped" or (Path(source) / "world_model.json").is_file()
+
+
+def check_source(settings: PlannerSettings) -> None:
+    """``UserError`` for a world model that does not exist, a folder of ours that must be given actions, and settings that only our own
+    folders have. Nothing is loaded."""
+    from physisforcing.planner.plannable import needs_more
+
+    from .world_models import find_loader
+
+    find_loader(settings.world_model)
+    if (Path(settings.world_model) / "actions.safetensors").is_file():
+        raise needs_more(settings.world_model, ["actions"])
+    for name in () if is_ours(settings.world_model) else ("codec", "denoising_steps"):
+        if (value := getattr(settings, name)) not in ("shipped", 0):
+            fix = f"leave planner.{name} out; a pipeline folder says its steps in physis_pipeline.json"
+            wanted = f"nothing: {settings.world_model} is no world-model folder of ours"
+            raise UserError(f"planner.{name}", got=value, wanted=wanted, fix=fix)
+
+
+def source_name(source: str) -> str:
+    """A source as a server and its clients both call it: the whole path of something on disk, else as it is given."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
 def open_world_model(
     settings: PlannerSettings, folders: Mapping[str, Path], device: str, server: ServerAddress | None
 ) -> WorldModel:
-    """The world model of the settings: loaded here, or the one in ``server``, which must be the same.
+    """The world model of the settings, from any source (``world_models``): loaded here, or the one in ``server``, which must be the same.
 
-    ``UserError`` where the server has other weights, another number of denoising steps or another way to compute.
+    ``folders``: those of world model and codec where it is ours. ``UserError`` where the server has another model, other weights, another
+    number of denoising steps or another way to compute.
     """
+    ours = "world_model" in folders
     if server is None:
+        from .world_models import load_any
+
+        if not ours:
+            return load_any(settings.world_model, device)
         from physisforcing.worldmodel.model import load_world_model
 
         steps = settings.denoising_steps or None
@@ -74,8 +205,12 @@ def open_world_model(
     from physisforcing.worldmodel.storage import fingerprint, read_json
 
     model = SocketWorldModel(server.address, token=server.token, connect_s=server.connect_s)
-    steps = settings.denoising_steps or int(read_json(folders["world_model"] / "world_model.json")["denoising_steps"])
-    wanted = {name: fingerprint(folders[name]) for name in ("world_model", "codec")} | {"denoising_steps": steps}
+    wanted: dict[str, Any] = {"source": source_name(settings.world_model)}
+    if ours:
+        steps = settings.denoising_steps or int(
+            read_json(folders["world_model"] / "world_model.json")["denoising_steps"]
+        )
+        wanted = {name: fingerprint(folders[name]) for name in ("world_model", "codec")} | {"denoising_steps": steps}
     for name, value in wanted.items():
         if model.about.get(name) != value:
             model.close()
@@ -118,7 +253,7 @@ def result_settings(settings: PlannerSettings, server: ServerAddress | None, thr
     """The settings that results depend on, weights apart: what cannot change them is left out, and so is what came later and is
     not used, so that older results stay valid. ``threads``: of this evaluation; a server may have others."""
     values = dataclasses.asdict(settings)
-    for name in ("world_model", "codec", "decoder", "server", "success", "prompt_template"):
+    for name in ("world_model", "codec", "decoder", "picture_decoder", "server", "success", "prompt_template"):
         del values[name]
     if settings.candidates == 1:
         del values["candidates"], values["verifier"]

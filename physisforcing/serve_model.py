@@ -15,7 +15,7 @@ from physisforcing.core.connection import TOKEN_VARIABLE, failure
 from physisforcing.core.errors import UserError
 from physisforcing.core.serving import own_output, stopped_by_signals, stopped_with_parent
 
-from .planners import GPU_BATCH
+from .planners import GPU_BATCH, source_name
 
 if TYPE_CHECKING:
     from physisforcing.planner.model_server import ModelServer
@@ -87,7 +87,7 @@ def make_server(config: ServeModelConfig) -> ModelServer:
 
 def _about(config: ServeModelConfig, device: str, model: Any) -> dict[str, Any]:
     """What clients compare with their own settings."""
-    about: dict[str, Any] = {"device": device, "threads": config.threads}
+    about: dict[str, Any] = {"device": device, "threads": config.threads, "source": source_name(config.model)}
     if hasattr(model, "denoiser"):  # one of our folders
         from physisforcing.core.paths import weights_root
         from physisforcing.worldmodel.storage import fingerprint
@@ -96,6 +96,7 @@ def _about(config: ServeModelConfig, device: str, model: Any) -> dict[str, Any]:
         codec = Path(config.codec) if config.codec else folder.parent / "vae"
         about |= {"world_model": fingerprint(folder), "codec": fingerprint(codec), "denoising_steps": model.steps}
         about["state_dim"] = model.denoiser.conditioner.config.state_dim
+        about["latents_fingerprint"] = model.settings["latents_fingerprint"]
     return about
 
 

@@ -16,6 +16,7 @@ from physisforcing.core.results import config_hash
 from physisforcing.core.types import DT, ActionSpec, Observation
 
 from .imagination import Imagination, Imaginer, context_pictures, lagged
+from .plannable import check_conditions, check_plannable
 from .verifiers import Verifier, VerifierInput, make_verifier
 
 
@@ -75,9 +76,11 @@ class ActionPlanner:
 
     Context are the pictures now, resized by area to the world model's views. The candidates of a plan are one batched rollout;
     noise depends on (episode seed, number of the plan, candidate, chunk). ``recorder`` receives the imagined video of every
-    executed plan (where the decoder reads pictures at all). ``action_spec``: limits that chunks are clipped to, as the environment
+    executed plan, where the decoder reads pictures or ``show`` asks for them anyway. ``action_spec``: limits that chunks are clipped to, as the environment
     would do, so that the history holds what is executed; clipped rows are counted. ``verifier``: instead of the one that the
     settings name, for instance with a trained classifier.
+
+    Raises ``MissingCapabilityError`` for a model that cannot be planned with (``plannable``), such as one that must be given actions.
     """
 
     def __init__(
@@ -88,13 +91,17 @@ class ActionPlanner:
         recorder: VideoRecorderHook | None = None,
         action_spec: ActionSpec | None = None,
         verifier: Verifier | None = None,
+        show: bool = False,
     ) -> None:
+        check_conditions(world_model.spec)
         self.world_model, self.inverse_dynamics, self.recorder = world_model, inverse_dynamics, recorder
         self.config = config or ActionPlannerConfig()
-        self.action_spec = action_spec
+        self.action_spec, self.show = action_spec, show
         self.verifier = self._chosen(verifier)
         self._check()
-        pictures = self.config.rollout_chunks > 1 or (self.verifier is not None and "frames" in self.verifier.needs)
+        pictures = (
+            show or self.config.rollout_chunks > 1 or (self.verifier is not None and "frames" in self.verifier.needs)
+        )
         self._imaginer = Imaginer(
             world_model,
             inverse_dynamics,
@@ -231,32 +238,10 @@ class ActionPlanner:
         return chosen
 
     def _check(self) -> None:
-        spec, config, needs = self.world_model.spec, self.config, self.inverse_dynamics.needs
-        continued = {"frames"} if config.rollout_chunks > 1 else set()
-        continued |= (self.verifier.needs & {"frames"}) if self.verifier is not None else set()
-        returns = needs.returns | continued
-        if spec.context_frames != 1 or not returns <= spec.returns:
-            raise MissingCapabilityError(
-                "world_model",
-                got=f"{spec.context_frames} context frames, returns {sorted(spec.returns)}",
-                wanted=f"1 context frame, returns {' and '.join(sorted(returns))}",
-                fix="plan with an image-to-video model",
-            )
-        if config.horizon not in spec.horizons or (needs.horizons and config.horizon not in needs.horizons):
-            both = [frames for frames in spec.horizons if not needs.horizons or frames in needs.horizons]
-            raise MissingCapabilityError(
-                "planner.horizon",
-                got=config.horizon,
-                wanted=f"one of {both}",
-                fix="choose a horizon of the model that the decoder takes",
-            )
-        if needs.frame_dt is not None and abs(needs.frame_dt - spec.frame_dt) > 1e-6:
-            raise MissingCapabilityError(
-                "world_model",
-                got=f"a picture every {spec.frame_dt:.3f} s",
-                wanted=f"every {needs.frame_dt:.3f} s, as the decoder was trained",
-                fix="use a decoder for this rate",
-            )
+        spec, config = self.world_model.spec, self.config
+        also = {"frames"} if config.rollout_chunks > 1 or self.show else set()
+        also |= (self.verifier.needs & {"frames"}) if self.verifier is not None else set()
+        check_plannable(spec, self.inverse_dynamics.needs, horizon=config.horizon, also=frozenset(also))
         rows = round((config.horizon - 1) * spec.frame_dt / DT) * config.rollout_chunks
         if not 1 <= config.execute_horizon <= rows:
             raise UserError(

@@ -40,7 +40,8 @@ class Verdict:
 class SensitivityPair:
     """One imagination against what really follows from its own condition and from the other one, in pixels of 240x320.
 
-    ``kind``: ``action`` (two chunks executed from one state) or ``instruction`` (the sentence swapped). None: not measured.
+    ``kind``: ``action`` (two chunks executed from one state) or ``instruction`` (the sentence swapped, both imaginations against what the
+    expert does), with the points that were followed. None: not measured.
     """
 
     model: str

@@ -37,7 +37,9 @@ IMAGINED = (
 )
 SENSITIVITY = (
     "How often an imagination is nearer to what really follows from its own condition than to what follows from another one. A model that "
-    "ignores its condition is nearer to neither, which does not count."
+    "ignores its condition is nearer to neither, which does not count. Action: the expert's next control steps and random ones, executed from "
+    "one state, each imagined. Instruction: what the expert does there, imagined with the episode's sentence (own) and with another task's "
+    "(other), from the same noise; margin: how much further the other one is. Distances are of tracked points, as late as they can be followed in both."
 )
 
 

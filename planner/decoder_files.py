@@ -21,6 +21,8 @@ from physisforcing.worldmodel.storage import save_tensors
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 #: What ``decoder`` in a folder's configuration says; folders of the pixel decoder may leave it out.
 KINDS = ("pixel", "single_frame", "latent", "feature")
+#: Kinds that need nothing but pictures, and so read recorded video as well.
+PICTURE_KINDS = ("pixel", "single_frame")
 C = TypeVar("C")
 
 

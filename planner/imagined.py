@@ -15,6 +15,7 @@ from physisforcing.core.types import DT, WorldModelSpec
 from .action_planner import noise_seed
 from .frame_store import resize_to
 from .imagination import Imaginer
+from .plannable import check_plannable, planning_horizon
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,12 +59,15 @@ def head_context(picture_HWC: NDArray[np.uint8], spec: WorldModelSpec) -> NDArra
 
 
 class EpisodeImaginer:
-    """A world model and a decoder that go on imagining from what they imagined (text-conditioned models)."""
+    """A world model and a decoder that go on imagining from what they imagined (text-conditioned models).
+
+    Raises ``MissingCapabilityError`` for a model that the decoder cannot read, or that does not show what it imagines.
+    """
 
     def __init__(self, world_model: WorldModel, decoder: InverseDynamics) -> None:
-        spec = world_model.spec
-        known = [horizon for horizon in decoder.needs.horizons or spec.horizons if horizon in spec.horizons]
-        self.horizon = known[0] if known else spec.horizons[0]
+        spec, needs = world_model.spec, decoder.needs
+        self.horizon = planning_horizon(spec, needs)
+        check_plannable(spec, needs, horizon=self.horizon, also=frozenset({"frames"}))
         self.spec, self.decoder = spec, decoder
         self.rows = int(frame_steps(spec, self.horizon)[-1])
         self._imaginer = Imaginer(

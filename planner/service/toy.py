@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 from physisforcing.core.requests import check_request
 from physisforcing.core.types import DT, ActionSpec, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
 
+#: Raised when the same request gives another video.
+VERSION = 2
+
 
 @dataclass(slots=True, kw_only=True)
 class ToyWorldModel:
-    """Frame t is the context, rolled sideways by what the actions (or the instruction) add up to, with 16 pixels of noise.
+    """Frame t is the context, rolled sideways by what the actions add up to and a little further every frame by the instruction, with
+    16 pixels of noise.
 
     A sample depends on its own context, instruction, actions, proprioception and seed alone. ``seconds``: what one rollout
     takes, besides the computing. ``rollouts`` counts calls, ``largest`` is the largest batch so far.
@@ -43,7 +47,9 @@ class ToyWorldModel:
             returns=frozenset({"frames"}),
             proprioception_lags=(0, 8) if "proprioception" in self.conditions else (),
             action_spec=joints if "actions" in self.conditions else None,
-            fingerprint=hashlib.sha256(repr((self.conditions, self.horizon)).encode()).hexdigest()[:12],
+            fingerprint=hashlib.sha256(repr((sorted(self.conditions), self.horizon, VERSION)).encode()).hexdigest()[
+                :12
+            ],
         )
 
     def rollout(self, request: RolloutRequest) -> Rollout:
@@ -60,12 +66,13 @@ class ToyWorldModel:
     def _one(self, request: RolloutRequest, b: int, s: int) -> NDArray[np.uint8]:
         """[1,T,H,W,3]"""
         picture = request.context_BVTHWC[b, 0, -1]
+        shifts = np.zeros(request.horizon, np.int64)
+        if "text" in self.conditions:
+            digest = hashlib.sha256(request.instructions[b].encode()).digest()
+            shifts += np.arange(request.horizon) * (1 + digest[0] % 7)
         if request.actions_BSPA is not None:
             rows = request.actions_BSPA[b, s].reshape(request.horizon - 1, -1)
-            shifts = np.concatenate([[0], np.rint(10 * rows.sum(axis=1)).astype(np.int64)])
-        else:
-            digest = hashlib.sha256(request.instructions[b].encode()).digest()
-            shifts = np.arange(request.horizon) * (1 + digest[0] % 7)
+            shifts[1:] += np.rint(10 * rows.sum(axis=1)).astype(np.int64)
         if request.proprioception_BKA is not None:
             shifts = shifts + round(float(request.proprioception_BKA[b].sum()))
         frames = np.stack([np.roll(picture, int(shift) % self.width, axis=1) for shift in shifts])

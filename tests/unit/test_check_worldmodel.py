@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import textwrap
 from typing import ClassVar
 
@@ -18,6 +21,7 @@ from physisforcing.core.requests import check_request
 from physisforcing.core.types import DT, ActionSpec, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
 from physisforcing.planner.check_worldmodel import CHECKS, check_names, check_world_model, summary
 from physisforcing.planner.contract_probe import CheckSettings, Probe, scene
+from physisforcing.planner.service import toy
 from physisforcing.world_models import load_any
 
 HORIZONS = (5, 9)
@@ -564,3 +568,22 @@ def test_help_says_that_naming_a_module_runs_it(capsys):
     assert cli.main(["check", "worldmodel", "--help"]) == 0
     text = capsys.readouterr().out
     assert "runs\nits code" in text and "shipped" in text and "module:function" in text
+
+
+@pytest.mark.parametrize("make", [toy.actions, toy.text])
+def test_the_toys_of_the_service_keep_the_contract(make):
+    results = {r.name: r for r in check_world_model(make)}
+    assert [r.line() for r in results.values() if r.status == "fail"] == []
+    assert results["text-sensitivity"].measured["mean"] > 1
+    assert results["actions-sensitivity"].status == ("pass" if make is toy.actions else "skipped")
+
+
+def test_a_toy_has_the_same_fingerprint_in_every_process():
+    code = "from physisforcing.planner.service import toy; print(toy.actions().spec.fingerprint)"
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in "12"
+    }
+    assert len(told) == 1 and toy.actions().spec.fingerprint.encode() in told.pop()

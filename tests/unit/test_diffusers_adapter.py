@@ -86,6 +86,30 @@ def test_it_gives_what_the_stock_pipeline_gives(tiny_wan_folder):
     assert made.cost["denoiser_calls"] == 4 and model.spec.frame_dt == 0.125 and model.spec.horizons == (9,)
 
 
+def test_a_text_to_video_folder_of_ti2v_takes_a_first_frame(folder):
+    """TI2V-5B is released as WanPipeline: opened with the image-to-video class, its pictures are those of the same weights there."""
+    from diffusers import WanPipeline
+
+    stock = load_any(str(folder))
+    index = json.loads((folder / "model_index.json").read_text())
+    text = folder.parent / "released"
+    parts = WanPipeline.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    parts.save_pretrained(text)
+    released = json.loads((text / "model_index.json").read_text())
+    assert released["_class_name"] == "WanPipeline" and released["expand_timesteps"] is True
+    assert "image_encoder" in index and "image_encoder" not in released
+    (text / "physis_pipeline.json").write_text(json.dumps(SMALL))
+    model = load_any(str(text))
+    assert type(model.pipeline).__name__ == "WanImageToVideoPipeline" and model.spec.name == "WanImageToVideo"
+    made, wanted = (m.rollout(request(m, seeds=((7,),))).frames_BSVTHWC for m in (model, stock))
+    assert np.array_equal(made, wanted)
+    black = request(model)
+    black.context_BVTHWC = np.zeros_like(black.context_BVTHWC)
+    assert (model.rollout(black).frames_BSVTHWC != made).any(), "the first frame is read"
+    failed = {r.name for r in check_world_model(lambda: load_any(str(text))) if r.status == "fail"}
+    assert failed == {"first-frame"}, "random weights decode noise"
+
+
 def test_other_settings_and_other_weights_have_other_fingerprints(folder):
     def fingerprint(**changes):
         (folder / "physis_pipeline.json").write_text(json.dumps(SMALL | changes))
@@ -349,6 +373,12 @@ def edit(folder, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def unset(folder, name, field):
+    file = folder / "model_index.json"
+    content = json.loads(file.read_text()) | {"_class_name": name}
+    file.write_text(json.dumps({key: value for key, value in content.items() if key != field}))
+
+
 def code(folder):
     (folder / "transformer" / "model.py").write_text("raise SystemExit('ran')")
 
@@ -364,7 +394,11 @@ DAMAGE = {
         lambda f: edit(f, _class_name="WanImageToVidePipeline"),
         "did you mean 'WanImageToVideoPipeline'",
     ),
-    "text to video": (lambda f: edit(f, _class_name="WanPipeline"), "WanPipeline"),
+    "text to video": (
+        lambda f: edit(f, _class_name="WanPipeline", expand_timesteps=False),
+        "text to video, its transformer takes no first frame",
+    ),
+    "text to video, not said": (lambda f: unset(f, "WanPipeline", "expand_timesteps"), "without expand_timesteps"),
     "custom class": (lambda f: edit(f, _class_name=["pipeline", "Mine"]), "the name of one class"),
     "foreign library": (lambda f: edit(f, transformer=["os", "system"]), "parts from diffusers, transformers"),
     "code": (code, "without Python files"),

@@ -90,7 +90,7 @@ def test_after_a_crash_the_next_episode_is_deterministic_again(monkeypatch: pyte
     import torch
 
     runner = object.__new__(EpisodeRunner)
-    runner.config, runner._env = EvalPlanConfig(), None
+    runner.config, runner._env, runner._parts = EvalPlanConfig(), None, {}
     seen: list[bool] = []
 
     def episode(task: str, policy: str, seed: int) -> dict[str, str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from physisforcing.core.errors import UserError, unknown_name
 
+#: TI2V-5B is released as this class, which takes text alone; its weights take a first frame through the image-to-video class.
+TEXT_TO_VIDEO, IMAGE_TO_VIDEO = "WanPipeline", "WanImageToVideoPipeline"
 #: Libraries that a pipeline's parts may come from: diffusers imports whatever ``model_index.json`` names.
 LIBRARIES = frozenset({"diffusers", "transformers"})
 
@@ -52,9 +54,11 @@ CLASSES: dict[str, PipelineClass] = {
 
 
 def read_class(folder: Path) -> str:
-    """The class that ``model_index.json`` names, after a look at everything it names.
+    """The class that opens the folder: the one that ``model_index.json`` names, after a look at everything it names; for a Wan
+    text-to-video pipeline with ``expand_timesteps`` (TI2V-5B) the image-to-video class over the same weights.
 
-    Raises ``UserError`` for a folder without it, a class or library that is not in the lists here, and Python files in the folder.
+    Raises ``UserError`` for a folder without it, a class or library that is not in the lists here, a Wan pipeline that takes no first
+    frame, and Python files in the folder.
     """
     index = folder / "model_index.json"
     if not index.is_file():
@@ -67,6 +71,8 @@ def read_class(folder: Path) -> str:
     name = content.get("_class_name") if isinstance(content, dict) else None
     if not isinstance(name, str):
         raise UserError("pipeline", got=f"_class_name {name!r}", wanted="the name of one class", fix="no custom code")
+    if name == TEXT_TO_VIDEO:
+        name = _with_first_frame(content)
     if name not in CLASSES:
         raise unknown_name("pipeline", name, CLASSES, see="docs/bring_your_world_model.md")
     code = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
@@ -79,6 +85,15 @@ def read_class(folder: Path) -> str:
             wanted = f"parts from {', '.join(sorted(allowed))}"
             raise UserError(f"pipeline.{part}", got=source, wanted=wanted, fix="convert the folder with diffusers")
     return name
+
+
+def _with_first_frame(content: dict[str, Any]) -> str:
+    """The class with which a Wan text-to-video folder takes a first frame. ``UserError`` where its weights cannot."""
+    if content.get("expand_timesteps") is not True:
+        got = f"{TEXT_TO_VIDEO} without expand_timesteps: text to video, its transformer takes no first frame"
+        fix = "use an image-to-video folder, such as Wan2.2-I2V-A14B or Wan2.2-TI2V-5B"
+        raise UserError("pipeline", got=got, wanted=f"{IMAGE_TO_VIDEO}, or expand_timesteps: true", fix=fix)
+    return IMAGE_TO_VIDEO
 
 
 def check_size(kind: PipelineClass, pipeline: Any, height: int, width: int, frames: int) -> None:
