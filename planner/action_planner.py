@@ -15,6 +15,7 @@ from physisforcing.core.protocols import InverseDynamics, VideoRecorderHook, Wor
 from physisforcing.core.results import config_hash
 from physisforcing.core.types import DT, ActionSpec, Observation
 
+from .decoder_checks import check_source
 from .imagination import Imagination, Imaginer, context_pictures, lagged
 from .verifiers import Verifier, VerifierInput, make_verifier
 
@@ -242,6 +243,7 @@ class ActionPlanner:
                 wanted=f"1 context frame, returns {' and '.join(sorted(returns))}",
                 fix="plan with an image-to-video model",
             )
+        check_source(spec, needs)
         if config.horizon not in spec.horizons or (needs.horizons and config.horizon not in needs.horizons):
             both = [frames for frames in spec.horizons if not needs.horizons or frames in needs.horizons]
             raise MissingCapabilityError(

@@ -13,6 +13,7 @@ from physisforcing.core.protocols import InverseDynamics, WorldModel
 from physisforcing.core.types import DT, WorldModelSpec
 
 from .action_planner import noise_seed
+from .decoder_checks import check_source
 from .frame_store import resize_to
 from .imagination import Imaginer
 
@@ -62,6 +63,7 @@ class EpisodeImaginer:
 
     def __init__(self, world_model: WorldModel, decoder: InverseDynamics) -> None:
         spec = world_model.spec
+        check_source(spec, decoder.needs)
         known = [horizon for horizon in decoder.needs.horizons or spec.horizons if horizon in spec.horizons]
         self.horizon = known[0] if known else spec.horizons[0]
         self.spec, self.decoder = spec, decoder

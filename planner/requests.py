@@ -56,15 +56,16 @@ def split(answer: Rollout, requests: Sequence[RolloutRequest]) -> list[Rollout]:
             for name in _ANSWER_FIELDS
         }
         cost = {name: value * share for name, value in answer.cost.items()} | {"batched": float(total)}
-        parts.append(dataclasses.replace(answer, cost=cost, **arrays))
+        parts.append(dataclasses.replace(answer, cost=cost, seeds_BS=request.seeds_BS, **arrays))
     return parts
 
 
 def rollout_in_parts(world_model: WorldModel, request: RolloutRequest, max_batch: int) -> Rollout:
-    """One rollout, or several of at most ``max_batch`` samples each, put together again: contexts are parted first, then candidates."""
+    """One rollout, or several of at most ``max_batch`` samples each, put together again: contexts are parted first, then candidates.
+    The answer carries the request's seeds."""
     batch, samples = request.seeds_BS.shape
     if batch * samples <= max_batch:
-        return world_model.rollout(request)
+        return dataclasses.replace(world_model.rollout(request), seeds_BS=request.seeds_BS)
     if batch > 1:
         size = max(1, max_batch // samples)
         parts = [_contexts(request, slice(i, i + size)) for i in range(0, batch, size)]
@@ -79,7 +80,7 @@ def rollout_in_parts(world_model: WorldModel, request: RolloutRequest, max_batch
         for name in _ANSWER_FIELDS
     }
     cost = {name: sum(answer.cost.get(name, 0.0) for answer in answers) for name in answers[0].cost}
-    return dataclasses.replace(answers[0], cost=cost, **arrays)
+    return dataclasses.replace(answers[0], cost=cost, seeds_BS=request.seeds_BS, **arrays)
 
 
 def _contexts(request: RolloutRequest, rows: slice | NDArray[np.int64]) -> RolloutRequest:
@@ -129,7 +130,7 @@ def as_asked(answer: Rollout, request: RolloutRequest) -> Rollout:
         else array.reshape(*request.seeds_BS.shape, *array.shape[2:])
         for name in _ANSWER_FIELDS
     }
-    return dataclasses.replace(answer, **arrays)
+    return dataclasses.replace(answer, seeds_BS=request.seeds_BS, **arrays)
 
 
 def rollout_in_equal_parts(world_model: WorldModel, request: RolloutRequest, size: int) -> Rollout:
@@ -142,4 +143,4 @@ def rollout_in_equal_parts(world_model: WorldModel, request: RolloutRequest, siz
     arrays: dict[str, Any] = {
         name: None if (array := getattr(answer, name)) is None else array[:batch] for name in _ANSWER_FIELDS
     }
-    return dataclasses.replace(answer, **arrays)
+    return dataclasses.replace(answer, seeds_BS=request.seeds_BS, **arrays)

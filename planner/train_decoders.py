@@ -25,6 +25,7 @@ def train_on_world_model(
     from physisforcing.worldmodel.model import load_world_model
     from physisforcing.worldmodel.storage import latents_fingerprint
 
+    from .decoder_checks import source_of
     from .decoder_windows import DecoderWindows, FrozenWorldModel
 
     began = time.perf_counter()
@@ -41,8 +42,9 @@ def train_on_world_model(
         from .feature_decoder.files import save_feature_decoder
         from .feature_decoder.training import train_feature_decoder
 
+        command.feature.model.features_fingerprint = source_of(model.spec, "features")
         made, metrics = train_feature_decoder(command.feature, frozen, folder=output, resume=command.resume, log=log)
-        metrics |= _facts(made, store, model.spec.fingerprint)
+        metrics |= _facts(made, store, source_of(model.spec, "features"))
         return metrics, lambda folder: save_feature_decoder(made, folder, card=card(decoder, metrics))
     from .latent_decoder import save_latent_decoder
     from .latent_training import train_latent_decoder
@@ -68,8 +70,8 @@ ROWS = {
     "model_measured": "decoded, against measured joints",
     "drive_measured": "recorded drive targets, against measured joints",
     "hold": "start joints repeated",
-    "real": "the codec's latents",
-    "real_measured": "the codec's latents, against measured joints",
+    "real": "real pictures or latents, against drive targets",
+    "real_measured": "real pictures or latents, against measured joints",
     "denoised": "latents denoised in one step from level 0.5",
     "frozen": "the first latent or picture repeated",
     "roundtrip": "pictures through the codec",

@@ -46,7 +46,7 @@ class SamplingConfig:
     """EDM noise levels. ``sigma_data``: deviation of the data that the preconditioning assumes. Training draws from a log-logistic
     density in [``sigma_min``, ``sigma_max``]; sampling takes ``steps`` DDIM steps from ``sigma_max`` to ``last_sigma``, then jumps to the
     denoised value (a large ``last_sigma`` gives something near the mean of what the head thinks possible). ``draws``: samples a decode;
-    their deviation is the spread. ``seed``: of their noise."""
+    their deviation is the spread. ``seed``: of their noise, together with the noise seed of the rollout that is decoded."""
 
     sigma_data: float = 0.5
     sigma_min: float = 0.001
@@ -66,7 +66,7 @@ class FeatureDecoderConfig:
     ``(frames - 1) * steps_per_frame + 1`` rows, the first of which is the pose already reached. ``goal_tokens``: the instruction's token
     embeddings of width ``goal_dim`` are cut and padded to so many, in training and in use alike. ``prompt``: what is embedded.
     ``normalise``: targets per dimension to deviation ``sigma_data``. ``proprioception``: the drive targets now are a token too, and rows
-    are changes from them.
+    are changes from them. ``features_fingerprint``: of the world model whose features it was trained on; training fills it in.
     """
 
     taps: tuple[int, ...] = (2, 4, 6)
@@ -83,6 +83,7 @@ class FeatureDecoderConfig:
     prompt: str = "{instruction}"
     normalise: bool = True
     proprioception: bool = False
+    features_fingerprint: str = ""
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -96,7 +97,13 @@ class FeatureDecoderConfig:
     def needs(self) -> DecoderNeeds:
         request = FeatureRequest(taps=self.taps, sigma=self.tap_sigma, first_frame_mask=self.first_frame_mask)
         returns, dt = frozenset({"features"}), self.steps_per_frame * DT
-        return DecoderNeeds(returns=returns, features=request, horizons=(self.frames,), frame_dt=dt)
+        return DecoderNeeds(
+            returns=returns,
+            features=request,
+            horizons=(self.frames,),
+            frame_dt=dt,
+            features_fingerprint=self.features_fingerprint,
+        )
 
 
 def paper_size(**changes: Any) -> FeatureDecoderConfig:

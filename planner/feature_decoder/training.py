@@ -169,11 +169,12 @@ def evaluate_features(
     anywhere = frozen.windows.store.draw(windows, allowed_E=live.allowed_E, start_share=0.0, generator=generator)
     places = {"start": (live.allowed_E, torch.zeros_like(live.allowed_E)), "anywhere": anywhere}
     out: dict[str, Any] = {"windows": {place: len(episode) for place, (episode, _) in places.items()}}
-    noise, measures = model.draw_noise(), frozen.windows.store.measured_NA is not None
+    measures = frozen.windows.store.measured_NA is not None
     for place, (episode, start) in places.items():
         found, now, spread, drive = [], [], [], []
         for rows in torch.arange(len(episode), device=device).split(together):
             batch = live.of(episode[rows], start[rows], generator)
+            noise = model.draw_noise(rows.tolist())
             draws = model.rows(batch.features_BKFhwD, batch.goal, batch.state_BA, noise).cpu().numpy()
             chunks = [chunk_of(entry) for entry in draws]
             found.append(np.stack([chunk.actions_PA for chunk in chunks]))
@@ -195,17 +196,21 @@ def evaluate_features(
 
 
 def check_geometry(config: FeatureDecoderConfig, frozen: FrozenWorldModel) -> None:
-    """``UserError`` where the decoder's sizes are not those of the world model's features."""
+    """``UserError`` where the decoder's sizes or its time base are not those of the world model's features."""
+    frozen.check_window(config.frames, config.steps_per_frame, field="feature.model")
+    _, rows, columns = frozen.latent_shape()
     transformer = frozen.model.denoiser.transformer
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    _, high, wide = transformer.config.patch_size
     goal = frozen.windows.goal_SLD
-    found = {
+    found: dict[str, tuple[object, object]] = {
         "feature_dim": (config.feature_dim, width),
         "latent_frames": (config.latent_frames, frozen.latents),
+        "grid": (tuple(config.grid), (rows // high, columns // wide)),
         "goal_dim": (config.goal_dim, goal.shape[2]),
         "action_dim": (config.action_dim, frozen.windows.store.states_NA.shape[1]),
     }
     for name, (got, wanted) in found.items():
         if got != wanted:
-            fix = f"feature.model.{name}={wanted}"
+            fix = f"feature.model.{name}={list(wanted) if isinstance(wanted, tuple) else wanted}"
             raise UserError(f"feature.model.{name}", got=got, wanted=f"{wanted}, as the world model has", fix=fix)

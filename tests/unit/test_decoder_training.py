@@ -28,7 +28,7 @@ from physisforcing.planner.feature_decoder.training import (
     score_matching,
     train_feature_decoder,
 )
-from physisforcing.planner.frame_store import make_store
+from physisforcing.planner.frame_store import make_store, split_episodes
 from physisforcing.planner.idm_training import IdmTrainConfig, statistics, train_inverse_dynamics
 from physisforcing.planner.inverse_dynamics import InverseDynamicsConfig
 from physisforcing.planner.latent_decoder import (
@@ -186,9 +186,77 @@ def test_what_does_not_fit_is_refused(frozen):
     )
     with pytest.raises(DatasetError, match="measured"):
         blind.rows(torch.tensor([0]), torch.tensor([0]), measured=True)
-    config = dataclasses.replace(feature_run(), model=feature_config(feature_dim=25))
-    with pytest.raises(UserError, match="feature_dim"):
-        train_feature_decoder(config, frozen, folder=None)
+    for change, match in (
+        ({"feature_dim": 25}, "feature_dim"),
+        ({"grid": (4, 3)}, r"feature\.model\.grid: got \(4, 3\), wanted \(3, 4\).*grid=\[3, 4\]"),
+        ({"steps_per_frame": 1}, r"feature\.model\.steps_per_frame"),
+        ({"frames": 5, "latent_frames": 2}, r"feature\.model\.frames"),
+    ):
+        config = dataclasses.replace(feature_run(), model=feature_config(**change))
+        with pytest.raises(UserError, match=match):
+            train_feature_decoder(config, frozen, folder=None)
+    for change, match in (
+        ({"grid": (4, 3)}, r"latent\.model\.grid"),
+        ({"latent_channels": 16}, r"latent\.model\.latent_channels"),
+        ({"steps_per_frame": 1}, r"latent\.model\.steps_per_frame"),
+    ):
+        other = LatentTrainConfig(model=dataclasses.replace(LATENT, **change), fit=FitConfig(batch=6))
+        with pytest.raises(UserError, match=match):
+            train_latent_decoder(other, frozen, folder=None)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_a_decoder_of_another_rate_is_refused_before_training(frozen, stride):
+    windows = dataclasses.replace(frozen.windows, stride=stride)
+    with pytest.raises(UserError, match=rf"{stride * 0.06:.4g} s.*0\.12 s.*steps_per_frame=2"):
+        FrozenWorldModel(frozen.model, windows)
+
+
+def other_model(frozen, **changes):
+    """The frozen model, of which one word of its spec is another."""
+
+    class Other:
+        spec = dataclasses.replace(frozen.model.spec, **changes)
+
+        def rollout(self, request):
+            return frozen.model.rollout(request)
+
+    return Other()
+
+
+def test_a_decoder_is_tied_to_the_model_it_was_trained_on(frozen):
+    from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
+    from physisforcing.planner.imagined import EpisodeImaginer
+
+    assert frozen.model.spec.features_fingerprint == "x"
+    config = ActionPlannerConfig(horizon=FRAMES, execute_horizon=8)
+    feature = FeatureInverseDynamics(feature_config(features_fingerprint="x"), Words())
+    latent = LatentInverseDynamics(dataclasses.replace(LATENT, latents_fingerprint="codec-a"))
+    for decoder, fits, clashes, words in (
+        (feature, {}, {"features_fingerprint": "another"}, ("another", "features x")),
+        (
+            latent,
+            {"latents_fingerprint": "codec-a"},
+            {"latents_fingerprint": "codec-b"},
+            ("codec-b", "latents codec-a"),
+        ),
+        (
+            latent,
+            {"fingerprint": "codec-a"},
+            {"fingerprint": "all"},
+            ("all", "latents codec-a"),
+        ),  # says no more than that
+    ):
+        ActionPlanner(other_model(frozen, **fits), decoder, config)
+        for build in (lambda m, d: ActionPlanner(m, d, config), EpisodeImaginer):
+            with pytest.raises(MissingCapabilityError) as caught:
+                build(other_model(frozen, **clashes), decoder)
+            assert all(word in str(caught.value) for word in words), caught.value
+    more_steps = FlowWorldModel(
+        frozen.model.denoiser, CellCodec(), frozen.model.settings, weights_fingerprint="x", steps=3, text=Words()
+    )
+    assert more_steps.spec.fingerprint != frozen.model.spec.fingerprint
+    ActionPlanner(more_steps, feature, config)  # denoising steps change pictures, not features
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -278,7 +346,7 @@ def test_the_feature_decoder_learns_windows_by_heart(frozen, tmp_path):
         model.eval()
         goal, state = tuple(g[:6] for g in stored.goal), stored.rows[:6, 0]
         with torch.no_grad():
-            made = model.rows(stored.features[:6], goal, state, model.draw_noise()).numpy()
+            made = model.rows(stored.features[:6], goal, state, model.draw_noise(range(6))).numpy()
         chunks = np.stack([chunk_of(draws).actions_PA for draws in made])
         return float(np.sqrt(((chunks - stored.rows[:6, 1:].numpy()) ** 2)[..., [0, 6]].mean()))
 
@@ -355,6 +423,7 @@ def test_the_latent_decoder_reads_motion(latent):
         assert metrics[place]["real"]["joint_deg"] < 0.85 * metrics[place]["frozen"]["joint_deg"]
         assert metrics[place]["denoised"]["joint_deg"] < metrics[place]["hold"]["joint_deg"]
         assert metrics[place]["real_measured"]["joint_deg"] > 0
+        assert 0 < metrics[place]["drive_measured"]["joint_deg"] < metrics[place]["hold"]["joint_deg"]
         assert set(metrics["spread_deg"][place]) == {"real", "denoised"}
 
 
@@ -432,6 +501,14 @@ def single():
 
 def test_the_single_frame_decoder_reads_poses(single, tmp_path):
     model, metrics = single
+    for place in ("start", "anywhere"):
+        assert set(metrics[place]) == {"real", "frozen", "hold", "real_measured", "drive_measured"}
+    # by hand: the toy's joints are a step behind, every held-out episode once
+    whole, (_, held_out) = demonstrations(), split_episodes(demonstrations(), share=0.05)
+    steps = [whole.states_NA[e * 24 : e * 24 + 9, :6].diff(dim=0) for e in held_out.tolist()]
+    lag = np.degrees(np.sqrt((torch.stack(steps).numpy() ** 2).sum() / (len(steps) * 8 * 12)))
+    assert metrics["start"]["drive_measured"]["joint_deg"] == pytest.approx(lag, rel=1e-4)
+    assert metrics["start"]["real_measured"]["joint_deg"] != metrics["start"]["real"]["joint_deg"]
     assert metrics["anywhere"]["real"]["joint_deg"] < 0.4 * metrics["anywhere"]["hold"]["joint_deg"]
     store = demonstrations(seed=1)
     frames, state, targets = store.windows(torch.tensor([0]), torch.tensor([4]), frames=5, stride=2)
@@ -487,6 +564,8 @@ def test_the_command_writes_a_folder_that_decodes(kind, frozen, tmp_path, monkey
     said = (tmp_path / "run" / "model" / "README.md").read_text()
     assert ("codec abcdef" in said) == (kind == "latent") and f"{metrics['start']['hold']['joint_deg']:.3f}" in said
     loaded = load_decoder(tmp_path / "run" / "model", text=Words())
+    if kind == "feature":
+        assert loaded.needs.features_fingerprint == frozen.model.spec.features_fingerprint
     rollout, state = latent_rollout(frozen)
     if kind == "feature":
         shape = (2, 1, 2, 3, 3, 4, 24)
