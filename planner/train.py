@@ -70,6 +70,7 @@ def run(command: TrainIdmCommand) -> dict[str, Any]:
     """Load, train, measure on held-out seeds, save. Returns the metrics that ``metrics.json`` holds."""
     import torch
 
+    from .decoder_fit import check_folder
     from .idm_training import print_row
     from .train_decoders import train_on_world_model
 
@@ -81,6 +82,8 @@ def run(command: TrainIdmCommand) -> dict[str, Any]:
     if command.threads:
         torch.set_num_threads(command.threads)
     device, output = choose_device(command.device), Path(command.output)
+    if command.decoder in ("feature", "latent"):
+        check_folder(output, resume=command.resume)  # before the rows of that run are overwritten
     output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with (output / "train.jsonl").open("a" if command.resume else "w") as lines:

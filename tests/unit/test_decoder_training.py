@@ -576,6 +576,17 @@ def test_the_command_writes_a_folder_that_decodes(kind, frozen, tmp_path, monkey
     assert chunks[0][0].actions_PA.shape == (16, 14) and np.isfinite(chunks[1][0].actions_PA).all()
 
 
+@pytest.mark.parametrize("kind", ["feature", "latent"])
+def test_the_rows_of_an_earlier_run_are_not_overwritten_by_one_that_is_refused(kind, frozen, tmp_path):
+    from physisforcing.planner.train import TrainIdmCommand, run
+
+    train_feature_decoder(feature_run(steps=2, save_every=2), frozen, folder=tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"step": 2}\n')
+    with pytest.raises(UserError, match="resume=true"):
+        run(TrainIdmCommand(data=["x"], decoder=kind, output=str(tmp_path), device="cpu"))
+    assert (tmp_path / "train.jsonl").read_text() == '{"step": 2}\n'
+
+
 def test_commands_that_make_no_sense_are_errors():
     from physisforcing.planner.train import TrainIdmCommand, run
 
