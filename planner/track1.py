@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-
 from typing import TYPE_CHECKING
 
 from physisforcing.core.errors import DatasetError, UserError

@@ -133,8 +133,8 @@ def test_front_matter_that_grows_is_refused() -> None:
         with pytest.raises(ReadmeError):
             front_matter(text.replace(line, f"release_year: {year}").encode())
     for name in FIELDS:  # the same in every other field
+        old = next(line for line in text.splitlines() if line.startswith(name + ":"))
         with pytest.raises(ReadmeError):
-            old = next(line for line in text.splitlines() if line.startswith(name + ":"))
             front_matter(text.replace(old, f"{name}: 0x{'F' * 5000}").encode())
     bomb = "a0: &a0 {k: v}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
     begun = time.monotonic()
