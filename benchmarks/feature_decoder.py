@@ -11,7 +11,7 @@ encoder, and 20 DDIM steps; encoding the picture and the sentence is not in it. 
 Presets: ``paper`` reads blocks 11, 15, 19 and draws four samples, ``worldarena`` reads 15 and 16 (their mask) and draws one.
 Beside it the whole transformer once, which a video would need once a denoising step. p50 with a 95 % interval from order statistics.
 
-``overfit``: the published decoder (48.6 M) learns random windows by heart: features of the 5B transformer for random first latents,
+``overfit``: the decoder of the published size (48.3 M here, 48.6 M published) learns random windows by heart: features of the 5B transformer for random first latents,
 one noise a window and the same sentence for all, random smooth joint targets, no dropout; loss curve, and the error of what is decoded.
 
 ``pico``: held-out errors of a run of ``physis train idm decoder=feature``, from its ``metrics.json``.

@@ -31,7 +31,13 @@ examples:
   physis train idm data=[runs/bell,runs/blocks] codec=runs/vae/codec output=runs/idm device=cuda
   physis train idm data=[runs/bell] train.steps=200 train.batch=8 train.roundtrip_pool=32
   physis train idm decoder=feature data=[runs/bell] device=cuda feature.fit.time_limit_s=240 feature.fit.precision=bf16
+  physis train idm decoder=feature feature_decoder=worldarena data=[runs/bell] world_model=my_package.models:wan_features
   physis train idm decoder=latent data=[runs/bell] world_model=runs/pico/export codec=runs/vae/codec latent.fit.steps=3000
+
+feature_decoder=pico|paper|worldarena: the feature decoder's sizes (then feature.model.* for single ones). pico fits the shipped model.
+paper and worldarena are the published geometry: they need a world model that offers features of width 3072 from 30 blocks, for 45 frames
+one control step apart (12 latent frames of 15x20 tokens: Wan2.2-TI2V-5B at 480x640), and whose `text` embeds to 4096 numbers a token
+(UMT5; with another encoder feature.model.goal_dim=384). world_model=module:function is any such model; importing it runs its code.
 
 fields: data, decoder (pixel, single_frame, latent, feature), codec and world_model (folders; 'shipped' are the packaged ones), output,
 device (auto, cpu, cuda), threads, resume (feature and latent: go on from the checkpoints of fit.save_every), train.* for pictures (steps,
@@ -94,10 +100,7 @@ def run(command: TrainIdmCommand) -> dict[str, Any]:
             print_row(row)
 
         if command.decoder in ("feature", "latent"):
-            folders = {
-                "world_model": weights_folder(command.world_model, "worldmodel", field="world_model"),
-                "codec": weights_folder(command.codec, "vae", field="codec"),
-            }
+            folders = model_folders(command)
             metrics, save = train_on_world_model(command.decoder, command, device=device, folders=folders, log=log)
         else:
             metrics, save = train_on_pictures(command, device=device, log=log)
@@ -141,6 +144,21 @@ def train_on_pictures(
     assert isinstance(model, PixelInverseDynamics)
     pixel = model
     return metrics, lambda folder: save_inverse_dynamics(pixel, folder, card=model_card(command, metrics))
+
+
+def model_folders(command: TrainIdmCommand) -> dict[str, Path]:
+    """World model and codec of a decoder that reads them; empty where the world model comes from a factory."""
+    from physisforcing.worldmodel.adapters.factory import is_factory
+
+    if is_factory(command.world_model) and not Path(command.world_model).exists():
+        if command.decoder != "feature":
+            fix = "give a world-model folder, or train decoder=feature"
+            raise UserError("world_model", got=command.world_model, wanted="a folder with its codec", fix=fix)
+        return {}
+    return {
+        "world_model": weights_folder(command.world_model, "worldmodel", field="world_model"),
+        "codec": weights_folder(command.codec, "vae", field="codec"),
+    }
 
 
 def choose_device(name: str) -> str:

@@ -1,7 +1,12 @@
 """Sizes of the feature decoder: WorldArena's published one, the same with three taps, and a small one for pico.
 
 Published (WorldArena, `embodied_task`, an adaptation of Video Prediction Policy): 45 pictures one control step apart, 12 latent
-frames of 15x20 tokens, two taps of width 3072, 228 latents, 45 rows of 14 targets. 20.47 M parameters before and 28.13 M in the head.
+frames of 15x20 tokens, two taps of width 3072, 228 latents, 45 rows of 14 targets.
+
+Parameters: published are 20.47 M in the resampler and 28.13 M in the head, 48.60 M together; here they are 20.48 M and 27.86 M, 48.34 M.
+The resampler is the published one and 13 440 numbers more, the learned row and column of a token (without them 20.47 M). The head is
+0.27 M smaller than the published one, of which no description by layers was at hand; what is known of it is in it (width, layers, heads,
+feed-forward, FiLM, goal), and nothing was added to make up the number.
 """
 
 from __future__ import annotations
@@ -88,6 +93,11 @@ class FeatureDecoderConfig:
     head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
+    def __post_init__(self) -> None:
+        self.taps = tuple(self.taps)  # YAML and JSON only know lists
+        high, wide = self.grid
+        self.grid = (high, wide)
+
     @property
     def rows(self) -> int:
         """Rows that the head makes (R); the chunk is all but the first."""
@@ -123,8 +133,12 @@ def paper_size(**changes: Any) -> FeatureDecoderConfig:
 
 
 def worldarena(**changes: Any) -> FeatureDecoderConfig:
-    """What WorldArena released: the inputs of blocks 16 and 17 of 30 (counted from 1), their first-frame mask, joints as they are, DDIM
-    from 80 to 1, one sample. Their constant sentence in front of every instruction goes into ``prompt``."""
+    """What WorldArena released: the inputs of blocks 15 and 16, their first-frame mask, joints as they are, DDIM from 80 to 1, one sample.
+    Their constant sentence in front of every instruction goes into ``prompt``.
+
+    Their blocks are assumed to be counted from 0, as their code indexes them: the inputs of blocks 15 and 16 of 0..29 are the outputs of
+    blocks 15 and 16 of 1..30, which is how taps count here. Were they counted from 1, the taps would be (14, 15).
+    """
     values: dict[str, Any] = {
         "taps": (15, 16),
         "first_frame_mask": "worldarena_compat",

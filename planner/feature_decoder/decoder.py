@@ -134,6 +134,10 @@ class FeatureInverseDynamics(nn.Module):
         batch, samples = features.shape[:2]
         device = self.head.row_position.device
         goal = embed_goals(self.text, instructions, self.config.prompt, self.config.goal_tokens)
+        if goal[0].shape[2] != self.config.goal_dim:
+            fix = "load the decoder with the encoder that it was trained with: load_decoder(folder, text=...)"
+            wanted = f"embeddings of {self.config.goal_dim} numbers a token"
+            raise UserError("decoder.text", got=f"{goal[0].shape[2]} numbers", wanted=wanted, fix=fix)
         state, seeds = torch.from_numpy(np.array(state_BA, np.float32)), rollout.seeds_BS
         noise = self.draw_noise([0] * (batch * samples) if seeds is None else seeds.ravel().tolist())
         chunks = []
