@@ -11,7 +11,7 @@ encoder, and 20 DDIM steps; encoding the picture and the sentence is not in it. 
 Presets: ``paper`` reads blocks 11, 15, 19 and draws four samples, ``worldarena`` reads 15 and 16 (their mask) and draws one.
 Beside it the whole transformer once, which a video would need once a denoising step. p50 with a 95 % interval from order statistics.
 
-``overfit``: the published decoder (48.6 M) learns random windows by heart: features of the 5B transformer for random first latents,
+``overfit``: the decoder of the published size (48.3 M here, 48.6 M published) learns random windows by heart: features of the 5B transformer for random first latents,
 one noise a window and the same sentence for all, random smooth joint targets, no dropout; loss curve, and the error of what is decoded.
 
 ``pico``: held-out errors of a run of ``physis train idm decoder=feature``, from its ``metrics.json``.
@@ -179,7 +179,7 @@ def whole_forward(world: World, watch: Stopwatch) -> float:
 def latency(world: World, options: argparse.Namespace, shared: dict[str, Any]) -> list[dict[str, Any]]:
     lines, watch = [], Stopwatch(world.device)
     models = {name: world.decoder(name).eval() for name in ("paper", "worldarena")}
-    noises = {name: model.draw_noise().to(world.device) for name, model in models.items()}
+    noises = {name: model.draw_noise([0])[0].to(world.device) for name, model in models.items()}
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     wholes = []
     for repetition in range(-options.warmup, options.repetitions):
@@ -231,7 +231,7 @@ def random_windows(world: World, model: FeatureInverseDynamics, windows: int) ->
 def decoded_error(model: FeatureInverseDynamics, batch: FeatureBatch) -> float:
     """RMSE over joints, degrees, of decoded chunks."""
     model.eval()
-    noise, found = model.draw_noise(), []
+    noise, found = model.draw_noise([0]), []
     with torch.no_grad():
         for at in range(len(batch.rows_BRA)):
             features, goal = batch.features_BKFhwD[at : at + 1].float(), tuple(g[at : at + 1] for g in batch.goal)

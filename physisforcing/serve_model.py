@@ -31,6 +31,7 @@ settings (field=value):
   clients=64             connections at the same time
   batch=0                samples computed together (0: 16 on a GPU, always exactly so many; the model's bound on a CPU)
   wait_s=0.005           how long a request may wait for company
+  grace_s=10             seconds for the rollout under way when the server is told to end
   --json                 the first and only line of the output is JSON with the port
 
 examples:
@@ -54,6 +55,7 @@ class ServeModelConfig:
     clients: int = 64
     batch: int = 0
     wait_s: float = 0.005
+    grace_s: float = 10.0
 
 
 def make_server(config: ServeModelConfig) -> ModelServer:
@@ -77,6 +79,7 @@ def make_server(config: ServeModelConfig) -> ModelServer:
         batch=config.batch or (GPU_BATCH if gpu else 0),
         pad=gpu,
         wait_s=config.wait_s,
+        grace_s=config.grace_s,
     )
     settings.check()
     torch.set_num_threads(config.threads)
@@ -118,8 +121,16 @@ def main(argv: Sequence[str]) -> int:
         ready = {"host": config.host, "port": server.open(), "model": config.model, "pid": os.getpid()}
         text = "serving {model} at {host}:{port} (pid {pid}; Ctrl-C ends it)".format(**ready)
         print(json.dumps({"ok": True, **ready}) if options.json else text, file=output, flush=True)
-        server.run()
+        ended = server.run()
+    if not ended:
+        end_now()
     return 0
+
+
+def end_now() -> None:
+    """End this process though a rollout computes on: its thread would hold up, or crash, an interpreter that goes down in order."""
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def serve_parent() -> int:
@@ -132,7 +143,9 @@ def serve_parent() -> int:
         server = make_server(ServeModelConfig(**settings))
         with stopped_by_signals(server.stop):
             print(json.dumps({"ok": True, "port": server.open()}), file=output, flush=True)
-            server.run()
+            ended = server.run()
+        if not ended:
+            end_now()
     except UserError as error:
         print(json.dumps(failure(error)), file=output, flush=True)
         return 1

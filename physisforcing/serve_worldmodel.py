@@ -18,8 +18,9 @@ HELP = """usage: physis serve worldmodel [field=value ...] [--json]
 Serve a world model by WorldArena 2.0's v1 contract: GET /v1/health, GET /v1/capabilities, POST /v1/predict.
 
 settings (field=value):
-  model=shipped          the weights in this package, a world-model folder, a diffusers pipeline, recorded videos, module:function
-                         (it makes a WorldModel), or the URL of another service; see physis check worldmodel --help
+  model=shipped          the weights in this package, a world-model folder, a diffusers pipeline, module:function (it makes a
+                         WorldModel), or the URL of another service; see physis check worldmodel --help. Not recorded videos: they
+                         are looked up by episode and plan, which v1 requests do not name
   codec=FOLDER           of a world-model folder; by default vae beside it
   port=0                 0: a free one, printed         host=127.0.0.1
   token=SECRET           needed for a host that others reach; better in the variable PHYSIS_TOKEN, which other users do not see
@@ -44,6 +45,16 @@ def loader(config: ServeWorldModelConfig) -> Callable[[], WorldModel]:
 
     def load() -> WorldModel:
         model = find()
+        recorded = sys.modules.get("physisforcing.worldmodel.adapters.video_folder")
+        if recorded is not None and isinstance(model, recorded.VideoFolderWorldModel):
+            from physisforcing.core.errors import MissingCapabilityError
+
+            raise MissingCapabilityError(
+                "model",
+                got=f"recorded videos ({config.model})",
+                wanted="a model that imagines from what a request holds: v1 carries no (task, seed, plan) to look videos up by",
+                fix="plan with the folder itself (physis eval plan, physis compare), or serve the model that made the videos",
+            )
         ours = sys.modules.get("physisforcing.worldmodel.model")  # a model of somebody else's may not need torch
         if ours is not None and isinstance(model, ours.FlowWorldModel):
             from physisforcing.worldmodel.text import TextEmbedder

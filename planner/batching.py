@@ -99,13 +99,18 @@ class Batcher:
         assert ticket.answer is not None
         return as_asked(ticket.answer, request) if self.pad else ticket.answer
 
-    def close(self) -> None:
-        """End: the rollout under way is finished and answered, what waits gets ``ClosedError``. Again is harmless."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """End: what waits gets ``ClosedError`` at once, the rollout under way is finished and answered, for which this waits (at most
+        ``timeout_s``). Whether it is over. Again is harmless."""
         with self._changed:
             self._closed = True
+            for ticket in self._waiting:
+                ticket.fail(ClosedError("the world model was closed before this request began"))
+            self._waiting.clear()
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def __enter__(self) -> Self:
         return self
@@ -118,10 +123,6 @@ class Batcher:
     def _work(self) -> None:
         while (group := self._next_group()) is not None:
             self._answer(group)
-        with self._changed:
-            for ticket in self._waiting:
-                ticket.fail(ClosedError("the world model was closed before this request began"))
-            self._waiting.clear()
 
     def _next_group(self) -> list[_Ticket] | None:
         """The oldest request and those that fit beside it; None after ``close``."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
-from physisforcing.core.types import DecoderNeeds, Rollout
+from physisforcing.core.types import DecoderNeeds, Rollout, WorldModelSpec
 
 T = TypeVar("T")
 
@@ -21,6 +21,33 @@ def present(value: T | None, what: str) -> T:
         fix = "ask the world model for what needs names"
         raise MissingCapabilityError("rollout", got=f"no {what}", wanted=what, fix=fix)
     return value
+
+
+def source_of(spec: WorldModelSpec, what: str) -> str:
+    """Fingerprint of a model's ``latents`` or ``features``: what a decoder of them was trained on, or what it would read."""
+    return str(getattr(spec, f"{what}_fingerprint")) or spec.fingerprint
+
+
+def check_source(spec: WorldModelSpec, needs: DecoderNeeds) -> None:
+    """``MissingCapabilityError`` where a decoder was trained on other latents or features than this model makes: their numbers have the
+    same shape and another meaning."""
+    for what, fix in (
+        (
+            "latents",
+            "plan with a world model of the codec that it was trained on, or train one: physis train idm decoder=latent",
+        ),
+        (
+            "features",
+            "plan with the world model that it was trained on, or train one: physis train idm decoder=feature",
+        ),
+    ):
+        trained, found = getattr(needs, f"{what}_fingerprint"), source_of(spec, what)
+        if what in needs.returns and trained and trained != found:
+            got, wanted = (
+                f"{spec.name} with {what} {found or 'unknown'}",
+                f"{what} {trained}, which the decoder was trained on",
+            )
+            raise MissingCapabilityError("world_model", got=got, wanted=wanted, fix=fix)
 
 
 def check_trained(statistics_A: Tensor, kind: str) -> None:

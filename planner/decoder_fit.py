@@ -79,6 +79,16 @@ def tri_stage(done: float, config: FitConfig) -> float:
     return config.last_scale + (1 - config.last_scale) * 0.5 * (1 + math.cos(math.pi * place))
 
 
+def check_folder(folder: Path, *, resume: bool) -> Path | None:
+    """The latest checkpoint in ``folder``, or None. ``UserError`` where one is there that nobody wants to continue."""
+    found = latest_checkpoint(folder)
+    if found is not None and not resume:
+        fix = "resume=true continues that run; for a new one name another output or delete the folder"
+        got = f"{folder}, which holds {found.name} of an earlier run"
+        raise UserError("output", got=got, wanted="a folder without checkpoints", fix=fix)
+    return found
+
+
 class Fit:
     """One run: ``run()`` makes all steps and leaves the averaged weights in the model.
 
@@ -105,11 +115,7 @@ class Fit:
         self.optimizer = build_optimizer(model.parameters(), optim)
         self.average = WeightAverage(model, config.ema)
         self.step, self.seconds = 0, 0.0
-        found = latest_checkpoint(folder)
-        if found is not None and not resume:
-            fix = "resume=true continues that run; for a new one name another output or delete the folder"
-            got = f"{folder}, which holds {found.name} of an earlier run"
-            raise UserError("output", got=got, wanted="a folder without checkpoints", fix=fix)
+        found = check_folder(folder, resume=resume)
         if found is not None:
             check_settings(found, self.settings)
             self.step = restore_training(found, model, self.average, self.optimizer, self.device)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from physisforcing.core.errors import DatasetError, MissingCapabilityError
-from physisforcing.core.types import FeatureRequest
+from physisforcing.core.errors import DatasetError, MissingCapabilityError, UserError
+from physisforcing.core.types import DT, FeatureRequest, WorldModelSpec
 from physisforcing.worldmodel.features import check_features, denoiser_features
 from physisforcing.worldmodel.flow_matching import add_noise, frame_timesteps
 from physisforcing.worldmodel.model import FlowWorldModel
@@ -91,9 +91,33 @@ class FrozenWorldModel:
         if windows.frames not in spec.horizons:
             fix = f"model.frames={spec.horizons[0]}"
             raise MissingCapabilityError("frames", got=windows.frames, wanted=f"one of {spec.horizons}", fix=fix)
+        check_rate(windows, spec)
         self.model, self.windows, self.latents = model, windows, 1 + (windows.frames - 1) // 4
         sentences = sorted(set(windows.store.instructions_E))
         self.words_SLD = model.text.batch(sentences)[0].to(windows.sentence_E.device)
+
+    @torch.no_grad()
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent frame, measured on one picture."""
+        zero = torch.zeros(1, dtype=torch.int64, device=self.windows.store.first_E.device)
+        _, channels, _, height, width = self.model.codec.encode(self.windows.first_pictures(zero, zero)).shape
+        return channels, height, width
+
+    @property
+    def text(self) -> TextEncoder:
+        """What embeds instructions for the model, and for decoders that read them."""
+        return self.model.text
+
+    def feature_shape(self, request: FeatureRequest) -> tuple[int, int, int, int]:
+        """(F, h, w, D) of one tap."""
+        _, rows, columns = self.latent_shape()
+        sizes = self.model.denoiser.transformer.config
+        _, high, wide = sizes.patch_size
+        return self.latents, rows // high, columns // wide, sizes.num_attention_heads * sizes.attention_head_dim
+
+    def check_window(self, frames: int, steps_per_frame: int, *, field: str) -> None:
+        """See ``check_window``."""
+        check_window(self.windows, frames, steps_per_frame, field=field)
 
     @torch.no_grad()
     def features(
@@ -123,3 +147,28 @@ class FrozenWorldModel:
         lags = self.model.spec.proprioception_lags
         state = self.windows.proprioception(episode_B, start_B, lags)
         return self.model.denoiser.context(self.words_SLD[self.windows.sentence_E[episode_B]], state)
+
+
+def check_rate(windows: DecoderWindows, spec: WorldModelSpec) -> None:
+    """``UserError`` where the demonstrations' windows have another rate than the world model's frames."""
+    if abs(windows.stride * DT - spec.frame_dt) <= 1e-6:
+        return
+    whole = round(spec.frame_dt / DT)
+    fits = whole >= 1 and abs(whole * DT - spec.frame_dt) <= 1e-6
+    raise UserError(
+        "model.steps_per_frame",
+        got=f"{windows.stride}: a picture every {windows.stride * DT:.4g} s",
+        wanted=f"every {spec.frame_dt:.4g} s, as {spec.name} imagines",
+        fix=f"model.steps_per_frame={whole}" if fits else "use a world model with whole control steps a frame",
+    )
+
+
+def check_window(windows: DecoderWindows, frames: int, steps_per_frame: int, *, field: str) -> None:
+    """``UserError`` where a decoder's window is another one than the demonstrations are cut to."""
+    for name, got, wanted in (
+        ("frames", frames, windows.frames),
+        ("steps_per_frame", steps_per_frame, windows.stride),
+    ):
+        if got != wanted:
+            fix = f"{field}.{name}={wanted}"
+            raise UserError(f"{field}.{name}", got=got, wanted=f"{wanted}, as the windows have", fix=fix)

@@ -83,6 +83,15 @@ class FrameStore:
         now = rows(torch.zeros(1, dtype=torch.long, device=device))[:, 0]
         return self.frames_NHWC[pictures], self.states_NA[now], self.states_NA[targets]
 
+    def measured(self, episode_B: Tensor, start_B: Tensor, *, steps: int) -> Tensor | None:
+        """Joints as measured [B,P,A] after each of the ``steps`` control steps from the start, at the times of the targets of ``windows``;
+        None where they were not recorded."""
+        if self.measured_NA is None:
+            return None
+        last = self.length_E[episode_B] - 1
+        step = torch.minimum(start_B[:, None] + torch.arange(1, steps + 1, device=last.device), last[:, None])
+        return self.measured_NA[self.first_E[episode_B][:, None] + step]
+
 
 def split_by_seed(seeds_E: Sequence[int] | NDArray[np.int64], *, share: float) -> NDArray[np.bool_]:
     """True for validation episodes: seeds of the validation range, and ``share`` of the other seeds (at least one, never all) in

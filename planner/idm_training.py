@@ -227,7 +227,8 @@ def evaluate_decoder(
     at ``windows`` random frames (with replacement); ``windows`` of the result says how many each are.
 
     ``frozen`` repeats the first picture: what a decoder that only knows the start would say. ``hold`` repeats the start
-    joints. The start joints are exact here.
+    joints. The start joints are exact here. Errors are against drive targets; ``real_measured`` is against the joints as measured, and
+    ``drive_measured`` the drive targets themselves against those, where the demonstrations hold them.
     """
     config = model.config
     generator = torch.Generator(store.first_E.device).manual_seed(seed)
@@ -254,6 +255,11 @@ def evaluate_decoder(
         out[place] = {
             name: chunk_errors(torch.cat(parts).cpu().numpy(), target) for name, parts in predictions.items() if parts
         }
+        measured = store.measured(episode, start, steps=config.chunk)
+        if measured is not None:
+            joints = measured.cpu().numpy()
+            out[place]["real_measured"] = chunk_errors(torch.cat(predictions["real"]).cpu().numpy(), joints)
+            out[place]["drive_measured"] = chunk_errors(target, joints)
     return out
 
 

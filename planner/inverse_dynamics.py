@@ -177,18 +177,22 @@ class PictureDecoder(nn.Module):
     ) -> list[ActionChunk]:
         """Frames [B,17,120,160,3] uint8 at multiples of 0.12 s and drive targets now -> 32 targets an entry.
 
-        Grippers are clipped to [0, 1]. Raises ``MissingCapabilityError`` for another rate, size or number of frames.
+        On a CPU entries are computed one by one, so that a chunk is bit-equal wherever its video stands in a batch. Grippers are clipped
+        to [0, 1]. Raises ``MissingCapabilityError`` for another rate, size or number of frames.
         """
         self._check(frames_BTHWC, times_T, state_BA)
         device = self.delta_std_A.device
         frames = torch.from_numpy(np.ascontiguousarray(frames_BTHWC)).to(device)
         state = torch.from_numpy(np.array(state_BA, np.float32)).to(device)
-        targets, log_variance = self(frames, state)
-        actions = targets.cpu().numpy()
-        actions[..., GRIPPERS] = actions[..., GRIPPERS].clip(0.0, 1.0)
-        variance = log_variance.exp() * self.delta_std_A**2
-        spread = variance[..., JOINTS].mean(-1).sqrt().cpu().numpy()
-        return [ActionChunk(actions_PA=a, spread_P=s) for a, s in zip(actions, spread, strict=True)]
+        chunks: list[ActionChunk] = []
+        for rows in torch.arange(len(frames), device=device).split(1 if device.type == "cpu" else max(1, len(frames))):
+            targets, log_variance = self(frames[rows], state[rows])
+            actions = targets.cpu().numpy()
+            actions[..., GRIPPERS] = actions[..., GRIPPERS].clip(0.0, 1.0)
+            variance = log_variance.exp() * self.delta_std_A**2
+            spread = variance[..., JOINTS].mean(-1).sqrt().cpu().numpy()
+            chunks += [ActionChunk(actions_PA=a, spread_P=s) for a, s in zip(actions, spread, strict=True)]
+        return chunks
 
     def _check(self, frames: NDArray, times_T: NDArray, state_BA: NDArray) -> None:
         c = self.config

@@ -24,9 +24,8 @@ from physisforcing.core.errors import UserError, check_at_least
 from physisforcing.core.results import config_hash
 
 from .judges import JsonLines, JudgeRequest, Verdict, request_key
-from .service.http import Address, NoReplyError, Reply, exchange
+from .service.http import Address, NoReplyError, Reply, TooLargeError, exchange
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
 #: Answers after which the same question may succeed later.
 RETRIED = frozenset({429, 500, 502, 503, 504})
 LONGEST_WAIT_S = 30.0
@@ -78,7 +77,7 @@ class OpenAIJudgeConfig:
             got = "an address with a user name" if "@" in self.base_url else self.base_url
             fix = "judge.base_url=http://127.0.0.1:8000/v1"
             raise UserError("judge.base_url", got=got, wanted="http(s)://host[:port]/v1", fix=fix) from error
-        if self.key_variable and address.scheme == "http" and address.host not in LOCAL:
+        if self.key_variable and not address.keeps_secrets:
             fix = "use https, or leave judge.key_variable out"
             raise UserError("judge.base_url", got=self.base_url, wanted="https where a key is sent", fix=fix)
         if self.key_variable and not os.environ.get(self.key_variable):
@@ -164,7 +163,7 @@ class OpenAIJudge:
                 )
             except NoReplyError as error:
                 problem = str(error)
-                if "larger than" in problem:  # the same question would get the same answer
+                if isinstance(error, TooLargeError):  # the same question would get the same answer
                     return None, problem, tries
             if reply is not None and reply.status not in RETRIED:
                 return reply, "", tries

@@ -136,7 +136,12 @@ class LatentInverseDynamics(nn.Module):
     @property
     def needs(self) -> DecoderNeeds:
         c = self.config
-        return DecoderNeeds(returns=frozenset({"latents"}), horizons=(c.frames,), frame_dt=c.steps_per_frame * DT)
+        return DecoderNeeds(
+            returns=frozenset({"latents"}),
+            horizons=(c.frames,),
+            frame_dt=c.steps_per_frame * DT,
+            latents_fingerprint=c.latents_fingerprint,
+        )
 
     @torch.inference_mode()
     def decode(

@@ -92,6 +92,7 @@ def train_latent_decoder(
 ) -> tuple[LatentInverseDynamics, dict[str, Any]]:
     """Train on the windows of ``frozen``. Returns the averaged weights and the held-out errors."""
     check_shares(config)
+    check_geometry(config.model, frozen)
     store = frozen.windows.store
     train_E, validation_E = split_episodes(store, share=config.validation_share)
     torch.manual_seed(config.fit.seed)
@@ -119,7 +120,7 @@ def evaluate_latents(
 ) -> dict[str, Any]:
     """Held-out errors (``chunk_errors``) at the start of every episode once and at ``windows`` random frames: of ``real`` latents, of
     ``denoised`` ones (one step from noise level 0.5), of ``frozen`` ones (the first latent repeated) and of ``hold`` (the start joints
-    repeated); ``real_measured`` is against measured joints. ``spread_deg``: mean spread on real and on one-step latents."""
+    repeated); ``real_measured`` is against measured joints, ``drive_measured`` the drive targets against those. ``spread_deg``: mean spread on real and on one-step latents."""
     frozen, device = batches.frozen, batches.allowed_E.device
     generator = torch.Generator(device).manual_seed(seed)
     anywhere = frozen.windows.store.draw(windows, allowed_E=batches.allowed_E, start_share=0.0, generator=generator)
@@ -151,10 +152,26 @@ def evaluate_latents(
         if frozen.windows.store.measured_NA is not None:
             joints = frozen.windows.rows(episode, start, measured=True).cpu().numpy()[:, 1:]
             out[place]["real_measured"] = chunk_errors(found["real"], joints)
+            out[place]["drive_measured"] = chunk_errors(target, joints)
         out.setdefault("spread_deg", {})[place] = {
             name: float(torch.rad2deg(torch.cat(parts).mean())) for name, parts in spreads.items()
         }
     return out
+
+
+def check_geometry(config: LatentDecoderConfig, frozen: FrozenWorldModel) -> None:
+    """``UserError`` where the decoder's sizes or its time base are not those of the world model's latents."""
+    frozen.check_window(config.frames, config.steps_per_frame, field="latent.model")
+    channels, height, width = frozen.latent_shape()
+    found: dict[str, tuple[object, object]] = {
+        "latent_channels": (config.latent_channels, channels),
+        "grid": (tuple(config.grid), (height, width)),
+        "action_dim": (config.action_dim, frozen.windows.store.states_NA.shape[1]),
+    }
+    for name, (got, wanted) in found.items():
+        if got != wanted:
+            fix = f"latent.model.{name}={list(wanted) if isinstance(wanted, tuple) else wanted}"
+            raise UserError(f"latent.model.{name}", got=got, wanted=f"{wanted}, as the world model has", fix=fix)
 
 
 def check_shares(config: LatentTrainConfig) -> None:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ HELLO_S = 10.0
 class ModelServerConfig:
     """Where to listen, and for how long to wait. ``port`` 0: a free one. ``clients``: connections at the same time. ``batch``: samples
     computed together (0: what the model's spec allows); ``pad``: always exactly so many, see ``Batcher``. ``wait_s``: how long a
-    request may wait for company. ``message_s``: a message must be complete after so long; a client may be silent for ever."""
+    request may wait for company. ``message_s``: a message must be complete after so long; a client may be silent for ever. ``grace_s``: for
+    the rollout under way when the server ends."""
 
     host: str = "127.0.0.1"
     port: int = 0
@@ -35,6 +37,7 @@ class ModelServerConfig:
     pad: bool = False
     wait_s: float = 0.005
     message_s: float = 60.0
+    grace_s: float = 10.0
 
     def check(self) -> None:
         """``UserError`` for a host that needs a token, and for numbers out of range."""
@@ -44,6 +47,8 @@ class ModelServerConfig:
         for name, low in (("clients", 1), ("batch", 0)):
             if getattr(self, name) < low:
                 raise UserError(name, got=getattr(self, name), wanted=f"at least {low}", fix=f"{name}={low}")
+        if not 0 <= self.grace_s <= 3600:
+            raise UserError("grace_s", got=self.grace_s, wanted="0 to 3600 seconds", fix="grace_s=10")
 
 
 class ModelServer:
@@ -71,6 +76,7 @@ class ModelServer:
         self._places = threading.BoundedSemaphore(self.config.clients)
         self._stopped = threading.Event()
         self._connections: set[Connection] = set()
+        self._answering = 0
         self._lock = threading.Lock()
         self._listener: socket.socket | None = None
 
@@ -87,28 +93,34 @@ class ModelServer:
         threading.Thread(target=self._accept, daemon=True, name="accept").start()
         return int(self._listener.getsockname()[1])
 
-    def run(self) -> None:
-        """Wait until ``stop``; then everything is closed."""
+    def run(self) -> bool:
+        """Wait until ``stop``; then everything is closed. Whether the rollout under way had an end (see ``close``)."""
         # In short waits, because a signal handler only runs between them.
         while not self._stopped.wait(0.5):
             pass
-        self.close()
+        return self.close()
 
     def stop(self) -> None:
         """End ``run``. Safe in a signal handler and from any thread."""
         self._stopped.set()
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Refuse what comes and what waits; the rollout under way may take ``grace_s`` to end and be answered, then nobody waits for it
+        any more: False. Its thread computes on, so that whoever wants to end the process has to do so (``os._exit``)."""
         self._stopped.set()
         if self._listener is not None:
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
-        self.batcher.close()
+        deadline = time.monotonic() + self.config.grace_s
+        ended = self.batcher.close(self.config.grace_s)
+        while ended and self._answering and time.monotonic() < deadline:
+            time.sleep(0.01)  # what was computed is on its way
         with self._lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
                     connection.socket.shutdown(socket.SHUT_RDWR)
+        return ended
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -138,11 +150,12 @@ class ModelServer:
             connection.send(self._welcome, timeout_s=self.config.message_s)
             while not self._stopped.is_set():
                 message = connection.receive(timeout_s=self.config.message_s, limits=REQUEST_LIMITS)
-                answer = self._answer(message)
-                try:
-                    connection.send(answer, timeout_s=self.config.message_s)
-                except WireError as error:  # the answer does not fit a message
-                    connection.send(failure(error), timeout_s=self.config.message_s)
+                with self._under_way():
+                    answer = self._answer(message)
+                    try:
+                        connection.send(answer, timeout_s=self.config.message_s)
+                    except WireError as error:  # the answer does not fit a message
+                        connection.send(failure(error), timeout_s=self.config.message_s)
         except UserError as error:  # a wrong hello, or a message after which the stream is out of step
             _refuse(connection, error, wait_s=HELLO_S)
             _drain(connection)
@@ -154,13 +167,23 @@ class ModelServer:
             connection.close()
             self._places.release()
 
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[None]:
+        with self._lock:
+            self._answering += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._answering -= 1
+
     def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
         try:
             if message.get("op") != "rollout":
                 raise WireError("op", got=message.get("op"), wanted="'rollout'", fix="use SocketWorldModel")
             rollout = self.batcher.rollout(unpack_request(message.get("request")))
             return {"ok": True, "rollout": pack_rollout(rollout)}
-        except Exception as error:
+        except BaseException as error:  # also SystemExit of a model: its client is told
             return failure(error, details=traceback.format_exc(limit=12))
 
 

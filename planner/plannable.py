@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from physisforcing.core.errors import MissingCapabilityError
 from physisforcing.core.types import DecoderNeeds, WorldModelSpec
 
+from .decoder_checks import check_source
+
 #: Conditions that a planner has to give: the instruction and the drive targets so far. Actions are what it looks for.
 GIVEN = frozenset({"text", "proprioception"})
 #: Imagined frames where model and decoder leave the choice.
@@ -35,6 +37,7 @@ def check_plannable(
             wanted=f"1 context frame, returns {' and '.join(sorted(returns))}",
             fix=_instead(spec, needs, also),
         )
+    check_source(spec, needs)
     if needs.features is not None and 0 < spec.blocks < max(needs.features.taps):
         raise MissingCapabilityError(
             "world_model",

@@ -1,4 +1,4 @@
-"""Requests to a world model as data: merged, split again, and computed in parts (checked by ``core.requests``)."""
+"""Requests to a world model as data: merged, split again, and computed in equal parts (checked and parted by ``core.requests``)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from physisforcing.core.protocols import WorldModel
+from physisforcing.core.requests import ANSWER_FIELDS, CONTEXT_FIELDS, CONTEXT_LISTS, contexts_of
 from physisforcing.core.requests import check_request as check_request
+from physisforcing.core.requests import rollout_in_parts as rollout_in_parts
 from physisforcing.core.types import Rollout, RolloutRequest
-
-#: Fields of a request, and of a rollout, whose first axis are the contexts.
-_CONTEXT_FIELDS = ("context_BVTHWC", "proprioception_BKA", "actions_BSPA", "goal_BVHWC")
-_CONTEXT_LISTS = ("ids", "plan_steps")
-_ANSWER_FIELDS = ("frames_BSVTHWC", "latents_BSCFhw", "features_BSKFhwD")
 
 
 def kind_of(request: RolloutRequest) -> tuple[Any, ...]:
     """What two requests must have in common to be merged."""
-    arrays = [getattr(request, name) for name in _CONTEXT_FIELDS]
+    arrays = [getattr(request, name) for name in CONTEXT_FIELDS]
     shapes = tuple(None if array is None else (array.dtype.str, array.shape[1:]) for array in arrays)
     named = request.ids is not None, request.plan_steps is not None
     return request.horizon, request.returns, request.features, request.seeds_BS.shape[1], shapes, named
@@ -35,14 +31,14 @@ def merge(requests: Sequence[RolloutRequest]) -> RolloutRequest:
         name: None
         if getattr(requests[0], name) is None
         else np.concatenate([getattr(request, name) for request in requests])
-        for name in (*_CONTEXT_FIELDS, "seeds_BS")
+        for name in (*CONTEXT_FIELDS, "seeds_BS")
     }
     instructions = [sentence for request in requests for sentence in request.instructions]
     lists = {
         name: None
         if getattr(requests[0], name) is None
         else [x for request in requests for x in getattr(request, name)]
-        for name in _CONTEXT_LISTS
+        for name in CONTEXT_LISTS
     }
     return dataclasses.replace(requests[0], instructions=instructions, **lists, **joined)
 
@@ -51,7 +47,7 @@ def split(answer: Rollout, requests: Sequence[RolloutRequest]) -> list[Rollout]:
     """The answer to ``merge(requests)`` -> the answer of each. Arrays are copied, so that nobody holds on to the others'."""
     total = sum(int(request.seeds_BS.size) for request in requests)
     ends = np.cumsum([len(request.seeds_BS) for request in requests])
-    for name in _ANSWER_FIELDS:
+    for name in ANSWER_FIELDS:
         array = getattr(answer, name)
         assert array is None or array.shape[:2] == (ends[-1], requests[0].seeds_BS.shape[1]), f"{name} {array.shape}"
     parts = []
@@ -59,51 +55,11 @@ def split(answer: Rollout, requests: Sequence[RolloutRequest]) -> list[Rollout]:
         rows, share = slice(end - len(request.seeds_BS), end), request.seeds_BS.size / total
         arrays: dict[str, Any] = {
             name: None if (array := getattr(answer, name)) is None else (array[rows].copy() if share < 1 else array)
-            for name in _ANSWER_FIELDS
+            for name in ANSWER_FIELDS
         }
         cost = {name: value * share for name, value in answer.cost.items()} | {"batched": float(total)}
-        parts.append(dataclasses.replace(answer, cost=cost, **arrays))
+        parts.append(dataclasses.replace(answer, cost=cost, seeds_BS=request.seeds_BS, **arrays))
     return parts
-
-
-def rollout_in_parts(world_model: WorldModel, request: RolloutRequest, max_batch: int) -> Rollout:
-    """One rollout, or several of at most ``max_batch`` samples each, put together again: contexts are parted first, then candidates."""
-    batch, samples = request.seeds_BS.shape
-    if batch * samples <= max_batch:
-        return world_model.rollout(request)
-    if batch > 1:
-        size = max(1, max_batch // samples)
-        parts = [_contexts(request, slice(i, i + size)) for i in range(0, batch, size)]
-    else:
-        parts = [_candidates(request, slice(i, i + max_batch)) for i in range(0, samples, max_batch)]
-    answers = [rollout_in_parts(world_model, part, max_batch) for part in parts]
-    axis = 0 if batch > 1 else 1
-    arrays: dict[str, Any] = {
-        name: None
-        if getattr(answers[0], name) is None
-        else np.concatenate([getattr(answer, name) for answer in answers], axis)
-        for name in _ANSWER_FIELDS
-    }
-    cost = {name: sum(answer.cost.get(name, 0.0) for answer in answers) for name in answers[0].cost}
-    return dataclasses.replace(answers[0], cost=cost, **arrays)
-
-
-def _contexts(request: RolloutRequest, rows: slice | NDArray[np.int64]) -> RolloutRequest:
-    chosen = np.arange(len(request.seeds_BS))[rows]
-    arrays: dict[str, Any] = {
-        name: None if (array := getattr(request, name)) is None else array[rows]
-        for name in (*_CONTEXT_FIELDS, "seeds_BS")
-    }
-    lists = {
-        name: None if (given := getattr(request, name)) is None else [given[row] for row in chosen]
-        for name in ("instructions", *_CONTEXT_LISTS)
-    }
-    return dataclasses.replace(request, **lists, **arrays)
-
-
-def _candidates(request: RolloutRequest, columns: slice) -> RolloutRequest:
-    actions = None if request.actions_BSPA is None else request.actions_BSPA[:, columns]
-    return dataclasses.replace(request, seeds_BS=request.seeds_BS[:, columns], actions_BSPA=actions)
 
 
 def singly(request: RolloutRequest) -> RolloutRequest:
@@ -113,7 +69,7 @@ def singly(request: RolloutRequest) -> RolloutRequest:
         return request
     arrays: dict[str, Any] = {
         name: None if (array := getattr(request, name)) is None else np.repeat(array, samples, axis=0)
-        for name in _CONTEXT_FIELDS
+        for name in CONTEXT_FIELDS
         if name != "actions_BSPA"
     }
     actions = request.actions_BSPA
@@ -124,7 +80,7 @@ def singly(request: RolloutRequest) -> RolloutRequest:
         instructions=[sentence for sentence in request.instructions for _ in range(samples)],
         **{
             name: None if (given := getattr(request, name)) is None else [x for x in given for _ in range(samples)]
-            for name in _CONTEXT_LISTS
+            for name in CONTEXT_LISTS
         },
         seeds_BS=request.seeds_BS.reshape(-1, 1),
         actions_BSPA=actions,
@@ -138,9 +94,9 @@ def as_asked(answer: Rollout, request: RolloutRequest) -> Rollout:
         name: None
         if (array := getattr(answer, name)) is None
         else array.reshape(*request.seeds_BS.shape, *array.shape[2:])
-        for name in _ANSWER_FIELDS
+        for name in ANSWER_FIELDS
     }
-    return dataclasses.replace(answer, **arrays)
+    return dataclasses.replace(answer, seeds_BS=request.seeds_BS, **arrays)
 
 
 def rollout_in_equal_parts(world_model: WorldModel, request: RolloutRequest, size: int) -> Rollout:
@@ -149,8 +105,8 @@ def rollout_in_equal_parts(world_model: WorldModel, request: RolloutRequest, siz
     batch, samples = request.seeds_BS.shape
     assert samples == 1, "part it with singly() first"
     rows = np.minimum(np.arange(-(-batch // size) * size), batch - 1)
-    answer = rollout_in_parts(world_model, _contexts(request, rows), size)
+    answer = rollout_in_parts(world_model, contexts_of(request, rows), size)
     arrays: dict[str, Any] = {
-        name: None if (array := getattr(answer, name)) is None else array[:batch] for name in _ANSWER_FIELDS
+        name: None if (array := getattr(answer, name)) is None else array[:batch] for name in ANSWER_FIELDS
     }
-    return dataclasses.replace(answer, **arrays)
+    return dataclasses.replace(answer, seeds_BS=request.seeds_BS, **arrays)

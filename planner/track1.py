@@ -11,14 +11,22 @@ import argparse
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from physisforcing.core.errors import UserError
+from physisforcing.core.errors import DatasetError, UserError
 
-from .track1_archive import BadArchiveError, Member, members, save_member
+from .track1_archive import ArchiveLimits, BadArchiveError, Member, members, save_member
 from .track1_names import Episode, ReadmeError, episode_of, front_matter, read_summary
 from .track1_report import MOST_TOLD, README, V1_SUFFIXES, Track1Report, Track1Rules, as_json, as_text
+
+if TYPE_CHECKING:
+    from physisforcing.core.video import VideoInfo
+
+#: What readers of damaged files raise, besides ``DatasetError``.
+_READERS = (ValueError, TypeError, ArithmeticError, LookupError, OSError, MemoryError, AttributeError)
 
 HELP = """usage: physis check track1 ARCHIVE [options]
 
@@ -35,7 +43,7 @@ options:
   --frames N|gt|any  frames a video has to have: a number, as many as its gt_path in the summary, or any (default: 121 for v1,
                      any for wa2, where the length of the real trajectory is recommended)
   --fps N            24      --size WxH   640x480 (wa2: this or larger)
-  --decode           decode every video to its end (about 0.3 s each)
+  --decode           decode every video to its end (about 0.3 s each; at most 20000 frames and 60 s of each)
   --json             the result as one JSON document
 
 Exit code 0: valid (warnings are told), 1: not valid, 2: a mistake in the command."""
@@ -66,6 +74,7 @@ class _Walk:
         self.rules, self.report, self.episodes, self.folder = rules, report, episodes, folder
         self.readmes: list[PurePosixPath] = []
         self.found: dict[PurePosixPath, list[PurePosixPath]] = {}
+        self.reading_s = 0.0
 
     def run(self, path: Path) -> None:
         for archive, member in members(path, self.rules.limits):
@@ -94,17 +103,21 @@ class _Walk:
     # ------------------------------------------------------------------ one video
 
     def _look_at(self, video: Path, path: PurePosixPath) -> None:
-        from physisforcing.core.errors import DatasetError
-        from physisforcing.core.video import count_frames, probe_mp4
-
-        report, rules = self.report, self.rules
+        report, rules, begun = self.report, self.rules, time.monotonic()
         report.videos += 1
+        if self.reading_s > rules.limits.reading_s:
+            report.add("error", "not_checked", str(path), f"the videos before it took {rules.limits.reading_s:g} s")
+            return
         try:
-            info = probe_mp4(video)
-            frames = count_frames(video) if rules.decode else _packets(video)
+            info, frames = _read(video, rules)
         except DatasetError as error:
             report.add("error", "video_unreadable", str(path), str(error.got))
             return
+        except _READERS as error:  # a file from anywhere may break a reader in any way
+            report.add("error", "video_unreadable", str(path), f"{type(error).__name__}: {error}"[:MOST_TOLD])
+            return
+        finally:
+            self.reading_s += time.monotonic() - begun
         by_rule = "error" if self._layout_of(path) == "v1" else "warning"
         larger = self._layout_of(path) == "wa2" and info.width >= rules.width and info.height >= rules.height
         if (info.width, info.height) != (rules.width, rules.height) and not larger:
@@ -211,17 +224,35 @@ class _Walk:
                 self.report.add("error", code, str(folder), words)
 
 
-def _packets(video: Path) -> int:
+def _read(video: Path, rules: Track1Rules) -> tuple[VideoInfo, int]:
+    """What the header says, and how many frames there are: decoded, or counted. ``DatasetError`` for a video that is none or too much."""
+    from physisforcing.core.video import VideoBounds, count_frames, probe_mp4
+
+    limits, info = rules.limits, probe_mp4(video)
+    if info.height * info.width > limits.frame_pixels:
+        got, wanted = f"{info.width}x{info.height} pixels", f"at most {limits.frame_pixels} pixels a frame"
+        raise DatasetError(video.name, got=f"{got}, {wanted}", wanted=wanted, fix="scale it down")
+    if not rules.decode:
+        return info, _packets(video, limits)
+    bounds = VideoBounds(frames=limits.video_frames, pixels=limits.frame_pixels, seconds=limits.video_s)
+    return info, count_frames(video, bounds)
+
+
+def _packets(video: Path, limits: ArchiveLimits) -> int:
     """Frames whose data are there, read without decoding them."""
     import av
 
-    from physisforcing.core.errors import DatasetError
-
+    count, begun = 0, time.monotonic()
     try:
-        with av.open(str(video)) as container:
-            return sum(1 for packet in container.demux(video=0) if packet.size)
+        with av.open(str(video), format="mp4") as container:
+            for packet in container.demux(video=0):
+                count += packet.size > 0
+                if count > limits.video_frames or time.monotonic() - begun > limits.video_s:
+                    got = f"more than {limits.video_frames} frames, or {limits.video_s:g} s to read them"
+                    raise DatasetError(video.name, got=got, wanted="a shorter video", fix="cut it")
     except av.FFmpegError as error:
         raise DatasetError(video.name, got=str(error), wanted="a whole video", fix="write it again") from error
+    return count
 
 
 def main(argv: Sequence[str]) -> int:

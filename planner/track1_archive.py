@@ -25,12 +25,17 @@ class BadArchiveError(Exception):
 @dataclass(slots=True, kw_only=True, frozen=True)
 class ArchiveLimits:
     """``members``: files and folders; ``total_bytes``: unpacked; ``video_bytes``: of one video; ``header_bytes``: of a member's own
-    description (a header may announce gigabytes)."""
+    description (a header may announce gigabytes). ``video_frames``, ``frame_pixels``, ``video_s``: of one video that is read to its end;
+    ``reading_s``: for all videos together, after which the others are not looked into."""
 
     members: int = 20_000
     total_bytes: int = 32 * 2**30
     video_bytes: int = 256 * 2**20
     header_bytes: int = 2**20
+    video_frames: int = 20_000
+    frame_pixels: int = 4096 * 4096
+    video_s: float = 60.0
+    reading_s: float = 4 * 3600.0
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)

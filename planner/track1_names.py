@@ -120,7 +120,12 @@ def front_matter(text: bytes) -> dict[str, str]:
     if end is None:
         raise ReadmeError("the YAML block has no end: a second line ---")
     try:
-        values = yaml.safe_load("\n".join(lines[1:end]))
+        block = "\n".join(lines[1:end])
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(block, yaml.SafeLoader)):
+            raise ReadmeError("fields that refer to each other (*name) are not read")  # merged twice each, they double
+        values = yaml.safe_load(block)
+    except ReadmeError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ReadmeError(f"no YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
@@ -135,7 +140,8 @@ def _field(values: dict[Any, Any], name: str) -> str | None:
         if required:
             raise ReadmeError(f"{name} is missing")
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or len(str(value)) > 500:
+    huge = isinstance(value, int) and value.bit_length() > 64  # thousands of digits cannot be written out
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or huge or len(str(value)) > 500:
         raise ReadmeError(f"{name}: wanted a short text")
     if allowed and value not in allowed:
         raise ReadmeError(f"{name}: {value!r}, wanted {' or '.join(allowed)}")

@@ -31,7 +31,13 @@ examples:
   physis train idm data=[runs/bell,runs/blocks] codec=runs/vae/codec output=runs/idm device=cuda
   physis train idm data=[runs/bell] train.steps=200 train.batch=8 train.roundtrip_pool=32
   physis train idm decoder=feature data=[runs/bell] device=cuda feature.fit.time_limit_s=240 feature.fit.precision=bf16
+  physis train idm decoder=feature feature_decoder=worldarena data=[runs/bell] world_model=my_package.models:wan_features
   physis train idm decoder=latent data=[runs/bell] world_model=runs/pico/export codec=runs/vae/codec latent.fit.steps=3000
+
+feature_decoder=pico|paper|worldarena: the feature decoder's sizes (then feature.model.* for single ones). pico fits the shipped model.
+paper and worldarena are the published geometry: they need a world model that offers features of width 3072 from 30 blocks, for 45 frames
+one control step apart (12 latent frames of 15x20 tokens: Wan2.2-TI2V-5B at 480x640), and whose `text` embeds to 4096 numbers a token
+(UMT5; with another encoder feature.model.goal_dim=384). world_model=module:function is any such model; importing it runs its code.
 
 fields: data, decoder (pixel, single_frame, latent, feature), codec and world_model (folders; 'shipped' are the packaged ones), output,
 device (auto, cpu, cuda), threads, resume (feature and latent: go on from the checkpoints of fit.save_every), train.* for pictures (steps,
@@ -70,6 +76,7 @@ def run(command: TrainIdmCommand) -> dict[str, Any]:
     """Load, train, measure on held-out seeds, save. Returns the metrics that ``metrics.json`` holds."""
     import torch
 
+    from .decoder_fit import check_folder
     from .idm_training import print_row
     from .train_decoders import train_on_world_model
 
@@ -81,6 +88,8 @@ def run(command: TrainIdmCommand) -> dict[str, Any]:
     if command.threads:
         torch.set_num_threads(command.threads)
     device, output = choose_device(command.device), Path(command.output)
+    if command.decoder in ("feature", "latent"):
+        check_folder(output, resume=command.resume)  # before the rows of that run are overwritten
     output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with (output / "train.jsonl").open("a" if command.resume else "w") as lines:
@@ -91,10 +100,7 @@ def run(command: TrainIdmCommand) -> dict[str, Any]:
             print_row(row)
 
         if command.decoder in ("feature", "latent"):
-            folders = {
-                "world_model": weights_folder(command.world_model, "worldmodel", field="world_model"),
-                "codec": weights_folder(command.codec, "vae", field="codec"),
-            }
+            folders = model_folders(command)
             metrics, save = train_on_world_model(command.decoder, command, device=device, folders=folders, log=log)
         else:
             metrics, save = train_on_pictures(command, device=device, log=log)
@@ -138,6 +144,21 @@ def train_on_pictures(
     assert isinstance(model, PixelInverseDynamics)
     pixel = model
     return metrics, lambda folder: save_inverse_dynamics(pixel, folder, card=model_card(command, metrics))
+
+
+def model_folders(command: TrainIdmCommand) -> dict[str, Path]:
+    """World model and codec of a decoder that reads them; empty where the world model comes from a factory."""
+    from physisforcing.worldmodel.adapters.factory import is_factory
+
+    if is_factory(command.world_model) and not Path(command.world_model).exists():
+        if command.decoder != "feature":
+            fix = "give a world-model folder, or train decoder=feature"
+            raise UserError("world_model", got=command.world_model, wanted="a folder with its codec", fix=fix)
+        return {}
+    return {
+        "world_model": weights_folder(command.world_model, "worldmodel", field="world_model"),
+        "codec": weights_folder(command.codec, "vae", field="codec"),
+    }
 
 
 def choose_device(name: str) -> str:
@@ -187,7 +208,8 @@ def model_card(command: TrainIdmCommand, metrics: dict[str, Any]) -> str:
             "Held-out error of the predicted targets (RMSE over joints in degrees, over grippers in percent of the opening),",
             f"at the start of each of the {metrics['windows']['start']} validation episodes once (start), and in",
             f"{metrics['windows']['anywhere']} windows at random frames of them, drawn with replacement (anywhere); `frozen` repeats",
-            "the first picture, `hold` the start joints:",
+            "the first picture, `hold` the start joints; `real_measured` is against measured joints instead of drive targets, and",
+            "`drive_measured` the drive targets themselves against those (the least that can be reached):",
             "",
             "| window at | pictures | joints (deg) | grippers (%) |",
             "| --- | --- | --- | --- |",

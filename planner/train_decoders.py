@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from physisforcing.core.protocols import WorldModel
+
+from .feature_decoder.goal import TextEncoder
 from .frame_store import FrameStore, load_frame_store
 
 
@@ -20,30 +23,40 @@ def train_on_world_model(
 ) -> tuple[dict[str, Any], Callable[[Path], Path]]:
     """``feature`` or ``latent`` on the demonstrations of ``command`` (``planner.train.TrainIdmCommand``).
 
-    ``folders``: ``world_model`` and ``codec``. Returns the metrics and a function that writes the weights folder.
+    ``folders``: ``world_model`` and ``codec``; empty where ``command.world_model`` is a factory, whose features are read through the
+    contract. Returns the metrics and a function that writes the weights folder.
     """
-    from physisforcing.worldmodel.model import load_world_model
+    from physisforcing.worldmodel.model import FlowWorldModel, load_world_model
     from physisforcing.worldmodel.storage import latents_fingerprint
 
+    from .decoder_checks import source_of
     from .decoder_windows import DecoderWindows, FrozenWorldModel
+    from .offered_features import OfferedFeatures
 
     began = time.perf_counter()
-    model = load_world_model(folders["world_model"], device, codec=folders["codec"])
+    model: Any = (
+        load_world_model(folders["world_model"], device, codec=folders["codec"]) if folders else make_model(command)
+    )
+    text = encoder_of(model)
     views = model.spec.views
     store = load_frame_store(command.data, height=views.height, width=views.width).to(device)
     log({"event": "loaded", "episodes": store.episodes, "seconds": time.perf_counter() - began})
     settings = command.feature.model if decoder == "feature" else command.latent.model
     shape = {"frames": settings.frames, "stride": settings.steps_per_frame}
     tokens, prompt = (settings.goal_tokens, settings.prompt) if decoder == "feature" else (1, "{instruction}")
-    windows = DecoderWindows.build(store, model.text, **shape, tokens=tokens, prompt=prompt)
-    frozen, output = FrozenWorldModel(model, windows), Path(command.output)
+    windows = DecoderWindows.build(store, text, **shape, tokens=tokens, prompt=prompt)
+    output = Path(command.output)
     if decoder == "feature":
+        ours = isinstance(model, FlowWorldModel)
+        offered = FrozenWorldModel(model, windows) if ours else OfferedFeatures(model, windows, text)
         from .feature_decoder.files import save_feature_decoder
         from .feature_decoder.training import train_feature_decoder
 
-        made, metrics = train_feature_decoder(command.feature, frozen, folder=output, resume=command.resume, log=log)
-        metrics |= _facts(made, store, model.spec.fingerprint)
+        command.feature.model.features_fingerprint = source_of(model.spec, "features")
+        made, metrics = train_feature_decoder(command.feature, offered, folder=output, resume=command.resume, log=log)
+        metrics |= _facts(made, store, source_of(model.spec, "features"))
         return metrics, lambda folder: save_feature_decoder(made, folder, card=card(decoder, metrics))
+    frozen = FrozenWorldModel(model, windows)
     from .latent_decoder import save_latent_decoder
     from .latent_training import train_latent_decoder
 
@@ -51,6 +64,23 @@ def train_on_world_model(
     trained, metrics = train_latent_decoder(command.latent, frozen, folder=output, resume=command.resume, log=log)
     metrics |= _facts(trained, store, model.spec.fingerprint) | {"latents": settings.latents_fingerprint}
     return metrics, lambda folder: save_latent_decoder(trained, folder, card=card(decoder, metrics))
+
+
+def make_model(command: Any) -> WorldModel:
+    """What the factory ``command.world_model`` (module:function) makes."""
+    from physisforcing.worldmodel.adapters.factory import find_factory
+
+    return find_factory(command.world_model)()
+
+
+def encoder_of(model: Any) -> TextEncoder:
+    """A model's own encoder of instructions (``text``), else the sentence encoder that the shipped models use."""
+    found = getattr(model, "text", None)
+    if found is not None:
+        return found  # type: ignore[no-any-return]
+    from physisforcing.worldmodel.text import TextEmbedder
+
+    return TextEmbedder()
 
 
 def _facts(model: Any, store: FrameStore, world_model: str) -> dict[str, Any]:
@@ -68,8 +98,8 @@ ROWS = {
     "model_measured": "decoded, against measured joints",
     "drive_measured": "recorded drive targets, against measured joints",
     "hold": "start joints repeated",
-    "real": "the codec's latents",
-    "real_measured": "the codec's latents, against measured joints",
+    "real": "real pictures or latents, against drive targets",
+    "real_measured": "real pictures or latents, against measured joints",
     "denoised": "latents denoised in one step from level 0.5",
     "frozen": "the first latent or picture repeated",
     "roundtrip": "pictures through the codec",

@@ -91,7 +91,8 @@ class FlowWorldModel:
 
     ``steps``: denoising steps. The noise of a sample depends on its seed alone, and on a CPU contexts and samples are computed one
     by one, so that a sample is bit-equal wherever it stands in a batch. ``weights_fingerprint`` identifies denoiser and codec; the
-    spec's fingerprint adds the steps, because the pictures depend on all three.
+    spec's fingerprint adds the steps, because the pictures depend on all three. ``features_fingerprint`` identifies what features depend
+    on: the denoiser and the codec's latents (default: ``weights_fingerprint``).
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class FlowWorldModel:
         settings: dict,
         *,
         weights_fingerprint: str,
+        features_fingerprint: str = "",
         steps: int | None = None,
         text: TextEmbedder | None = None,
     ) -> None:
@@ -126,6 +128,8 @@ class FlowWorldModel:
             action_spec=None if actions is None else actions.spec,
             fingerprint=config_hash({"weights": weights_fingerprint, "steps": self.steps}),
             blocks=len(denoiser.transformer.blocks),
+            latents_fingerprint=settings.get("latents_fingerprint", ""),
+            features_fingerprint=features_fingerprint or weights_fingerprint,
         )
 
     @property
@@ -263,11 +267,13 @@ def load_world_model(
             wanted=f"a codec with the latents {settings['latents_fingerprint']} it was trained on",
             fix="pass codec=<folder of that codec>",
         )
+    weights = fingerprint(folder)
     return FlowWorldModel(
         load_denoiser(folder, device),
         load_codec(codec_folder, device),
         settings,
-        weights_fingerprint=f"{fingerprint(folder)}-{fingerprint(codec_folder)}",
+        weights_fingerprint=f"{weights}-{fingerprint(codec_folder)}",
+        features_fingerprint=f"{weights}-{found}",
         steps=steps,
         text=text,
     )

@@ -31,10 +31,16 @@ class Stage:
         self._shown: tuple[bytes, frozenset[int]] | None = None
 
     def set_up(self, seed: int) -> None:
-        """Build the scene of ``seed``; no environment may be live. Errors: see ``RoboTwinEnv.reset``."""
+        """Build the scene of ``seed``; no environment may be live. Errors: see ``RoboTwinEnv.reset``. Afterwards none is live, either,
+        and after an error no scene stands here."""
         self._hidden, self._shown = frozenset(), None
-        self.env.reset(seed=seed, options={"observe": False})
-        release(self.env)
+        try:
+            self.env.reset(seed=seed, options={"observe": False})
+        except BaseException:
+            self.env.close()  # what was built of the scene
+            raise
+        finally:
+            release(self.env)  # else whoever is live again would find its place taken, and hide why
         self.ids_K = self.env.body_poses()[0]
         self.roles_K = scene_roles(self.env)
 

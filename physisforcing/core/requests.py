@@ -1,11 +1,21 @@
-"""What can be said about a request to a world model from the model's spec alone. A model calls it first and is spared these checks."""
+"""Requests to a world model: what the spec alone says about one (a model calls it first), and one computed in parts the model can take."""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import MissingCapabilityError, UserError
-from .types import RolloutRequest, WorldModelSpec
+from .protocols import WorldModel
+from .types import Rollout, RolloutRequest, WorldModelSpec
+
+#: Fields of a request, and of a rollout, whose first axis are the contexts.
+CONTEXT_FIELDS = ("context_BVTHWC", "proprioception_BKA", "actions_BSPA", "goal_BVHWC")
+CONTEXT_LISTS = ("ids", "plan_steps")
+ANSWER_FIELDS = ("frames_BSVTHWC", "latents_BSCFhw", "features_BSKFhwD")
 
 
 def check_request(request: RolloutRequest, spec: WorldModelSpec) -> None:
@@ -75,3 +85,45 @@ def _check_array(request: RolloutRequest, name: str, kind: str, shape: tuple[int
         numbers = "uint8" if kind == "u" else "finite floats"
         wanted = f"{numbers} [{', '.join('any' if n is None else str(n) for n in shape)}]"
         raise UserError(name, got=got, wanted=wanted, fix="see core.types.RolloutRequest")
+
+
+def rollout_in_parts(world_model: WorldModel, request: RolloutRequest, max_batch: int) -> Rollout:
+    """One rollout, or several of at most ``max_batch`` samples each, put together again: contexts are parted first, then candidates.
+    The answer carries the request's seeds."""
+    batch, samples = request.seeds_BS.shape
+    if batch * samples <= max_batch:
+        return dataclasses.replace(world_model.rollout(request), seeds_BS=request.seeds_BS)
+    if batch > 1:
+        size = max(1, max_batch // samples)
+        parts = [contexts_of(request, slice(i, i + size)) for i in range(0, batch, size)]
+    else:
+        parts = [_candidates(request, slice(i, i + max_batch)) for i in range(0, samples, max_batch)]
+    answers = [rollout_in_parts(world_model, part, max_batch) for part in parts]
+    axis = 0 if batch > 1 else 1
+    arrays: dict[str, Any] = {
+        name: None
+        if getattr(answers[0], name) is None
+        else np.concatenate([getattr(answer, name) for answer in answers], axis)
+        for name in ANSWER_FIELDS
+    }
+    cost = {name: sum(answer.cost.get(name, 0.0) for answer in answers) for name in answers[0].cost}
+    return dataclasses.replace(answers[0], cost=cost, seeds_BS=request.seeds_BS, **arrays)
+
+
+def contexts_of(request: RolloutRequest, rows: slice | NDArray[np.int64]) -> RolloutRequest:
+    """The part of a request that asks for these contexts."""
+    chosen = np.arange(len(request.seeds_BS))[rows]
+    arrays: dict[str, Any] = {
+        name: None if (array := getattr(request, name)) is None else array[rows]
+        for name in (*CONTEXT_FIELDS, "seeds_BS")
+    }
+    lists = {
+        name: None if (given := getattr(request, name)) is None else [given[row] for row in chosen]
+        for name in ("instructions", *CONTEXT_LISTS)
+    }
+    return dataclasses.replace(request, **lists, **arrays)
+
+
+def _candidates(request: RolloutRequest, columns: slice) -> RolloutRequest:
+    actions = None if request.actions_BSPA is None else request.actions_BSPA[:, columns]
+    return dataclasses.replace(request, seeds_BS=request.seeds_BS[:, columns], actions_BSPA=actions)

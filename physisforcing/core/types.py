@@ -139,7 +139,11 @@ class PointTracks:
 
 @dataclass(slots=True, kw_only=True)
 class WorldModelSpec:
-    """What a world model can do (the contract's ``spec``)."""
+    """What a world model can do (the contract's ``spec``).
+
+    ``latents_fingerprint``, ``features_fingerprint``: identify what its latents (the codec) and its features (the weights) are, where
+    that is less than everything that ``fingerprint`` covers; empty: ``fingerprint`` does.
+    """
 
     name: str
     views: ViewLayout
@@ -154,6 +158,8 @@ class WorldModelSpec:
     deterministic: bool = True
     fingerprint: str = ""
     blocks: int = 0
+    latents_fingerprint: str = ""
+    features_fingerprint: str = ""
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -201,7 +207,8 @@ class RolloutRequest:
 class Rollout:
     """An answer to a ``RolloutRequest``. ``times_T`` seconds from the context frame; ``cost``: e.g. seconds, denoiser calls.
 
-    ``features_BSKFhwD``: K taps, F latent frames, token grid h x w; float16 or float32.
+    ``features_BSKFhwD``: K taps, F latent frames, token grid h x w; float16 or float32. ``seeds_BS``: noise seeds of the request, for
+    decoders that draw noise of their own; whoever asked the model fills them in, None where nobody did.
     """
 
     times_T: NDArray[np.float64]
@@ -209,17 +216,21 @@ class Rollout:
     latents_BSCFhw: NDArray[np.float32] | None = None
     features_BSKFhwD: NDArray[np.floating[Any]] | None = None
     cost: dict[str, float] = field(default_factory=dict)
+    seeds_BS: NDArray[np.int64] | None = None
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class DecoderNeeds:
     """What a decoder reads of a rollout: ``returns`` as in ``RolloutRequest``, and which ``features``. ``horizons``: numbers of frames it
-    takes (empty: any); ``frame_dt``: seconds between two of them (None: any)."""
+    takes (empty: any); ``frame_dt``: seconds between two of them (None: any). ``latents_fingerprint``, ``features_fingerprint``: of the
+    latents or features it was trained on (empty: any), as in ``WorldModelSpec``."""
 
     returns: frozenset[str] = frozenset({"frames"})
     features: FeatureRequest | None = None
     horizons: tuple[int, ...] = ()
     frame_dt: float | None = None
+    latents_fingerprint: str = ""
+    features_fingerprint: str = ""
 
 
 @dataclass(slots=True, kw_only=True)

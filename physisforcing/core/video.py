@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -172,10 +173,33 @@ def probe_mp4(path: str | Path) -> VideoInfo:
         )
 
 
-def count_frames(path: str | Path) -> int:
-    """Decodable frames of a video, by decoding it (about 1 ms a frame at 240x320)."""
-    with _open(Path(path)) as container:
-        return sum(1 for _ in _decode(container, Path(path), None))
+@dataclass(slots=True, kw_only=True, frozen=True)
+class VideoBounds:
+    """The most that is decoded of a video from anywhere: frames, pixels of one, seconds for all of it."""
+
+    frames: int
+    pixels: int
+    seconds: float
+
+
+def count_frames(path: str | Path, bounds: VideoBounds | None = None) -> int:
+    """Decodable frames of a video, by decoding it (about 1 ms a frame at 240x320). ``DatasetError`` beyond ``bounds``, too."""
+    path, begun, count = Path(path), time.monotonic(), 0
+    with _open(path) as container:
+        if bounds is not None:  # FFmpeg's own bound, for a stream that grows after its header, counts margins too
+            container.streams.video[0].codec_context.options = {"max_pixels": str(2 * bounds.pixels + 2**20)}
+        for _, frame in _decode(container, path, None):
+            count += 1
+            if bounds is None:
+                continue
+            for beyond, got in (
+                (count > bounds.frames, f"more than {bounds.frames} frames"),
+                (frame.width * frame.height > bounds.pixels, f"a frame of {frame.width}x{frame.height} pixels"),
+                (time.monotonic() - begun > bounds.seconds, f"over {bounds.seconds:g} s of decoding"),
+            ):
+                if beyond:
+                    raise DatasetError(str(path), got=got, wanted="a video within the bounds", fix="cut it")
+    return count
 
 
 def read_mp4(path: str | Path, indices: Sequence[int] | None = None) -> NDArray[np.uint8]:
@@ -223,6 +247,8 @@ def _decode(container: Any, path: Path, keep: set[int] | None) -> Iterator[tuple
     last = max(keep) if keep else None
     try:
         for frame in container.decode(stream):
+            if frame.pts is None:
+                raise _truncated(path, got="a frame without a time")
             number = round((frame.pts - start) / step)
             yield number, frame
             if last is not None and number >= last:
@@ -239,7 +265,7 @@ def _open(path: Path) -> Any:
             str(path), got="no such file", wanted="an MP4 video", fix="collect or copy this episode again"
         )
     try:
-        container = av.open(str(path))
+        container = av.open(str(path), format="mp4")  # no other of FFmpeg's readers for a file from anywhere
     except av.FFmpegError as error:
         raise _truncated(path, got=f"{path.stat().st_size} bytes that do not open ({error})") from error
     if not container.streams.video or container.streams.video[0].codec_context is None:

@@ -1,7 +1,12 @@
 """Sizes of the feature decoder: WorldArena's published one, the same with three taps, and a small one for pico.
 
 Published (WorldArena, `embodied_task`, an adaptation of Video Prediction Policy): 45 pictures one control step apart, 12 latent
-frames of 15x20 tokens, two taps of width 3072, 228 latents, 45 rows of 14 targets. 20.47 M parameters before and 28.13 M in the head.
+frames of 15x20 tokens, two taps of width 3072, 228 latents, 45 rows of 14 targets.
+
+Parameters: published are 20.47 M in the resampler and 28.13 M in the head, 48.60 M together; here they are 20.48 M and 27.86 M, 48.34 M.
+The resampler is the published one and 13 440 numbers more, the learned row and column of a token (without them 20.47 M). The head is
+0.27 M smaller than the published one, of which no description by layers was at hand; what is known of it is in it (width, layers, heads,
+feed-forward, FiLM, goal), and nothing was added to make up the number.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ class SamplingConfig:
     which chunk it will be is decided at levels that exceed the distance between chunks (sigma_data times the root of their numbers, 11 at
     pico size), where the density alone puts less than one draw in four hundred and features are hardly learned. Sampling takes ``steps`` DDIM steps from ``sigma_max`` to ``last_sigma``, then jumps to the
     denoised value (a large ``last_sigma`` gives something near the mean of what the head thinks possible). ``draws``: samples a decode;
-    their deviation is the spread. ``seed``: of their noise."""
+    their deviation is the spread. ``seed``: of their noise, together with the noise seed of the rollout that is decoded."""
 
     sigma_data: float = 0.5
     sigma_min: float = 0.001
@@ -69,7 +74,7 @@ class FeatureDecoderConfig:
     ``(frames - 1) * steps_per_frame + 1`` rows, the first of which is the pose already reached. ``goal_tokens``: the instruction's token
     embeddings of width ``goal_dim`` are cut and padded to so many, in training and in use alike. ``prompt``: what is embedded.
     ``normalise``: targets per dimension to deviation ``sigma_data``. ``proprioception``: the drive targets now are a token too, and rows
-    are changes from them.
+    are changes from them. ``features_fingerprint``: of the world model whose features it was trained on; training fills it in.
     """
 
     taps: tuple[int, ...] = (2, 4, 6)
@@ -86,9 +91,15 @@ class FeatureDecoderConfig:
     prompt: str = "{instruction}"
     normalise: bool = True
     proprioception: bool = False
+    features_fingerprint: str = ""
     resampler: ResamplerConfig = field(default_factory=ResamplerConfig)
     head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        self.taps = tuple(self.taps)  # YAML and JSON only know lists
+        high, wide = self.grid
+        self.grid = (high, wide)
 
     @property
     def rows(self) -> int:
@@ -99,7 +110,13 @@ class FeatureDecoderConfig:
     def needs(self) -> DecoderNeeds:
         request = FeatureRequest(taps=self.taps, sigma=self.tap_sigma, first_frame_mask=self.first_frame_mask)
         returns, dt = frozenset({"features"}), self.steps_per_frame * DT
-        return DecoderNeeds(returns=returns, features=request, horizons=(self.frames,), frame_dt=dt)
+        return DecoderNeeds(
+            returns=returns,
+            features=request,
+            horizons=(self.frames,),
+            frame_dt=dt,
+            features_fingerprint=self.features_fingerprint,
+        )
 
 
 def paper_size(**changes: Any) -> FeatureDecoderConfig:
@@ -119,8 +136,12 @@ def paper_size(**changes: Any) -> FeatureDecoderConfig:
 
 
 def worldarena(**changes: Any) -> FeatureDecoderConfig:
-    """What WorldArena released: the inputs of blocks 16 and 17 of 30 (counted from 1), their first-frame mask, joints as they are, the
-    log-logistic density alone, DDIM from 80 to 1, one sample. Their constant sentence in front of every instruction goes into ``prompt``."""
+    """What WorldArena released: the inputs of blocks 15 and 16, their first-frame mask, joints as they are, the log-logistic density alone,
+    DDIM from 80 to 1, one sample. Their constant sentence in front of every instruction goes into ``prompt``.
+
+    Their blocks are assumed to be counted from 0, as their code indexes them: the inputs of blocks 15 and 16 of 0..29 are the outputs of
+    blocks 15 and 16 of 1..30, which is how taps count here. Were they counted from 1, the taps would be (14, 15).
+    """
     values: dict[str, Any] = {
         "taps": (15, 16),
         "first_frame_mask": "worldarena_compat",

@@ -6,7 +6,8 @@ noise. Row 0 of what the head makes is the pose already reached; the chunk is al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -97,39 +98,54 @@ class FeatureInverseDynamics(nn.Module):
         memory = self._memory(features_BKFhwD, goal, state_BA)
         return self.head.loss(self.normalised(rows_BRA, state_BA), sigma_B, noise_BRA, memory)
 
-    def rows(self, features_BKFhwD: Tensor, goal: tuple[Tensor, Tensor], state_BA: Tensor, noise_SRA: Tensor) -> Tensor:
-        """DDIM samples [B,S,R,A] in radians and gripper openings. ``noise_SRA``: unit noise of the S draws, the same for every entry."""
-        s, batch, draws = self.config.sampling, len(features_BKFhwD), len(noise_SRA)
+    def rows(
+        self, features_BKFhwD: Tensor, goal: tuple[Tensor, Tensor], state_BA: Tensor, noise_BSRA: Tensor
+    ) -> Tensor:
+        """DDIM samples [B,S,R,A] in radians and gripper openings. ``noise_BSRA``: unit noise of the S draws of each entry."""
+        s, (batch, draws) = self.config.sampling, noise_BSRA.shape[:2]
         memory = self._memory(features_BKFhwD, goal, state_BA).repeat(draws)
-        noise = noise_SRA.to(state_BA.device).repeat(batch, 1, 1)
+        noise = noise_BSRA.to(state_BA.device).flatten(0, 1)
         sigmas = exponential_sigmas(s.steps, s.last_sigma, s.sigma_max)
         found = ddim(lambda x, sigma: self.head.denoise(x, sigma, memory), noise, sigmas)
         return self.restored(found, state_BA.repeat_interleave(draws, dim=0)).unflatten(0, (batch, draws))
 
-    def draw_noise(self) -> Tensor:
-        """Unit noise [draws,R,A] of ``sampling.seed``. A decode gets no other seed, so that equal rollouts give equal chunks."""
+    def draw_noise(self, seeds_N: Iterable[int]) -> Tensor:
+        """Unit noise [N,draws,R,A] of entries with these seeds, each a function of (``sampling.seed``, its own seed) alone.
+
+        A rollout's seed comes from (episode, replan, candidate), so the noise of a decode does too, wherever it stands in a batch.
+        """
         c = self.config
-        generator = torch.Generator().manual_seed(c.sampling.seed)
-        return torch.randn(c.sampling.draws, c.rows, c.action_dim, generator=generator)
+        shape, drawn = (c.sampling.draws, c.rows, c.action_dim), []
+        for seed in seeds_N:
+            digest = hashlib.sha256(f"feature decoder:{c.sampling.seed}:{int(seed)}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            drawn.append(torch.randn(shape, generator=generator))
+        return torch.stack(drawn)
 
     @torch.inference_mode()
     def decode(
         self, rollout: Rollout, state_BA: NDArray[np.float32], instructions: Sequence[str]
     ) -> list[list[ActionChunk]]:
-        """See ``core.protocols.InverseDynamics``. Of several draws the one nearest to their mean becomes the chunk; their deviation
+        """See ``core.protocols.InverseDynamics``. Noise follows the rollout's seeds (``draw_noise``; one that has none counts as seed 0,
+        as a recording does). Of several draws the one nearest to their mean becomes the chunk; their deviation
         (RMS over joints, radians) is the spread, None for a single draw. Grippers are clipped to [0, 1]."""
         features = self._check(rollout, state_BA, instructions)
         assert self.text is not None
         batch, samples = features.shape[:2]
         device = self.head.row_position.device
         goal = embed_goals(self.text, instructions, self.config.prompt, self.config.goal_tokens)
-        state, noise = torch.from_numpy(np.array(state_BA, np.float32)), self.draw_noise()
+        if goal[0].shape[2] != self.config.goal_dim:
+            fix = "load the decoder with the encoder that it was trained with: load_decoder(folder, text=...)"
+            wanted = f"embeddings of {self.config.goal_dim} numbers a token"
+            raise UserError("decoder.text", got=f"{goal[0].shape[2]} numbers", wanted=wanted, fix=fix)
+        state, seeds = torch.from_numpy(np.array(state_BA, np.float32)), rollout.seeds_BS
+        noise = self.draw_noise([0] * (batch * samples) if seeds is None else seeds.ravel().tolist())
         chunks = []
         for part in torch.arange(batch * samples).split(1 if device.type == "cpu" else TOGETHER):
             of = part // samples
             read = torch.from_numpy(features[of.numpy(), (part % samples).numpy()]).float().to(device)
             words = goal[0][of].to(device), goal[1][of].to(device)
-            rows = self.rows(read, words, state[of].to(device), noise).cpu().numpy()
+            rows = self.rows(read, words, state[of].to(device), noise[part]).cpu().numpy()
             chunks += [chunk_of(draws) for draws in rows]
         return [chunks[b * samples : (b + 1) * samples] for b in range(batch)]
 
@@ -149,6 +165,10 @@ class FeatureInverseDynamics(nn.Module):
             raise MissingCapabilityError("features_BSKFhwD", got=features.shape, wanted=f"[B,S,{wanted}]", fix=fix)
         check_times(rollout, self.needs)
         check_state(state_BA, len(features), c.action_dim)
+        seeds = rollout.seeds_BS
+        if seeds is not None and seeds.shape != features.shape[:2]:
+            wanted_seeds, fix = f"{features.shape[:2]}, one a sample", "give the seeds of the request"
+            raise UserError("seeds_BS", got=seeds.shape, wanted=wanted_seeds, fix=fix)
         if len(instructions) != len(features):
             fix = "one instruction a context"
             raise UserError("instructions", got=len(instructions), wanted=f"{len(features)} sentences", fix=fix)

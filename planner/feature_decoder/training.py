@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from physisforcing.core.errors import UserError, check_at_least
+from physisforcing.core.types import FeatureRequest
 
 from ..decoder_fit import Fit, FitConfig, Log
-from ..decoder_windows import FrozenWorldModel
+from ..decoder_windows import DecoderWindows
 from ..frame_store import split_episodes
 from ..idm_training import noisy_start, statistics
 from ..inverse_dynamics import chunk_errors
 from .config import FeatureDecoderConfig
 from .decoder import FeatureInverseDynamics, chunk_of
+from .goal import TextEncoder
 from .sampling import training_sigmas
 
 
@@ -53,6 +55,23 @@ class FeatureBatch:
     rows_BRA: Tensor
 
 
+class FeatureModel(Protocol):
+    """A world model that is not trained with the decoder: ``decoder_windows.FrozenWorldModel``, ``offered_features.OfferedFeatures``."""
+
+    windows: DecoderWindows
+
+    @property
+    def text(self) -> TextEncoder: ...
+
+    def feature_shape(self, request: FeatureRequest) -> tuple[int, int, int, int]: ...
+
+    def check_window(self, frames: int, steps_per_frame: int, *, field: str) -> None: ...
+
+    def features(
+        self, episode_B: Tensor, start_B: Tensor, request: FeatureRequest, generator: torch.Generator
+    ) -> Tensor: ...
+
+
 class FeatureSource(Protocol):
     def draw(self, count: int, generator: torch.Generator) -> FeatureBatch:
         """A random batch."""
@@ -63,7 +82,7 @@ class LiveFeatures:
     """Windows of ``allowed_E`` drawn at random, features made on the spot with fresh noise."""
 
     def __init__(
-        self, frozen: FrozenWorldModel, config: FeatureDecoderConfig, allowed_E: Tensor, start_share: float
+        self, frozen: FeatureModel, config: FeatureDecoderConfig, allowed_E: Tensor, start_share: float
     ) -> None:
         self.frozen, self.config, self.allowed_E, self.start_share = frozen, config, allowed_E, start_share
 
@@ -123,7 +142,7 @@ def score_matching(
 
 def train_feature_decoder(
     config: FeatureTrainConfig,
-    frozen: FrozenWorldModel,
+    frozen: FeatureModel,
     *,
     folder: Path,
     resume: bool = False,
@@ -135,7 +154,7 @@ def train_feature_decoder(
     store = frozen.windows.store
     train_E, validation_E = split_episodes(store, share=config.validation_share)
     torch.manual_seed(config.fit.seed)
-    model = FeatureInverseDynamics(config.model, frozen.model.text).to(store.first_E.device)
+    model = FeatureInverseDynamics(config.model, frozen.text).to(store.first_E.device)
     model.set_statistics(*statistics(store, train_E, chunk=config.model.rows - 1, floor=config.scale_floor))
     source: FeatureSource = LiveFeatures(frozen, config.model, train_E, config.start_share)
     if config.stored:
@@ -169,11 +188,12 @@ def evaluate_features(
     anywhere = frozen.windows.store.draw(windows, allowed_E=live.allowed_E, start_share=0.0, generator=generator)
     places = {"start": (live.allowed_E, torch.zeros_like(live.allowed_E)), "anywhere": anywhere}
     out: dict[str, Any] = {"windows": {place: len(episode) for place, (episode, _) in places.items()}}
-    noise, measures = model.draw_noise(), frozen.windows.store.measured_NA is not None
+    measures = frozen.windows.store.measured_NA is not None
     for place, (episode, start) in places.items():
         found, now, spread, drive = [], [], [], []
         for rows in torch.arange(len(episode), device=device).split(together):
             batch = live.of(episode[rows], start[rows], generator)
+            noise = model.draw_noise(rows.tolist())
             draws = model.rows(batch.features_BKFhwD, batch.goal, batch.state_BA, noise).cpu().numpy()
             chunks = [chunk_of(entry) for entry in draws]
             found.append(np.stack([chunk.actions_PA for chunk in chunks]))
@@ -194,18 +214,20 @@ def evaluate_features(
     return out
 
 
-def check_geometry(config: FeatureDecoderConfig, frozen: FrozenWorldModel) -> None:
-    """``UserError`` where the decoder's sizes are not those of the world model's features."""
-    transformer = frozen.model.denoiser.transformer
-    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    goal = frozen.windows.goal_SLD
-    found = {
+def check_geometry(config: FeatureDecoderConfig, frozen: FeatureModel) -> None:
+    """``UserError`` where the decoder's sizes or its time base are not those of the world model's features."""
+    frozen.check_window(config.frames, config.steps_per_frame, field="feature.model")
+    request = config.needs.features
+    assert request is not None
+    frames, rows, columns, width = frozen.feature_shape(request)
+    found: dict[str, tuple[object, object]] = {
         "feature_dim": (config.feature_dim, width),
-        "latent_frames": (config.latent_frames, frozen.latents),
-        "goal_dim": (config.goal_dim, goal.shape[2]),
+        "latent_frames": (config.latent_frames, frames),
+        "grid": (tuple(config.grid), (rows, columns)),
+        "goal_dim": (config.goal_dim, frozen.windows.goal_SLD.shape[2]),
         "action_dim": (config.action_dim, frozen.windows.store.states_NA.shape[1]),
     }
     for name, (got, wanted) in found.items():
         if got != wanted:
-            fix = f"feature.model.{name}={wanted}"
+            fix = f"feature.model.{name}={list(wanted) if isinstance(wanted, tuple) else wanted}"
             raise UserError(f"feature.model.{name}", got=got, wanted=f"{wanted}, as the world model has", fix=fix)

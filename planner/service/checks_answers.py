@@ -8,6 +8,7 @@ import json
 import uuid
 from typing import Any
 
+from .manifest import manifest_problems
 from .probe import FailedError, Probe, SkippedError, expect, parsed, same_frames, typed_error
 from .schema import Capabilities, Health
 
@@ -38,6 +39,8 @@ def capabilities(probe: Probe) -> str:
             expect(profile.action.dimension is not None, f"{profile.profile_id}: no action dimension")
         stated = profile.state.supported == (profile.state.dimension is not None)
         expect(stated, f"{profile.profile_id}: state.supported and state.dimension disagree")
+    problems = manifest_problems(found)
+    expect(not problems, "; ".join(problems[:5]))
     probe.capabilities = found
     return f"profiles {', '.join(names)}; batch {found.limits.max_batch_size}, at once {found.limits.max_concurrency}"
 

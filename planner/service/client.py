@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.requests import check_request
 from physisforcing.core.types import DT, ActionSpec, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
 
-from .http import Address, NoReplyError, Reply, exchange
+from ..contract_checks import spec_problems
+from .http import Address, NoReplyError, Reply, TooLargeError, exchange, token_for
+from .manifest import LIMITS, answer_bytes, manifest_problems
 from .pictures import decode_png, encode_png
-from .schema import API_VERSION, Capabilities, ErrorBody, ErrorDetails, PredictResponse, Profile, Strict
+from .schema import API_VERSION, Capabilities, ErrorBody, ErrorDetails, Health, PredictResponse, Profile, Strict
 
 #: What helps, by error code.
 _FIXES = {
@@ -56,18 +57,21 @@ class HttpWorldModel:
     """Asks the service for its capabilities once; ``rollout`` sends as many requests as its batch bound demands.
 
     Frames come back as the service made them; in a profile driven by actions the picture of time 0 is the model's own where the
-    service sends it, else the context. ``token``: by default the variable PHYSIS_TOKEN, for this machine too.
+    service sends it, else the context. ``token``: for this server; by default the variable PHYSIS_TOKEN, which goes over https or to
+    this machine only.
 
-    Raises ``UserError`` for what the service refuses as wrong, ``MissingCapabilityError`` for what it does not offer, and
-    ``ServiceError`` when it does not answer, is overloaded to the last attempt, fails, or says something else than it promised.
+    The server is not trusted: what its manifest says is bounded (``manifest.ManifestLimits``) and has to be a sound spec, and no answer
+    is read beyond what was asked for. Raises ``UserError`` for what the service refuses as wrong, ``MissingCapabilityError`` for what
+    it does not offer, and ``ServiceError`` when it does not answer, is overloaded to the last attempt, fails, or says something else
+    than it promised (``BAD_REPLY``).
     """
 
     def __init__(self, url: str, *, token: str | None = None, settings: HttpSettings | None = None) -> None:
         self._address = Address.of(url)
-        self._token = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
+        self._token = token_for(self._address, token, TOKEN_VARIABLE)
         self.settings = settings or HttpSettings()
         self.capabilities: Capabilities = _read(Capabilities, self._call("GET", "/v1/capabilities", None, 30.0))
-        self._spec = spec_of(self.capabilities, self.settings.frame_dt)
+        self._spec = trusted_spec(self.capabilities, self.settings.frame_dt)
 
     @property
     def spec(self) -> WorldModelSpec:
@@ -75,7 +79,8 @@ class HttpWorldModel:
 
     def health(self) -> str:
         """``ready``, ``starting`` or ``degraded``."""
-        return str(json.loads(self._call("GET", "/v1/health", None, 10.0).body)["status"])
+        found: Health = _read(Health, self._call("GET", "/v1/health", None, 10.0))
+        return found.status
 
     def rollout(self, request: RolloutRequest) -> Rollout:
         """See core's ``WorldModel``."""
@@ -123,7 +128,8 @@ class HttpWorldModel:
             "samples": [_sample(request, profile, b, s) for b, s in places],
         }
         timeout_s = self.settings.timeout_s or self.capabilities.limits.recommended_timeout_ms / 1000 + 5
-        reply = self._call("POST", "/v1/predict", json.dumps(document).encode(), timeout_s)
+        most = answer_bytes(profile, len(places), request.horizon)
+        reply = self._call("POST", "/v1/predict", json.dumps(document).encode(), timeout_s, most)
         answer: PredictResponse = _read(PredictResponse, reply)
         if answer.request_id != request_id or answer.model_version != self.capabilities.model_version:
             raise _bad("another request_id or model_version than was asked for")
@@ -133,16 +139,19 @@ class HttpWorldModel:
         if first is not None and len(first) != len(places):
             raise _bad("another number of first frames than samples")
         found = []
+        by_actions = profile.driven_by == "actions"
         for i, (prediction, (b, _)) in enumerate(zip(answer.predictions, places, strict=True)):
-            frames = [_decoded(image, profile) for image in prediction.frames]
-            if profile.driven_by == "actions":
-                frames.insert(0, request.context_BVTHWC[b, 0, -1] if first is None else _decoded(first[i], profile))
-            if len(frames) != request.horizon:
+            if len(prediction.frames) + by_actions != request.horizon:
                 raise _bad(f"{len(prediction.frames)} frames for sample {i}, wanted {request.horizon} with time 0")
+            frames = [_decoded(image, profile) for image in prediction.frames]
+            if by_actions:
+                frames.insert(0, request.context_BVTHWC[b, 0, -1] if first is None else _decoded(first[i], profile))
             found.append(np.stack(frames))
         return found, answer.diagnostics.seconds if answer.diagnostics is not None else 0.0
 
-    def _call(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Reply:
+    def _call(
+        self, method: str, path: str, body: bytes | None, timeout_s: float, most_bytes: int = LIMITS.body_bytes
+    ) -> Reply:
         """The answer of status 200; tried again where the contract says that this may help."""
         headers = {"content-type": "application/json"} if body is not None else {}
         if self._token:
@@ -151,7 +160,9 @@ class HttpWorldModel:
         for attempt in range(1, self.settings.attempts + 1):
             last = attempt == self.settings.attempts
             try:
-                reply = exchange(self._address, method, path, body, headers, timeout_s=timeout_s)
+                reply = exchange(self._address, method, path, body, headers, timeout_s=timeout_s, most_bytes=most_bytes)
+            except TooLargeError as error:
+                raise _bad(str(error)) from error
             except NoReplyError as error:
                 if last or error.timed_out:
                     raise ServiceError(f"no answer from the world model: {error}", code="NO_REPLY") from error
@@ -165,6 +176,24 @@ class HttpWorldModel:
                 time.sleep(min(float(asked) if asked.isdecimal() else wait_s, self.settings.longest_wait_s))
             wait_s *= 2
         raise AssertionError("attempts are at least 1")
+
+
+def trusted_spec(capabilities: Capabilities, frame_dt: float = DT) -> WorldModelSpec:
+    """The spec of an untrusted server's manifest. ``ServiceError`` BAD_REPLY for one that is out of bounds or describes no world model,
+    ``MissingCapabilityError`` for a sound one that core's requests cannot serve."""
+    problems = manifest_problems(capabilities)
+    if problems:
+        raise _bad_manifest(problems)
+    try:
+        spec = spec_of(capabilities, frame_dt)
+    except MissingCapabilityError:
+        raise
+    except UserError as error:  # the layout of its views
+        raise _bad_manifest([str(error)[:300]]) from error
+    problems = spec_problems(spec)
+    if problems:
+        raise _bad_manifest(problems)
+    return spec
 
 
 def spec_of(capabilities: Capabilities, frame_dt: float = DT) -> WorldModelSpec:
@@ -261,6 +290,10 @@ def _bad(what: str) -> ServiceError:
     return ServiceError(
         f"the world model's answer does not keep the contract: {what}", code="BAD_REPLY", retryable=False
     )
+
+
+def _bad_manifest(problems: list[str]) -> ServiceError:
+    return _bad(f"capabilities: {'; '.join(problems[:5])}")
 
 
 def _error(reply: Reply) -> Exception:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ Ask a world-model server everything that the v1 contract promises, and say what 
   physis check service https://wm.example.org --token SECRET --only determinism --only idempotency
 
 options:
-  --token SECRET     Bearer token (default: the variable PHYSIS_TOKEN)
+  --token SECRET     Bearer token (default: the variable PHYSIS_TOKEN, over https or to this machine)
   --timeout S        after which an answer counts as missing (what the server recommends)
   --clients N        clients at the same time (8), --rounds N requests each (2)
   --examples N       of schema-based and of random-byte fuzzing, each (100)
@@ -114,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     """See ``HELP``."""
     parser = argparse.ArgumentParser(prog="physis check service", usage=argparse.SUPPRESS, add_help=False)
     parser.add_argument("url", nargs="?")
-    parser.add_argument("--token", default=os.environ.get(TOKEN_VARIABLE, ""))
+    parser.add_argument("--token", default=None)
     parser.add_argument("--timeout", type=float, default=0.0)
     for name, default in (("clients", 8), ("rounds", 2), ("examples", 100), ("batch", 8), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -129,9 +128,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             "URL", got=None, wanted="the address of a server", fix="physis check service http://127.0.0.1:8080"
         )
-    found = []
+    from .http import Address, token_for
+
+    token, found = token_for(Address.of(options.url), options.token, TOKEN_VARIABLE), []
     for check in run_suite(
-        options.url, token=options.token, only=options.only, timeout_s=options.timeout, clients=options.clients,
+        options.url, token=token, only=options.only, timeout_s=options.timeout, clients=options.clients,
         rounds=options.rounds, examples=options.examples, largest_batch=options.batch, seed=options.seed,
     ):  # fmt: skip
         found.append(check)

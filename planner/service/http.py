@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import ipaddress
+import os
 import socket
 import ssl
 import threading
@@ -29,6 +31,10 @@ class NoReplyError(ConnectionError):
     def __init__(self, message: str, *, timed_out: bool = False) -> None:
         super().__init__(message)
         self.timed_out = timed_out
+
+
+class TooLargeError(NoReplyError):
+    """The answer is larger than the caller reads; asked again it would be no smaller."""
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -58,11 +64,40 @@ class Address:
             prefix=parts.path.rstrip("/"),
         )
 
+    @property
+    def keeps_secrets(self) -> bool:
+        """Whether nobody between here and there reads what is sent: https, or this machine."""
+        if self.scheme == "https" or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
     def connect(self, timeout_s: float) -> http.client.HTTPConnection:
         if self.scheme == "https":
             context = ssl.create_default_context()
             return http.client.HTTPSConnection(self.host, self.port, timeout=timeout_s, context=context)
         return http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
+
+
+def token_for(address: Address, token: str | None, variable: str) -> str:
+    """The token to send: the one that was given for this server, else that of the environment variable.
+
+    ``UserError`` where the variable's would travel in the open: it was set for another server perhaps, and anyone on the way reads it.
+    """
+    if token is not None:
+        return token
+    secret = os.environ.get(variable, "")
+    if secret and not address.keeps_secrets:
+        raise UserError(
+            "url",
+            got=f"http to {address.host} while {variable} is set",
+            wanted="https, or this machine, where that token is sent",
+            fix="use https or an SSH tunnel, give the token for this server itself (token=..., --token; empty for none),"
+            f" or unset {variable}",
+        )
+    return secret
 
 
 def exchange(
@@ -76,7 +111,8 @@ def exchange(
     connect_s: float = 5.0,
     most_bytes: int = 2**30,
 ) -> Reply:
-    """Send a request and read the whole answer within ``timeout_s``. ``NoReplyError`` where that fails.
+    """Send a request and read the whole answer within ``timeout_s``. ``NoReplyError`` where that fails, ``TooLargeError`` for an
+    answer above ``most_bytes``.
 
     A server may answer and close before it has read the body: what it said is read then, too.
     """
@@ -96,6 +132,8 @@ def exchange(
             if body is None:
                 raise  # else the server may have answered before it had read everything
         return _answer(connection, deadline, most_bytes)
+    except TooLargeError:
+        raise  # an OSError itself
     except TimeoutError as error:
         raise NoReplyError(f"{address.host}:{address.port} did not answer in time", timed_out=True) from error
     except (OSError, http.client.HTTPException) as error:
@@ -130,7 +168,7 @@ def _answer(connection: http.client.HTTPConnection, deadline: float, most_bytes:
         parts.append(part)
         size += len(part)
         if size > most_bytes:
-            raise NoReplyError(f"the answer is larger than {most_bytes} bytes")
+            raise TooLargeError(f"the answer is larger than {most_bytes} bytes")
     if response.length:  # announced bytes that never came
         raise NoReplyError(f"the answer was cut off, {response.length} bytes are missing")
     headers = {name.lower(): value for name, value in response.getheaders()}

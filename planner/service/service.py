@@ -97,9 +97,7 @@ class WorldModelService:
         """Refuse what comes; the rollout under way may take ``limits.grace_s`` to end, then nobody waits for it any more."""
         self._closing = True
         if self._batcher is not None:
-            ending = threading.Thread(target=self._batcher.close, daemon=True, name="close")
-            ending.start()
-            ending.join(self.limits.grace_s)
+            self._batcher.close(self.limits.grace_s)
 
     @property
     def spec(self) -> WorldModelSpec:
@@ -196,7 +194,7 @@ class WorldModelService:
             LOG.warning("request %s refused by the model: %s", request_id, error)
             message = f"the model refused the request: {error.field}"
             raise ServiceFault("INVALID_ARGUMENT", message, request_id=request_id) from None
-        except Exception:
+        except BaseException:  # also SystemExit: a model that gives up is no reason for an answer without a typed body
             LOG.exception("request %s failed", request_id)
             raise ServiceFault("INTERNAL", "the model failed", request_id=request_id) from None
         self._usual_s = 0.8 * self._usual_s + 0.2 * (time.monotonic() - begun)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from physisforcing.core.errors import DatasetError, MissingCapabilityError, UserError
 from physisforcing.core.protocols import InverseDynamics
-from physisforcing.core.types import DT, FeatureRequest, Rollout
+from physisforcing.core.types import DT, FeatureRequest, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
 from physisforcing.planner.decoder_files import load_decoder
 from physisforcing.planner.decoder_fit import Fit, FitConfig, tri_stage
 from physisforcing.planner.decoder_windows import DecoderWindows, FrozenWorldModel
@@ -28,7 +30,7 @@ from physisforcing.planner.feature_decoder.training import (
     score_matching,
     train_feature_decoder,
 )
-from physisforcing.planner.frame_store import make_store
+from physisforcing.planner.frame_store import make_store, split_episodes
 from physisforcing.planner.idm_training import IdmTrainConfig, statistics, train_inverse_dynamics
 from physisforcing.planner.inverse_dynamics import InverseDynamicsConfig
 from physisforcing.planner.latent_decoder import (
@@ -37,12 +39,14 @@ from physisforcing.planner.latent_decoder import (
     save_latent_decoder,
 )
 from physisforcing.planner.latent_training import LatentBatches, LatentTrainConfig, train_latent_decoder
+from physisforcing.planner.offered_features import OfferedFeatures
 from physisforcing.planner.single_frame import (
     SingleFrameInverseDynamics,
     between,
     save_single_frame_decoder,
 )
 from physisforcing.worldmodel.backbones.wan import ConditionerConfig, WanConfig, build_denoiser
+from physisforcing.worldmodel.features import denoiser_features
 from physisforcing.worldmodel.model import FlowWorldModel
 
 HEIGHT, WIDTH, FRAMES = 24, 32, 9
@@ -186,9 +190,77 @@ def test_what_does_not_fit_is_refused(frozen):
     )
     with pytest.raises(DatasetError, match="measured"):
         blind.rows(torch.tensor([0]), torch.tensor([0]), measured=True)
-    config = dataclasses.replace(feature_run(), model=feature_config(feature_dim=25))
-    with pytest.raises(UserError, match="feature_dim"):
-        train_feature_decoder(config, frozen, folder=None)
+    for change, match in (
+        ({"feature_dim": 25}, "feature_dim"),
+        ({"grid": (4, 3)}, r"feature\.model\.grid: got \(4, 3\), wanted \(3, 4\).*grid=\[3, 4\]"),
+        ({"steps_per_frame": 1}, r"feature\.model\.steps_per_frame"),
+        ({"frames": 5, "latent_frames": 2}, r"feature\.model\.frames"),
+    ):
+        config = dataclasses.replace(feature_run(), model=feature_config(**change))
+        with pytest.raises(UserError, match=match):
+            train_feature_decoder(config, frozen, folder=None)
+    for change, match in (
+        ({"grid": (4, 3)}, r"latent\.model\.grid"),
+        ({"latent_channels": 16}, r"latent\.model\.latent_channels"),
+        ({"steps_per_frame": 1}, r"latent\.model\.steps_per_frame"),
+    ):
+        other = LatentTrainConfig(model=dataclasses.replace(LATENT, **change), fit=FitConfig(batch=6))
+        with pytest.raises(UserError, match=match):
+            train_latent_decoder(other, frozen, folder=None)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_a_decoder_of_another_rate_is_refused_before_training(frozen, stride):
+    windows = dataclasses.replace(frozen.windows, stride=stride)
+    with pytest.raises(UserError, match=rf"{stride * 0.06:.4g} s.*0\.12 s.*steps_per_frame=2"):
+        FrozenWorldModel(frozen.model, windows)
+
+
+def other_model(frozen, **changes):
+    """The frozen model, of which one word of its spec is another."""
+
+    class Other:
+        spec = dataclasses.replace(frozen.model.spec, **changes)
+
+        def rollout(self, request):
+            return frozen.model.rollout(request)
+
+    return Other()
+
+
+def test_a_decoder_is_tied_to_the_model_it_was_trained_on(frozen):
+    from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
+    from physisforcing.planner.imagined import EpisodeImaginer
+
+    assert frozen.model.spec.features_fingerprint == "x"
+    config = ActionPlannerConfig(horizon=FRAMES, execute_horizon=8)
+    feature = FeatureInverseDynamics(feature_config(features_fingerprint="x"), Words())
+    latent = LatentInverseDynamics(dataclasses.replace(LATENT, latents_fingerprint="codec-a"))
+    for decoder, fits, clashes, words in (
+        (feature, {}, {"features_fingerprint": "another"}, ("another", "features x")),
+        (
+            latent,
+            {"latents_fingerprint": "codec-a"},
+            {"latents_fingerprint": "codec-b"},
+            ("codec-b", "latents codec-a"),
+        ),
+        (
+            latent,
+            {"fingerprint": "codec-a"},
+            {"fingerprint": "all"},
+            ("all", "latents codec-a"),
+        ),  # says no more than that
+    ):
+        ActionPlanner(other_model(frozen, **fits), decoder, config)
+        for build in (lambda m, d: ActionPlanner(m, d, config), EpisodeImaginer):
+            with pytest.raises(MissingCapabilityError) as caught:
+                build(other_model(frozen, **clashes), decoder)
+            assert all(word in str(caught.value) for word in words), caught.value
+    more_steps = FlowWorldModel(
+        frozen.model.denoiser, CellCodec(), frozen.model.settings, weights_fingerprint="x", steps=3, text=Words()
+    )
+    assert more_steps.spec.fingerprint != frozen.model.spec.fingerprint
+    ActionPlanner(more_steps, feature, config)  # denoising steps change pictures, not features
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -278,7 +350,7 @@ def test_the_feature_decoder_learns_windows_by_heart(frozen, tmp_path):
         model.eval()
         goal, state = tuple(g[:6] for g in stored.goal), stored.rows[:6, 0]
         with torch.no_grad():
-            made = model.rows(stored.features[:6], goal, state, model.draw_noise()).numpy()
+            made = model.rows(stored.features[:6], goal, state, model.draw_noise(range(6))).numpy()
         chunks = np.stack([chunk_of(draws).actions_PA for draws in made])
         return float(np.sqrt(((chunks - stored.rows[:6, 1:].numpy()) ** 2)[..., [0, 6]].mean()))
 
@@ -355,6 +427,7 @@ def test_the_latent_decoder_reads_motion(latent):
         assert metrics[place]["real"]["joint_deg"] < 0.85 * metrics[place]["frozen"]["joint_deg"]
         assert metrics[place]["denoised"]["joint_deg"] < metrics[place]["hold"]["joint_deg"]
         assert metrics[place]["real_measured"]["joint_deg"] > 0
+        assert 0 < metrics[place]["drive_measured"]["joint_deg"] < metrics[place]["hold"]["joint_deg"]
         assert set(metrics["spread_deg"][place]) == {"real", "denoised"}
 
 
@@ -432,6 +505,14 @@ def single():
 
 def test_the_single_frame_decoder_reads_poses(single, tmp_path):
     model, metrics = single
+    for place in ("start", "anywhere"):
+        assert set(metrics[place]) == {"real", "frozen", "hold", "real_measured", "drive_measured"}
+    # by hand: the toy's joints are a step behind, every held-out episode once
+    whole, (_, held_out) = demonstrations(), split_episodes(demonstrations(), share=0.05)
+    steps = [whole.states_NA[e * 24 : e * 24 + 9, :6].diff(dim=0) for e in held_out.tolist()]
+    lag = np.degrees(np.sqrt((torch.stack(steps).numpy() ** 2).sum() / (len(steps) * 8 * 12)))
+    assert metrics["start"]["drive_measured"]["joint_deg"] == pytest.approx(lag, rel=1e-4)
+    assert metrics["start"]["real_measured"]["joint_deg"] != metrics["start"]["real"]["joint_deg"]
     assert metrics["anywhere"]["real"]["joint_deg"] < 0.4 * metrics["anywhere"]["hold"]["joint_deg"]
     store = demonstrations(seed=1)
     frames, state, targets = store.windows(torch.tensor([0]), torch.tensor([4]), frames=5, stride=2)
@@ -487,6 +568,8 @@ def test_the_command_writes_a_folder_that_decodes(kind, frozen, tmp_path, monkey
     said = (tmp_path / "run" / "model" / "README.md").read_text()
     assert ("codec abcdef" in said) == (kind == "latent") and f"{metrics['start']['hold']['joint_deg']:.3f}" in said
     loaded = load_decoder(tmp_path / "run" / "model", text=Words())
+    if kind == "feature":
+        assert loaded.needs.features_fingerprint == frozen.model.spec.features_fingerprint
     rollout, state = latent_rollout(frozen)
     if kind == "feature":
         shape = (2, 1, 2, 3, 3, 4, 24)
@@ -495,6 +578,156 @@ def test_the_command_writes_a_folder_that_decodes(kind, frozen, tmp_path, monkey
         assert loaded.config.latents_fingerprint == "abcdef"
     chunks = loaded.decode(rollout, state, ["up", "down"])
     assert chunks[0][0].actions_PA.shape == (16, 14) and np.isfinite(chunks[1][0].actions_PA).all()
+
+
+@pytest.mark.parametrize("kind", ["feature", "latent"])
+def test_the_rows_of_an_earlier_run_are_not_overwritten_by_one_that_is_refused(kind, frozen, tmp_path):
+    from physisforcing.planner.train import TrainIdmCommand, run
+
+    train_feature_decoder(feature_run(steps=2, save_every=2), frozen, folder=tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"step": 2}\n')
+    with pytest.raises(UserError, match="resume=true"):
+        run(TrainIdmCommand(data=["x"], decoder=kind, output=str(tmp_path), device="cpu"))
+    assert (tmp_path / "train.jsonl").read_text() == '{"step": 2}\n'
+
+
+class Offered:
+    """A world model of somebody else's that offers features: ours, seen through the contract alone."""
+
+    def __init__(self, model, **changes):
+        self._model, self.requests = model, []
+        self.spec = dataclasses.replace(model.spec, name="offered", max_batch=3, **changes)
+        self.text = model.text
+
+    def rollout(self, request):
+        assert request.seeds_BS.size <= 3 and request.returns == {"features"}
+        self.requests.append(request)
+        return self._model.rollout(request)
+
+
+@pytest.fixture
+def toy_size(frozen, monkeypatch):
+    """The frozen model, whose spec has the size of the toy's pictures."""
+    views = dataclasses.replace(frozen.model.spec.views, height=HEIGHT, width=WIDTH)
+    monkeypatch.setattr(frozen.model, "_spec", dataclasses.replace(frozen.model.spec, views=views))
+    return frozen
+
+
+def test_features_of_any_model_are_those_of_its_rollouts(toy_size):
+    model = Offered(toy_size.model)
+    source = OfferedFeatures(model, toy_size.windows, Words())
+    request, places = FeatureRequest(taps=(1, 3)), (torch.tensor([3, 1, 2, 0]), torch.tensor([4, 0, 7, 2]))
+    found = source.features(*places, request, torch.Generator().manual_seed(5))
+    seeds = torch.randint(2**62, (4, 1), generator=torch.Generator().manual_seed(5))
+    assert [asked.seeds_BS.shape for asked in model.requests] == [(3, 1), (1, 1)], "in parts that the model takes"
+    assert np.array_equal(np.concatenate([asked.seeds_BS for asked in model.requests]), seeds.numpy())
+    # the same features as training on our own model makes from the same noise
+    shape = (1, 4, 3, 3, 4)
+    for row in range(4):
+        noise = torch.randn(shape[1:], generator=torch.Generator().manual_seed(int(seeds[row])))[None]
+        first = CellCodec().encode(toy_size.windows.first_pictures(places[0][row : row + 1], places[1][row : row + 1]))
+        state = toy_size.windows.proprioception(
+            places[0][row : row + 1], places[1][row : row + 1], model.spec.proprioception_lags
+        )
+        words = Words().batch([toy_size.windows.store.instructions_E[int(places[0][row])]])[0]
+        context = toy_size.model.denoiser.context(words, state)
+        wanted = denoiser_features(toy_size.model.denoiser.transformer, first, noise, context, request)
+        torch.testing.assert_close(found[row : row + 1], wanted, rtol=1e-5, atol=1e-5)
+    assert source.feature_shape(request) == toy_size.feature_shape(request) == (3, 3, 4, 24)
+    for change in (
+        {"returns": frozenset({"frames"})},
+        {"context_frames": 2},
+        {"horizons": (5,)},
+        {"frame_dt": 0.06},
+        {"conditions": frozenset({"actions", "proprioception"})},
+    ):
+        with pytest.raises(UserError):
+            OfferedFeatures(Offered(toy_size.model, **change), toy_size.windows, Words())
+
+
+def run_command(words, tmp_path, monkeypatch, model):
+    """``physis train idm words...`` on the toy's demonstrations; ``made_here:model`` makes the world model."""
+    from physisforcing.planner import train, train_decoders
+
+    monkeypatch.setitem(sys.modules, "made_here", types.SimpleNamespace(model=lambda: model))
+    monkeypatch.setattr(train_decoders, "load_frame_store", lambda roots, height, width: demonstrations(length=50))
+    common = ["data=[x]", "decoder=feature", "world_model=made_here:model", f"output={tmp_path}", "device=cpu"]
+    return train.main([*common, *words])
+
+
+def test_the_command_trains_on_any_model_that_offers_features(toy_size, tmp_path, monkeypatch):
+    c = feature_config()
+    size = [
+        "feature.model.taps=[1,3]", "feature.model.feature_dim=24", "feature.model.latent_frames=3",
+        "feature.model.grid=[3,4]", f"feature.model.frames={FRAMES}", "feature.model.goal_tokens=4",
+        f"feature.model.resampler.width={c.resampler.width}", "feature.model.resampler.heads=2",
+        f"feature.model.head.width={c.head.width}", "feature.model.head.heads=4", "feature.validation_windows=2",
+        "feature.fit.steps=2", "feature.fit.batch=4",
+    ]  # fmt: skip
+    model = Offered(toy_size.model, features_fingerprint="theirs")
+    assert run_command(size, tmp_path, monkeypatch, model) == 0
+    loaded = load_decoder(tmp_path / "model", text=Words())
+    assert loaded.needs.features_fingerprint == "theirs"
+    with pytest.raises(UserError, match=r"feature\.model\.feature_dim: got 256, wanted 24"):
+        run_command(
+            [word for word in size if "feature_dim" not in word], tmp_path / "b", monkeypatch, Offered(toy_size.model)
+        )
+    with pytest.raises(UserError, match="decoder=feature"):
+        run_command(["decoder=latent"], tmp_path / "c", monkeypatch, model)
+
+
+@pytest.mark.parametrize("name", ["pico", "paper", "worldarena"])
+def test_the_command_chooses_the_published_sizes(name):
+    from physisforcing.core.config import compose
+    from physisforcing.planner.feature_decoder.config import preset
+    from physisforcing.planner.train import TrainIdmCommand
+
+    words = ["data=[x]", "decoder=feature", f"feature_decoder={name}"]
+    assert compose("train_idm", words, TrainIdmCommand).feature.model == preset(name)
+    one = compose("train_idm", [*words, "feature.model.goal_dim=7"], TrainIdmCommand).feature.model
+    assert one == dataclasses.replace(preset(name), goal_dim=7)
+    with pytest.raises(UserError, match=name):
+        compose("train_idm", ["data=[x]", f"feature_decoder={name}x"], TrainIdmCommand)
+
+
+def test_the_published_size_is_trained_and_decoded_by_the_command(tmp_path, monkeypatch):
+    """One step of all 48 million parameters, on features that depend on the seed alone."""
+
+    class Wide:
+        """As Wan2.2-TI2V-5B would answer: 45 frames a control step apart, 30 blocks of width 3072."""
+
+        text = None
+        spec = WorldModelSpec(
+            name="wide", views=ViewLayout(height=HEIGHT, width=WIDTH), context_frames=1, horizons=(45,), frame_dt=DT,
+            conditions=frozenset({"text"}), returns=frozenset({"features"}), fingerprint="w", blocks=30,
+        )  # fmt: skip
+
+        def rollout(self, request):
+            assert request.features.taps == (15, 16) and request.features.first_frame_mask == "worldarena_compat"
+            shape = (*request.seeds_BS.shape, 2, 12, 15, 20, 3072)
+            base = np.random.default_rng(int(request.seeds_BS[0, 0])).normal(size=(12, 15, 20, 1)).astype(np.float32)
+            return Rollout(times_T=np.arange(45) * DT, features_BSKFhwD=np.broadcast_to(base, shape))
+
+    model = Wide()
+    model.text = Words()
+    words = [
+        "feature_decoder=worldarena", "feature.model.goal_dim=384", "feature.fit.steps=1", "feature.fit.batch=1",
+        "feature.validation_windows=1",
+    ]  # fmt: skip
+    assert run_command(words, tmp_path, monkeypatch, model) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["parameters"] == 48_341_774 - 2 * 2 * 384 * (4096 - 384), (
+        "narrower sentences, else the published size"
+    )
+    assert metrics["anywhere"]["model"]["joint_deg"] > 0 and metrics["anywhere"]["model_measured"]["joint_deg"] > 0
+    decoder = load_decoder(tmp_path / "model", text=Words())
+    rollout = model.rollout(
+        RolloutRequest(
+            context_BVTHWC=np.zeros((1, 1, 1, HEIGHT, WIDTH, 3), np.uint8), instructions=["up"], horizon=45,
+            seeds_BS=np.zeros((1, 1), np.int64), returns=frozenset({"features"}), features=decoder.needs.features,
+        )
+    )  # fmt: skip
+    assert decoder.decode(rollout, np.zeros((1, 14), np.float32), ["up"])[0][0].actions_PA.shape == (44, 14)
 
 
 def test_commands_that_make_no_sense_are_errors():

@@ -86,6 +86,17 @@ def test_a_model_that_fits_is_left_alone():
     assert longer.spec.horizons == (17,) and longer.rollout(ask()).frames_BSVTHWC.shape[3] == 17
 
 
+@pytest.mark.parametrize(("frames", "dt", "wanted"), [(5, 0.12, 9), (17, 0.12, 33), (6, 0.1, 9), (5, 0.06, 5)])
+def test_a_rollout_holds_so_many_frames_of_another_rate(frames, dt, wanted):
+    """Five frames .12 s apart last .48 s: nine frames .06 s apart, one at either end."""
+    model = for_decoder(Clock(fps=1 / dt, horizons=(frames,)), DecoderNeeds(frame_dt=DT))
+    assert model.spec.horizons == (wanted,)
+    made = model.rollout(ask(horizon=wanted))
+    assert made.frames_BSVTHWC.shape[3] == wanted and made.times_T[-1] <= (frames - 1) * dt + 1e-6
+    slower = for_decoder(Clock(fps=1 / 0.06, horizons=(10,)), DecoderNeeds(frame_dt=0.12))
+    assert slower.spec.horizons == (5,)  # .54 s
+
+
 def test_actions_are_passed_on_and_the_last_is_held():
     inner = Clock(fps=1 / DT, horizons=(33, 49), actions=True)
     model = ResampledWorldModel(inner, frames=21, frame_dt=2 * DT)  # 40 control steps of 48

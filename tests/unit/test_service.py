@@ -320,6 +320,9 @@ def test_a_model_that_fails_is_an_internal_error_without_its_words() -> None:
             raise RuntimeError("secret path /srv/me/weights")
         return frames
 
+    def gives_up(frames: np.ndarray, _: int) -> np.ndarray:
+        raise SystemExit("secret path /srv/me/weights")
+
     def wrong(frames: np.ndarray, _: int) -> np.ndarray:
         raise UserError("codec", got="/srv/me", wanted="another", fix="x")
 
@@ -328,6 +331,12 @@ def test_a_model_that_fails_is_an_internal_error_without_its_words() -> None:
         reply = post(url, request)
         assert reply.status == 500 and b"secret" not in reply.body and b"INTERNAL" in reply.body
         assert post(url, request).status == 200  # a failure is not remembered
+    with serving(spoiled(gives_up), LIMITS) as url:
+        for _ in range(2):
+            reply = post(url, probed(url).request())
+            error = json.loads(reply.body)["error"]
+            assert (reply.status, error["code"], error["retryable"]) == (500, "INTERNAL", True), reply.body
+            assert b"secret" not in reply.body
     with serving(spoiled(wrong), LIMITS) as url:
         reply = post(url, probed(url).request())
         assert reply.status == 400 and b"/srv" not in reply.body and b"codec" in reply.body

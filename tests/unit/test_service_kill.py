@@ -136,8 +136,18 @@ def test_the_watch_sees_what_is_written(tmp_path: Path) -> None:
     )
 
 
-def test_a_mistake_in_the_command_is_said_before_anything_listens(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_the_command_is_said_before_anything_listens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from physisforcing import cli
+    from physisforcing.core.video import write_mp4
+
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_mp4(videos / "a.mp4", np.zeros((5, 16, 16, 3), np.uint8), fps=10)
+    entry = {"task": "click_bell", "seed": 100000, "replan": 0, "files": ["a.mp4"]}
+    about = {"format": "physis-videos-1", "name": "v", "fps": 10, "frames": 5, "height": 16, "width": 16}
+    (videos / "manifest.json").write_text(json.dumps(about | {"videos": [entry]}))
 
     for words, field in (
         (["model=no/such/folder"], "world_model"),
@@ -145,6 +155,7 @@ def test_a_mistake_in_the_command_is_said_before_anything_listens(capsys: pytest
         (["limits.max_batch=3"], "limits.max_batch_size"),
         (["port=70000"], "port"),
         (["limits.deadline_s=0"], "limits.deadline_s"),
+        ([f"model={videos}"], "recorded videos"),
     ):
         assert cli.main(["serve", "worldmodel", *words]) == 2
         assert field in capsys.readouterr().err

@@ -203,3 +203,13 @@ def test_its_own_solver_finds_the_actions(package):
     assert plan.shape == (2, 2, 4)
     reached = model.targets(plan)[:, -1]
     assert np.abs(reached - goals).max() < 0.1, reached
+
+
+def test_more_contexts_than_the_model_takes_are_sent_in_parts():
+    """One candidate each of more starts than the model's bound: the double refuses anything above it."""
+    candidates = torch.randn(7, 2, 4, 2, generator=torch.Generator().manual_seed(1))
+    goals = [(0.1 * i, 0.5) for i in range(7)]
+    narrow, wide = Dot(max_batch=3), Dot(max_batch=100)
+    costs = StableWorldModel(narrow).get_cost(info(goals, samples=2), candidates)
+    assert torch.equal(costs, StableWorldModel(wide).get_cost(info(goals, samples=2), candidates))
+    assert [request.seeds_BS.shape for request in narrow.requests] == [(3, 1), (3, 1), (1, 1)] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,13 @@ def for_decoder(world_model: WorldModel, needs: DecoderNeeds) -> WorldModel:
     if (same_rate and same_length) or needs.returns != {"frames"} or "frames" not in spec.returns:
         return world_model
     frame_dt = spec.frame_dt if needs.frame_dt is None else needs.frame_dt
-    lengths = needs.horizons or tuple(round(h * spec.frame_dt / frame_dt) for h in spec.horizons)
+    lengths = needs.horizons or tuple(frames_within((h - 1) * spec.frame_dt, frame_dt) for h in spec.horizons)
     return ResampledWorldModel(world_model, frames=min(lengths), frame_dt=frame_dt)
+
+
+def frames_within(seconds: float, frame_dt: float) -> int:
+    """How many frames fit into so many seconds, one at either end."""
+    return math.floor((seconds + SAME_TIME) / frame_dt) + 1
 
 
 class ResampledWorldModel:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.protocols import WorldModel
+from physisforcing.core.requests import rollout_in_parts
 from physisforcing.core.types import RolloutRequest
 
 Embed = Callable[[NDArray[np.uint8]], Tensor]
@@ -131,7 +132,7 @@ class StableWorldModel:
             proprioception_BKA=self._proprioception(info) if spec.proprioception_lags else None,
             actions_BSPA=actions_BSPA,
         )
-        frames = self.world_model.rollout(request).frames_BSVTHWC
+        frames = rollout_in_parts(self.world_model, request, spec.max_batch).frames_BSVTHWC
         assert frames is not None
         pictures = frames[:, :, 0]  # the first view, as in ``pixels``
         flat = self.embed(pictures.reshape(-1, *pictures.shape[3:]))
