@@ -189,7 +189,7 @@ class _Imagining:
         from physisforcing.planner.worldarena import PLAIN_PROMPT, read_template
         from physisforcing.worldmodel.adapters.resampled import for_decoder
 
-        from .planners import check_latents, check_source, open_decoder
+        from .planners import check_source, open_decoder
         from .world_models import load_any
 
         planner, self.config = config.planner, config
@@ -198,7 +198,6 @@ class _Imagining:
         decoder = open_decoder(planner.decoder, device)
         codec = None if planner.codec == "shipped" else planner.codec
         model = load_any(planner.world_model, device, codec=codec, steps=planner.denoising_steps or None)
-        check_latents(model, decoder)
         model = for_decoder(model, decoder.needs)
         self._imaginer = EpisodeImaginer(model, decoder)
         self._before, self._after = read_template(config.prompt_template).split(PLAIN_PROMPT)

@@ -91,23 +91,9 @@ def check_model(world_model: WorldModel, decoder: InverseDynamics) -> WorldModel
     from physisforcing.worldmodel.adapters.resampled import for_decoder
 
     check_conditions(world_model.spec)
-    check_latents(world_model, decoder)
     fitted = for_decoder(world_model, decoder.needs)
     check_plannable(fitted.spec, decoder.needs, horizon=planning_horizon(fitted.spec, decoder.needs))
     return fitted
-
-
-def check_latents(world_model: Any, decoder: Any) -> None:
-    """``UserError`` for a latent decoder and a world model with other latents. A model that does not say which it has is not judged."""
-    wanted = getattr(getattr(decoder, "config", None), "latents_fingerprint", "")
-    settings = getattr(world_model, "settings", None)
-    about = settings if isinstance(settings, dict) else getattr(world_model, "about", None)
-    found = (about or {}).get("latents_fingerprint")
-    if wanted and found and wanted != found:
-        fix = (
-            "physis train idm decoder=latent with this model's codec, or planner.decoder=shipped, which reads pictures"
-        )
-        raise UserError("planner.decoder", got=f"a decoder of the latents {wanted}", wanted=f"of {found}", fix=fix)
 
 
 def open_decoder(name: str, device: str, *, field: str = "planner.decoder") -> InverseDynamics:

@@ -99,7 +99,6 @@ def _about(config: ServeModelConfig, device: str, model: Any) -> dict[str, Any]:
         codec = Path(config.codec) if config.codec else folder.parent / "vae"
         about |= {"world_model": fingerprint(folder), "codec": fingerprint(codec), "denoising_steps": model.steps}
         about["state_dim"] = model.denoiser.conditioner.config.state_dim
-        about["latents_fingerprint"] = model.settings["latents_fingerprint"]
     return about
 
 

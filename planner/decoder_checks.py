@@ -34,11 +34,13 @@ def check_source(spec: WorldModelSpec, needs: DecoderNeeds) -> None:
     for what, fix in (
         (
             "latents",
-            "plan with a world model of the codec that it was trained on, or train one: physis train idm decoder=latent",
+            "plan with a world model of the codec that it was trained on, or train one: physis train idm decoder=latent; or "
+            "planner.decoder=shipped, which reads pictures",
         ),
         (
             "features",
-            "plan with the world model that it was trained on, or train one: physis train idm decoder=feature",
+            "plan with the world model that it was trained on, or train one: physis train idm decoder=feature; or "
+            "planner.decoder=shipped, which reads pictures",
         ),
     ):
         trained, found = getattr(needs, f"{what}_fingerprint"), source_of(spec, what)

@@ -117,7 +117,7 @@ def contexts_of(request: RolloutRequest, rows: slice | NDArray[np.int64]) -> Rol
         name: None if (array := getattr(request, name)) is None else array[rows]
         for name in (*CONTEXT_FIELDS, "seeds_BS")
     }
-    lists = {
+    lists: dict[str, Any] = {
         name: None if (given := getattr(request, name)) is None else [given[row] for row in chosen]
         for name in ("instructions", *CONTEXT_LISTS)
     }

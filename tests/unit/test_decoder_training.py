@@ -750,7 +750,7 @@ def test_the_benchmark_rehearses_and_reads_a_run(frozen, tmp_path, monkeypatch, 
         parts = [plan["against"][f"{part}_p50_ms"] for part in ("features", "resampler", "ddim")]
         assert plan["n"] == 3 and plan["against"]["draws"] == draws
         assert max(parts) <= plan["value"] <= found[f"{preset}/plan_p95_ms"]["value"]
-    assert [step for step, _ in found["worldarena/overfit/loss_last"]["against"]["loss_curve"]] == [1, 2, 3]
+    assert [step for step, _ in found["paper/overfit/loss_last"]["against"]["loss_curve"]] == [1, 2, 3]
     assert len(json.loads((tmp_path / "found.json").read_text())) == len(lines) == 6
     config = feature_run(steps=1)
     _, metrics = train_feature_decoder(config, frozen, folder=tmp_path / "run")

@@ -149,7 +149,7 @@ def test_a_decoder_that_the_model_cannot_feed_is_refused_with_what_is_needed(
         config.planner = PlannerSettings(decoder=folders[kind], world_model=FROZEN)
         with pytest.raises(MissingCapabilityError, match=said):
             export(config, progress=False)
-    with pytest.raises(UserError, match=r"planner.decoder.*0123456789ab.*decoder=latent"):
+    with pytest.raises(MissingCapabilityError, match=r"0123456789ab.*decoder=latent.*planner.decoder=shipped"):
         make_policy({"planner": {"decoder": folders["other_latents"]}})
     with pytest.raises(UserError, match=r"planner.decoder.*a folder with"):
         make_policy({"planner": {"decoder": str(tmp_path / "none")}})
