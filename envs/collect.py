@@ -39,6 +39,7 @@ settings (field=value):
   shard=0/4                          this machine's part of a collection that four share; physis data merge joins them
   instruction=template               full: the task's one general description; others: see physis tasks <task>
   embodiment=null                    another robot of the assets
+  randomization=demo_clean           demo_randomized: RoboTwin's textures, light, clutter and table height; test_ood: as in test_ood manifests
   cameras=[head] workers=2 hold_frames=4 max_steps=null time_limit_s=0
 flags: --json prints the summary as JSON
 
@@ -68,6 +69,7 @@ class CollectConfig:
     shard: str = "0/1"
     instruction: str = "template"
     embodiment: str | None = None
+    randomization: str = "demo_clean"
     cameras: list[str] = field(default_factory=lambda: ["head"])
     workers: int = 2
     hold_frames: int = 4
@@ -78,6 +80,7 @@ class CollectConfig:
     def check(self) -> None:
         """``UserError`` for what would fail only after the simulator has started."""
         from .robotwin.instructions import check_instruction
+        from .robotwin.randomization import RANDOMIZATIONS
         from .robotwin.tasks import task_info
 
         for task in self.tasks:
@@ -88,6 +91,8 @@ class CollectConfig:
             fix = f"choose from {', '.join(GROUND_TRUTH)}"
             raise UserError("ground_truth", got=self.ground_truth, wanted="a known level", fix=fix)
         check_instruction(self.instruction)
+        if self.randomization not in RANDOMIZATIONS:
+            raise unknown_name("randomization", self.randomization, RANDOMIZATIONS, see="physis data collect --help")
         if self.keep not in KEEP:
             raise unknown_name("keep", self.keep, KEEP, see="physis data collect --help")
         if self.pictures not in PICTURES:

@@ -63,6 +63,7 @@ class Collector:
                 control="interpolated",
                 instruction=self.config.instruction,
                 embodiment=self.config.embodiment,
+                randomization=self.config.randomization,
                 disable_env_checker=True,
             )
             self._task = task

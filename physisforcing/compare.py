@@ -14,7 +14,7 @@ from typing import Any
 from physisforcing.core.errors import IncompleteCoverageError, UserError, check_at_least, unknown_name
 from physisforcing.core.results import ResultKey, config_hash
 
-from .compare_controls import VIDEOS
+from .compare_controls import VIDEOS, check_demonstrations
 from .compare_episodes import POLICIES, ComparisonRunner, identify
 from .eval_plan import PlannerSettings
 from .plan_scenes import FIRST_SEED, Scenes, plan_scenes
@@ -48,6 +48,8 @@ examples:
   physis compare models={flow:runs/flow/export,physis:runs/physis/export} tasks=[click_bell,adjust_bottle] output=runs/compare"""
 
 CONTROLS = (*POLICIES, *VIDEOS)
+#: Names that results of a planner evaluation use besides.
+SPOKEN_FOR = ("retrieval_video", "recorded", "black", "model")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
@@ -100,6 +102,9 @@ class CompareConfig:
         for name in self.controls:
             if name not in CONTROLS:
                 raise unknown_name("controls", name, CONTROLS, see="physis compare --help")
+        for named, values in (("tasks", self.tasks), ("controls", self.controls), ("rows", self.rows)):
+            if twice := sorted({value for value in values if values.count(value) > 1}):
+                raise UserError(named, got=f"{twice[0]} twice", wanted="each once", fix="leave one out")
         check_at_least(self, episodes=1, workers=0, threads=1, videos=0, sensitivity=0)
         check_planner(self.planner)
         if self.planner.server:
@@ -115,7 +120,7 @@ class CompareConfig:
 
 
 def _model(name: str, given: Any) -> ComparedModel:
-    if not NAME.fullmatch(name) or name in CONTROLS:
+    if not NAME.fullmatch(name) or name in (*CONTROLS, *SPOKEN_FOR):
         wanted = "lower-case letters, digits and _ that no control is called"
         raise UserError("models", got=name, wanted=wanted, fix="models={mine:FOLDER}")
     if isinstance(given, str):
@@ -182,9 +187,11 @@ class ComparisonPlan:
         self.skipped: dict[str, str] = {}
         self._look_at(given)
         self.scenes: Scenes = plan_scenes(config.tasks, config.episodes, config.manifest, config.first_seed)
-        self.controls = self._controls()
+        self.controls = self._recordable(self._controls())
         if not config.demos and any(name in VIDEOS and VIDEOS[name].needs_demos for name in self.controls):
             config.demos = record_demonstrations(config, self.scenes, progress=progress)
+        if any(name in VIDEOS and VIDEOS[name].needs_demos for name in self.controls):
+            check_demonstrations(config.demos, self.scenes)
         self.names = [*self.models, *self.controls]
         self.fingerprints = identify(config, self.specs, list(self.models), self.controls)
         settings = {"control": config.control, "max_steps": config.max_steps, "threads": config.threads}
@@ -212,6 +219,9 @@ class ComparisonPlan:
         rows = load_rows(self.config.rows)
         self.skipped |= {row.title: row.missing for row in rows if row.missing}
         found = {row.name: ComparedModel(source=row.source, recipe=row.recipe) for row in rows if not row.missing}
+        if twice := sorted(given.keys() & found.keys()):
+            fix = "give the model another name, or leave the row out"
+            raise UserError("models", got=f"{twice[0]}, which is also a row", wanted="each name once", fix=fix)
         every = given | found
         looked = look_at_models(self.config, every, found)
         self.specs = looked.specs
@@ -235,6 +245,16 @@ class ComparisonPlan:
         self.skipped |= refused
         return [name for name in controls if name not in refused]
 
+    def _recordable(self, controls: list[str]) -> list[str]:
+        """Without the controls that show demonstrations, where there are none and the collector cannot build the scenes."""
+        if self.config.demos or not any(built.get("scene_of") for built in self.scenes.environments.values()):
+            return controls
+        needing = [name for name in controls if name in VIDEOS and VIDEOS[name].needs_demos]
+        self.skipped |= dict.fromkeys(
+            needing, "demos=FOLDER: scenes of one task under another's sentence are not recorded here"
+        )
+        return [name for name in controls if name not in needing]
+
 
 def record_demonstrations(config: CompareConfig, scenes: Scenes, *, progress: bool) -> str:
     """The expert's demonstrations of the compared scenes (and of one more, for ``other``); the folder."""
@@ -242,6 +262,7 @@ def record_demonstrations(config: CompareConfig, scenes: Scenes, *, progress: bo
 
     folder = Path(config.output) / "demonstrations"
     for task, seeds in scenes.seeds.items():
+        built = scenes.environments.get(task, {})
         settings = CollectConfig(
             output=str(folder),
             tasks=[task],
@@ -249,6 +270,7 @@ def record_demonstrations(config: CompareConfig, scenes: Scenes, *, progress: bo
             start_seed=min(seeds),
             keep="success",
             workers=config.workers,
+            **{name: built[name] for name in ("embodiment", "randomization", "instruction") if name in built},
         )
         collect(settings, progress=progress)
     return str(folder)

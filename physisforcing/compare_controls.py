@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from physisforcing.core.errors import DatasetError
+from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.lerobot import LeRobotDataset
 from physisforcing.core.protocols import WorldModel
 from physisforcing.core.types import Rollout, RolloutRequest, WorldModelSpec
+
+from .plan_scenes import Scenes
 
 
 @dataclasses.dataclass(slots=True, frozen=True)
@@ -53,6 +55,23 @@ def control_model(
         return control_models.OtherEpisodeWorldModel(dataset, execute_horizon=execute_horizon)
     assert name in ("oracle", "objects_erased"), name
     return _OwnRecording(name, dataset, execute_horizon, env)
+
+
+def check_demonstrations(root: str, scenes: Scenes) -> None:
+    """``UserError`` unless there is a successful demonstration of every scene, recorded in that very scene (its hash, where a manifest
+    says it)."""
+    dataset = LeRobotDataset(root)
+    known = {(e.task_name, e.seed): e for e in dataset.episodes if e.success is not False}
+    fix = "leave demos= out, then they are recorded; or controls=[...] without oracle, other and objects_erased"
+    for task, seeds in scenes.seeds.items():
+        for seed in seeds:
+            if (task, seed) not in known:
+                got = f"no successful demonstration of {task} {seed} in {root}"
+                raise UserError("demos", got=got, wanted="one of every compared scene", fix=fix)
+            entry, found = scenes.entries.get((task, seed)), known[task, seed].scene_hash
+            if entry is not None and found != entry.scene_hash:
+                got = f"{task} {seed} recorded in scene {found[:12]}"
+                raise UserError("demos", got=got, wanted=f"scene {entry.scene_hash[:12]} of the manifest", fix=fix)
 
 
 class _OwnRecording:

@@ -15,12 +15,12 @@ from physisforcing.core.results import config_hash
 from physisforcing.core.types import DT, WorldModelSpec
 from physisforcing.planner.imagination_media import ImaginedChunk
 from physisforcing.planner.imagination_rows import merge_rows
-from physisforcing.planner.imagination_scores import score_chunk
+from physisforcing.planner.imagination_scores import SCORES_VERSION, score_chunk
 from physisforcing.planner.imagined_success import chunk_end
 
 from .compare_controls import VIDEOS, control_model
 from .plan_episodes import EpisodeRunner, SparsePictures
-from .plan_scenes import Scenes
+from .plan_scenes import Scenes, training_demonstrations
 
 if TYPE_CHECKING:
     from .compare import CompareConfig, ComparedModel
@@ -45,6 +45,7 @@ def identify(
         settings["prompt"] = read_template(config.planner.prompt_template)
     if config.classifier:
         settings["classifier"] = fingerprint(Path(config.classifier))
+    settings["scores"] = SCORES_VERSION
     decoder, pictures = (
         fingerprint(weights_folder(name, "idm", field="planner.decoder"))
         for name in (config.planner.decoder, picture_decoder_name(config.planner))
@@ -60,7 +61,7 @@ def identify(
         if name in VIDEOS and VIDEOS[name].needs_demos:
             own["demos"] = LeRobotDataset(config.demos).fingerprint()
         if name.startswith("retrieval"):
-            own["train_demos"] = LeRobotDataset(config.train_demos).fingerprint()
+            own["train_demos"] = training_demonstrations(config.train_demos).fingerprint()
         if name == "retrieval_video":
             own["decoder"] = pictures
         found[name] = f"{name}-{config_hash(own)}" if own else name

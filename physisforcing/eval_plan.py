@@ -16,7 +16,7 @@ from physisforcing.core.lerobot_format import write_json
 from physisforcing.core.results import ResultKey, config_hash
 
 from .plan_episodes import MODEL, SETTLE, EpisodeRunner, weight_folders
-from .plan_scenes import FIRST_SEED, Scenes, plan_scenes, refuse_first_seed, scene_source
+from .plan_scenes import FIRST_SEED, Scenes, plan_scenes, refuse_first_seed, scene_source, training_demonstrations
 
 if TYPE_CHECKING:
     from .model_process import ServerAddress
@@ -299,7 +299,7 @@ class _Plan:
             parts["world_model"] = self._source_fingerprint()
         retrieved = ""
         if "retrieval" in self.policies:
-            retrieved = _training_demonstrations(config.train_demos).fingerprint()[:12]
+            retrieved = training_demonstrations(config.train_demos).fingerprint()[:12]
         settings = result_settings(config.planner, self._server, config.threads)
         template = read_template(config.planner.prompt_template)
         settings |= {} if template == PlannerSettings().prompt_template else {"prompt_template": template}
@@ -332,22 +332,6 @@ class _Plan:
         finally:
             if hasattr(model, "close"):
                 model.close()
-
-
-def _training_demonstrations(root: str) -> Any:
-    """The dataset that retrieval remembers. ``UserError`` where it holds an episode of a test scene: its answer."""
-    from physisforcing.core.lerobot import LeRobotDataset
-
-    dataset = LeRobotDataset(root)
-    seen = [episode.seed for episode in dataset.episodes if episode.seed >= FIRST_SEED]
-    if seen:
-        raise UserError(
-            "train_demos",
-            got=f"seed {seen[0]} in {root}",
-            wanted=f"demonstrations with training seeds: from {FIRST_SEED} on retrieval would remember the test scenes",
-            fix="physis data collect start_seed=0 output=F, then train_demos=F",
-        )
-    return dataset
 
 
 def _write_summary(

@@ -85,9 +85,9 @@ class Setting:
             elif name == "random":
                 made = baselines.Random(_action_spec(self.spec))
             elif name == "retrieval":
-                from .eval_plan import _training_demonstrations
+                from .plan_scenes import training_demonstrations
 
-                made = baselines.Retrieval(_training_demonstrations(self.config.train_demos))
+                made = baselines.Retrieval(training_demonstrations(self.config.train_demos))
             else:
                 from physisforcing.envs.collector import load_policy
 

@@ -58,6 +58,23 @@ def plan_scenes(tasks: Sequence[str], episodes: int, manifest: str, first_seed: 
     return scenes
 
 
+def training_demonstrations(root: str) -> Any:
+    """The dataset that retrieval remembers. ``UserError`` where it holds an episode of a validation or test scene: its answer."""
+    from physisforcing.core.lerobot import LeRobotDataset
+    from physisforcing.envs.seeds import SPLITS
+
+    dataset, first = LeRobotDataset(root), SPLITS["validation"][0]
+    seen = [episode.seed for episode in dataset.episodes if episode.seed >= first]
+    if seen:
+        raise UserError(
+            "train_demos",
+            got=f"seed {seen[0]} in {root}",
+            wanted=f"demonstrations with training seeds: from {first} on retrieval would remember the compared scenes",
+            fix="physis data collect start_seed=0 output=F, then train_demos=F",
+        )
+    return dataset
+
+
 def refuse_first_seed(given: int | None, why: str, fix: str) -> None:
     """``UserError`` where scenes are known already."""
     if given is not None:

@@ -31,6 +31,9 @@ from .imagination_tracks import (
     true_tracks,
 )
 
+#: Part of what identifies an episode's result: scores of another meaning are never mixed with these.
+SCORES_VERSION = 2
+
 
 @dataclass(slots=True, kw_only=True)
 class ImaginationScoring:

@@ -18,13 +18,17 @@ from numpy.typing import NDArray
 from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.protocols import InverseDynamics
 
-from .frame_store import FIRST_TEST_SEED, HEAD, resize_to
+from .frame_store import HEAD, resize_to
 from .inverse_dynamics import chunk_errors
 from .tool import tool_points
 from .video_decoding import decode_video
 
 #: What is executed. ``oracle`` is the check itself.
 ORACLE_POLICIES = ("oracle", "oracle_roundtrip", "black", "other", "recorded")
+
+
+#: Where the seeds begin that nothing is trained on, and those of the test split (``envs.seeds.SPLITS``).
+FIRST_HELD_OUT_SEED, FIRST_TEST_SEED = 50_000, 100_000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,18 +47,18 @@ class Demonstration:
 
 
 class HeldOutDemonstrations:
-    """Successful demonstrations with evaluation seeds, read from LeRobot datasets with ground truth when they are needed."""
+    """Successful demonstrations with validation or test seeds, read from LeRobot datasets with ground truth when they are needed."""
 
     def __init__(self, root: str | Path, *, height: int = 120, width: int = 160) -> None:
         from physisforcing.core.lerobot import LeRobotDataset
 
         self.dataset, self.size = LeRobotDataset(root), (height, width)
-        low = [e.seed for e in self.dataset.episodes if e.seed < FIRST_TEST_SEED]
+        low = [e.seed for e in self.dataset.episodes if e.seed < FIRST_HELD_OUT_SEED]
         if low:
             raise UserError(
                 "demos",
                 got=f"seed {low[0]} in {root}",
-                wanted=f"seeds from {FIRST_TEST_SEED}, on which nothing is trained",
+                wanted=f"seeds from {FIRST_HELD_OUT_SEED} (validation) or {FIRST_TEST_SEED} (test) on, on which nothing is trained",
                 fix=f"physis data collect start_seed={FIRST_TEST_SEED}",
             )
         self._places = {(e.task_name, e.seed): e.index for e in self.dataset.episodes if e.success is not False}
@@ -75,6 +79,12 @@ class HeldOutDemonstrations:
     def load(self, task: str, seed: int) -> Demonstration:
         from physisforcing.core.ground_truth import load
 
+        if (task, seed) not in self._places:
+            got, fix = (
+                f"no successful demonstration of {task} {seed}",
+                f"physis data collect tasks=[{task}] start_seed={seed}",
+            )
+            raise DatasetError("demos", got=got, wanted="every evaluated scene", fix=fix)
         index = self._places[task, seed]
         info, columns = self.dataset.episode(index), self.dataset.columns(index)
         path = self.dataset.ground_truth_path(index)
