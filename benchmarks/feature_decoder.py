@@ -309,6 +309,10 @@ def pico(run: Path, shared: dict[str, Any]) -> list[dict[str, Any]]:
     """Lines of a training run's held-out errors."""
     metrics = json.loads((run / "metrics.json").read_text())
     config = json.loads((run / "config.json").read_text())
+    # the numbers were made where the training ran, not where this reads them
+    made = shared["provenance"]
+    versions = made.get("versions", {}) | {"torch": metrics["torch"]}
+    shared = shared | {"provenance": made | {"hardware": metrics["hardware"], "versions": versions}}
     lines = []
     for place in ("start", "anywhere"):
         against: dict[str, Any] = {
