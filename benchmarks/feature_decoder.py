@@ -311,8 +311,8 @@ def pico(run: Path, shared: dict[str, Any]) -> list[dict[str, Any]]:
     config = json.loads((run / "config.json").read_text())
     # the numbers were made where the training ran, not where this reads them
     made = shared["provenance"]
-    versions = made.get("versions", {}) | {"torch": metrics["torch"]}
-    shared = shared | {"provenance": made | {"hardware": metrics["hardware"], "versions": versions}}
+    versions = made.get("versions", {}) | {"torch": metrics.get("torch", "")}
+    shared = shared | {"provenance": made | {"hardware": metrics.get("hardware", ""), "versions": versions}}
     lines = []
     for place in ("start", "anywhere"):
         against: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """Collecting from the real simulator: time base, ground truth, replay, determinism, resuming."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -274,7 +275,8 @@ def test_collections_made_together_are_those_made_one_by_one(tmp_path):
         }
 
     together = collect_together(configs(tmp_path / "together"), progress=False)
-    apart = {name: collect(config, progress=False) for name, config in configs(tmp_path / "apart").items()}
+    alone = {name: dataclasses.replace(config, workers=0) for name, config in configs(tmp_path / "apart").items()}
+    apart = {name: collect(config, progress=False) for name, config in alone.items()}
     for name, summary in together.items():
         row, alone = summary["tasks"][TASK], apart[name]["tasks"][TASK]
         assert row["recorded"] == alone["recorded"] == 1 and row["frames"] == alone["frames"]

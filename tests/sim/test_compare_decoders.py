@@ -12,21 +12,16 @@ from physisforcing.planner.latent_decoder import LatentDecoderConfig, LatentInve
 pytestmark = [pytest.mark.sim, pytest.mark.slow]
 
 
-def test_every_control_runs_beside_a_latent_decoder(tmp_path):
+def test_controls_run_beside_a_latent_decoder(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         decoder = LatentInverseDynamics(
             LatentDecoderConfig(channels=8, blocks=1, keypoints=2, flat_channels=1, dim=12, heads=2)
         )
     decoder.set_statistics(torch.zeros(14), torch.full((14,), 0.5), torch.full((14,), 0.1))
-    from physisforcing.envs.collect import CollectConfig, collect
-
-    train = tmp_path / "train"
-    collect(CollectConfig(output=str(train), tasks=["click_bell"], episodes=1, start_seed=0), progress=False)
     config = CompareConfig(
         models={"mine": "shipped"},
-        controls=["noop", "retrieval", "frozen", "noise", "oracle", "other", "objects_erased"],
-        train_demos=str(train),
+        controls=["frozen", "oracle"],
         episodes=1,
         sensitivity=0,
         max_steps=40,
@@ -39,10 +34,10 @@ def test_every_control_runs_beside_a_latent_decoder(tmp_path):
     summary = compare(config, progress=False)
     assert summary["errors"] == 0 and summary["skipped"] == {}
     names = {cell["model"]: cell["n"] for cell in summary["success"]}
-    assert names == dict.fromkeys(["mine", *config.controls, "retrieval_video"], 1)
+    assert names == dict.fromkeys(["mine", *config.controls], 1)
     assert any("reads latents" in note for note in summary["notes"])
     rows = {row["policy"]: row for row in ResultsFile(tmp_path / "run" / "results.jsonl").rows}
-    for name in ("mine", "frozen", "noise", "oracle", "other", "objects_erased"):
+    for name in ("mine", "frozen", "oracle"):
         assert rows[name]["scores"]["chunks"] == 2, (
             "what was imagined is scored, also where the decoder does not read it"
         )

@@ -18,6 +18,10 @@ def chaos_module(repository, monkeypatch):
     return importlib.import_module("env_chaos")
 
 
+#: Every seventh task: all of them are played by benchmarks/env_chaos.py.
+TASKS, EPISODES = PACK_TASKS[::7], 16
+
+
 @pytest.mark.sim
 @pytest.mark.slow
 def test_random_episodes_with_injected_faults(chaos_module, tmp_path):
@@ -25,19 +29,19 @@ def test_random_episodes_with_injected_faults(chaos_module, tmp_path):
         return chaos_module.Chaos(seed=seed, max_steps=20, bad_share=0.1, kill_once=0.1, kill_always=0.05)
 
     def kills(chaos):
-        pairs = [(task, seed) for t, task in enumerate(PACK_TASKS) for seed in range(t, 40, len(PACK_TASKS))]
+        pairs = [(task, seed) for t, task in enumerate(TASKS) for seed in range(t, EPISODES, len(TASKS))]
         return {chaos_module.faults_of(chaos, task, seed)[0].kills for task, seed in pairs}
 
     chaos = next(chaos for chaos in map(chaos_of, range(99)) if kills(chaos) == {0, 1, 2})
     began = time.monotonic()
-    results, jobs = chaos_module.run(chaos, tmp_path, episodes=40, workers=2, timeout_s=120)
+    results, jobs = chaos_module.run(chaos, tmp_path, episodes=EPISODES, workers=2, timeout_s=120, tasks=TASKS)
     assert time.monotonic() - began < 600
     assert chaos_module.unaccounted(chaos, tmp_path, results, jobs) == []
     totals = chaos_module.totals_of(results.rows, tmp_path)
-    assert len(results) == 40 and {row["task"] for row in results.rows} == set(PACK_TASKS)
-    assert totals["refused"] > 15 and totals["clipped"] > 5 and totals["pictures"] > 40
+    assert len(results) == EPISODES and {row["task"] for row in results.rows} == set(TASKS)
+    assert totals["refused"] > 5 and totals["clipped"] > 1 and totals["pictures"] > EPISODES
     assert totals["kills"] >= 2 and totals["finished_after_a_kill"] >= 1 and totals["crashed"] >= 1
-    assert totals["recorded"] + totals["crashed"] + totals["unstable"] == 40
+    assert totals["recorded"] + totals["crashed"] + totals["unstable"] == EPISODES
 
 
 def test_what_is_not_accounted_for_is_found(chaos_module, tmp_path):

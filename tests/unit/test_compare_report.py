@@ -105,6 +105,7 @@ def test_measurements_have_units_and_the_page_lists_crashes(tmp_path) -> None:
         models={"a": ComparedModel(source="shipped")},
         names=["a"],
         skipped={},
+        note="",
         filmed=set(),
         scenes=Scenes(manifests={"click_bell": "m"}),
     )
@@ -161,7 +162,7 @@ def executed(start: int, steps: int, done: bool) -> ExecutedChunk:
 def test_a_page_without_crashes_has_no_such_section(tmp_path) -> None:
     rows = [{"task": "click_bell", "seed": 100_000, "policy": "a", "status": "failure", "scores": {}}]
     plan = SimpleNamespace(
-        models={"a": ComparedModel(source="shipped")}, names=["a"], skipped={}, filmed=set(),
+        models={"a": ComparedModel(source="shipped")}, names=["a"], skipped={}, note="", filmed=set(),
         scenes=Scenes(manifests={"click_bell": "m"}),
     )  # fmt: skip
     config = CompareConfig(models={"a": "shipped"}, output=str(tmp_path))
