@@ -122,16 +122,23 @@ def train_inverse_dynamics(
     device: str = "cpu",
     log: Log | None = None,
     build: Callable[[InverseDynamicsConfig], PictureDecoder] = PixelInverseDynamics,
+    init: PictureDecoder | None = None,
 ) -> tuple[PictureDecoder, dict[str, Any]]:
     """Train what ``build`` makes on ``store``; ``codec`` gives the round-trip half. Returns the averaged weights and the held-out
-    errors."""
+    errors. ``init``: a trained decoder of the same sizes to go on from, with its weights and its normalisation."""
     _check(config, store, codec)
+    if init is not None and init.config != config.model:
+        fix = "leave train.model.* out, or train from nothing"
+        raise UserError("init", got="a decoder of other sizes", wanted="the sizes of train.model", fix=fix)
     torch.manual_seed(config.seed)
     model = build(config.model).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     store = store.to(device)
     train_E, validation_E = split_episodes(store, share=config.validation_share)
-    model.set_statistics(*statistics(store, train_E, chunk=config.model.chunk, floor=config.delta_floor))
+    if init is None:
+        model.set_statistics(*statistics(store, train_E, chunk=config.model.chunk, floor=config.delta_floor))
+    else:
+        model.load_state_dict(init.state_dict())
     generator = torch.Generator(device).manual_seed(config.seed + 1)
     steps = _fit(config, model, store, codec, train_E, generator, log or (lambda row: None))
     metrics = evaluate_decoder(

@@ -29,6 +29,7 @@ partial denoiser pass (feature). decoder=single_frame reads each picture alone: 
 examples:
   physis train idm data=[runs/demos]
   physis train idm data=[runs/bell,runs/blocks] codec=runs/vae/codec output=runs/idm device=cuda
+  physis train idm data=[runs/cups] init=shipped train.lr=3e-4
   physis train idm data=[runs/bell] train.steps=200 train.batch=8 train.roundtrip_pool=32
   physis train idm decoder=feature data=[runs/bell] device=cuda feature.fit.time_limit_s=240 feature.fit.precision=bf16
   physis train idm decoder=feature feature_decoder=worldarena data=[runs/bell] world_model=my_package.models:wan_features
@@ -39,7 +40,9 @@ paper and worldarena are the published geometry: they need a world model that of
 one control step apart (12 latent frames of 15x20 tokens: Wan2.2-TI2V-5B at 480x640), and whose `text` embeds to 4096 numbers a token
 (UMT5; with another encoder feature.model.goal_dim=384). world_model=module:function is any such model; importing it runs its code.
 
-fields: data, decoder (pixel, single_frame, latent, feature), codec and world_model (folders; 'shipped' are the packaged ones), output,
+init=shipped (or a folder): a pixel decoder goes on from trained weights, with their normalisation.
+
+fields: data, decoder (pixel, single_frame, latent, feature), init, codec and world_model (folders; 'shipped' are the packaged ones), output,
 device (auto, cpu, cuda), threads, resume (feature and latent: go on from the checkpoints of fit.save_every), train.* for pictures (steps,
 time_limit_s, batch, lr, seed, roundtrip_share, ...), feature.*, latent.*. See configs/train_idm.yaml."""
 
@@ -52,6 +55,7 @@ class TrainIdmCommand:
     decoder: str = "pixel"
     codec: str = "shipped"
     world_model: str = "shipped"
+    init: str = ""
     output: str = "runs/idm"
     device: str = "auto"
     threads: int = 0
@@ -85,6 +89,10 @@ def run(command: TrainIdmCommand) -> dict[str, Any]:
     if command.resume and command.decoder in ("pixel", "single_frame"):
         fix = "repeat the run: it takes minutes"
         raise UserError("resume", got=True, wanted="a feature or latent decoder", fix=fix)
+    if command.init and command.decoder != "pixel":
+        raise UserError(
+            "init", got=command.init, wanted="nothing for this decoder", fix="decoder=pixel, or leave it out"
+        )
     if command.threads:
         torch.set_num_threads(command.threads)
     device, output = choose_device(command.device), Path(command.output)
@@ -122,7 +130,7 @@ def train_on_pictures(
 
     from .frame_store import load_frame_store
     from .idm_training import train_inverse_dynamics
-    from .inverse_dynamics import PixelInverseDynamics, save_inverse_dynamics
+    from .inverse_dynamics import PixelInverseDynamics, load_inverse_dynamics, save_inverse_dynamics
     from .single_frame import SingleFrameInverseDynamics, save_single_frame_decoder
     from .train_decoders import card
 
@@ -135,7 +143,8 @@ def train_on_pictures(
     log({"event": "loaded", **loaded})
     build = PixelInverseDynamics if command.decoder == "pixel" else SingleFrameInverseDynamics
     began = time.perf_counter()
-    model, metrics = train_inverse_dynamics(config, store, codec, device=device, log=log, build=build)
+    init = load_inverse_dynamics(weights_folder(command.init, "idm", field="init")) if command.init else None
+    model, metrics = train_inverse_dynamics(config, store, codec, device=device, log=log, build=build, init=init)
     metrics["train_seconds"] = time.perf_counter() - began
     metrics["parameters"] = sum(p.numel() for p in model.parameters())
     if isinstance(model, SingleFrameInverseDynamics):

@@ -1,5 +1,6 @@
 """The decoder reads motion out of pictures, keeps its statistics with its weights and refuses what it was not trained for."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -96,6 +97,19 @@ def test_training_reads_motion_from_pictures(trained):
     assert {"loss_fit", "loss_spread", "grad_norm", "lr", "step_ms", "windows_s", "eta_s"} <= set(steps[-1])
     assert np.mean([r["loss_fit"] for r in steps[-20:]]) < 0.4 * np.mean([r["loss_fit"] for r in steps[:5]])
     assert steps[-1]["lr"] < 1e-5 < steps[20]["lr"]
+
+
+def test_training_goes_on_from_trained_weights(trained):
+    """One step of no size leaves weights and normalisation as they were, though the demonstrations are others."""
+    config, model, _, _ = trained
+    short = dataclasses.replace(config, steps=1, lr=0.0, weight_decay=0.0, validation_windows=4, roundtrip_share=0.0)
+    again, metrics = train_inverse_dynamics(short, drawn_demonstrations(seed=7), None, init=model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert metrics["start"]["real"]["joint_deg"] < 0.5 * metrics["start"]["hold"]["joint_deg"]
+    other = dataclasses.replace(short, model=dataclasses.replace(SMALL, dim=2 * SMALL.dim))
+    with pytest.raises(UserError, match=r"init.*other sizes"):
+        train_inverse_dynamics(other, drawn_demonstrations(seed=7), None, init=model)
 
 
 def test_spread_grows_where_pictures_say_nothing(trained):
