@@ -95,6 +95,9 @@ def variants() -> dict[str, Variant]:
             word = f"{value:g}" if isinstance(value, float) else "off" if value is False else str(value)
             word = "+".join(map(str, value)) if isinstance(value, list) else word
             made.append(Variant(name=f"{option}={word}", changes={option: value}))
+    # whether the cross-entropy's gain is the loss or only its larger gradient
+    weaker = {"trajectory_loss": "ce_gauss", "lambda_pix": 0.1}
+    made.append(Variant(name="trajectory_loss=ce_gauss,lambda_pix=0.1", changes=weaker))
     made.append(Variant(name="teacher=degraded", degraded=True))
     asked = {(option, value) for option, values in OPTIONS.items() for value in values if isinstance(value, str)}
     named = {(option, value) for option, known in CHOICES.items() for value in known[1:]}
