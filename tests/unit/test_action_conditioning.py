@@ -466,6 +466,33 @@ def config_adopted(config):
     return config
 
 
+def test_sentences_are_left_out_of_a_share_of_the_windows(tmp_path):
+    from physisforcing.core.errors import UserError
+    from physisforcing.worldmodel.training.config import TrainWorldModelConfig
+    from physisforcing.worldmodel.training.objective import without_text
+    from physisforcing.worldmodel.training.worldmodel import Trainer
+
+    text = torch.ones(4000, 2, 3)
+    left = without_text(text, 0.25, step_generator(0, 0))
+    kept = left.flatten(1).amax(1)
+    assert set(kept.tolist()) == {0.0, 1.0} and torch.equal(left, text * kept[:, None, None])
+    assert kept.mean().item() == pytest.approx(0.75, abs=0.03)
+    with pytest.raises(UserError, match=r"text_dropout.*0\.\.1"):
+        TrainWorldModelConfig(text_dropout=1.5)
+
+    def later_loss(bank: WindowBank, share: float) -> float:
+        """Of the third update: the output starts at zero and knows no text before."""
+        config = small_config(
+            tmp_path, "dropout", backbone=TINY, conditioner=ConditionerConfig(hidden=16), text_dropout=share
+        )
+        trainer = Trainer(config, bank, torch.device("cpu"))
+        return [float(trainer.step(step)["fm"]) for step in range(3)][-1]
+
+    silent = two_clips(1)
+    silent.text_SLD.zero_()
+    assert later_loss(two_clips(1), 1.0) == later_loss(silent, 0.0) != later_loss(two_clips(1), 0.0)
+
+
 def test_the_experiment_composes():
     from physisforcing.core.config import compose
     from physisforcing.worldmodel.training.config import TrainWorldModelConfig

@@ -105,10 +105,12 @@ class TrainVaeConfig:
 class TrainWorldModelConfig:
     """``codec``: folder of the video codec. ``teacher``: who makes the targets of the physics losses. ``heldout_windows``: windows of
     the held-out measurement, at fixed noise and timesteps. ``actions``: train an action model; from a text model as ``run.init`` it
-    starts with that model's velocities."""
+    starts with that model's velocities. ``text_dropout``: share of the training windows whose sentence is left out (its tokens are zeros), so
+    that an action model must look at the actions."""
 
     codec: str = ""
     actions: bool = False
+    text_dropout: float = 0.0
     heldout_windows: int = 64
     run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/worldmodel", steps=5000, batch=128))
     data: DataConfig = field(default_factory=DataConfig)
@@ -118,3 +120,7 @@ class TrainWorldModelConfig:
     physics: PhysicsConfig = field(default_factory=PhysicsConfig)
     teacher: TeachersConfig = field(default_factory=TeachersConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.text_dropout <= 1:
+            raise UserError("text_dropout", got=self.text_dropout, wanted="a share, 0..1", fix="text_dropout=0.5")

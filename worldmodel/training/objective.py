@@ -30,6 +30,12 @@ def draw_noise(
     return noise, sigma, token_order(batch, latents_BCFhw[0, 0].numel(), generator)
 
 
+def without_text(text_BLD: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Text tokens [B,L,D] with those of a random ``share`` of the samples set to zero, which is what padding is."""
+    keep_B = torch.rand(len(text_BLD), generator=generator, device=generator.device) >= share
+    return text_BLD * keep_B[:, None, None].to(text_BLD.dtype)
+
+
 def objective(
     denoiser: WanDenoiser,
     forcing: PhysisForcing | None,

@@ -26,7 +26,7 @@ from .checkpoint import binding_settings, restore_training, save_checkpoint, tra
 from .config import TrainWorldModelConfig
 from .evaluate import heldout_losses
 from .initial import adopt_world_model
-from .objective import draw_noise, objective
+from .objective import draw_noise, objective, without_text
 from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
 from .pictures import heldout_pictures
 from .runtime import autocast, begin_run, compiles, split_heldout
@@ -121,6 +121,8 @@ class Trainer:
         batch = self.batch(step)
         generator = step_generator(self.config.run.seed + 1, step, self.device)
         drawn = draw_noise(batch["latents_BCFhw"], self.config.flow, generator)
+        if self.config.text_dropout > 0:
+            batch["text_BLD"] = without_text(batch["text_BLD"], self.config.text_dropout, generator)
         self.wait_s = time.perf_counter() - begun
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, step, self.config.run.steps))
         terms = objective(
