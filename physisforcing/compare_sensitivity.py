@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from physisforcing.core.errors import UserError
 from physisforcing.core.executed import ExecutedChunk
 from physisforcing.core.results import ResultKey, config_hash
-from physisforcing.core.types import DT, Observation, RolloutRequest, WorldModelSpec
+from physisforcing.core.types import DT, DecoderNeeds, Observation, RolloutRequest, WorldModelSpec
+from physisforcing.planner.imagination_scores import SCORES_VERSION
+from physisforcing.planner.plannable import planning_horizon
 
 from .compare_episodes import ComparisonRunner
 
@@ -69,7 +71,7 @@ def measure_sensitivity(config: CompareConfig, plan: ComparisonPlan, *, progress
         for seed in scenes.seeds[task][: config.sensitivity]
     ]
     settings = {"control": config.control, "threads": config.threads, "prompt": config.planner.prompt_template}
-    settings |= {"version": VERSION, "tasks": config.tasks}
+    settings |= {"version": VERSION, "scores": SCORES_VERSION, "tasks": config.tasks}
 
     def key(job: Any) -> ResultKey:
         task, name = job.task.split("/")
@@ -316,7 +318,7 @@ def plain(lines: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _horizon(spec: WorldModelSpec) -> int:
-    return 17 if 17 in spec.horizons else min(spec.horizons)
+    return planning_horizon(spec, DecoderNeeds(returns=frozenset({"frames"})))
 
 
 def _steps(spec: WorldModelSpec) -> int:

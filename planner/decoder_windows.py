@@ -88,10 +88,7 @@ class FrozenWorldModel:
         if "actions" in spec.conditions:
             got, fix = "an action model", "train decoders on a text model"
             raise MissingCapabilityError("world_model", got=got, wanted="a model without actions", fix=fix)
-        if windows.frames not in spec.horizons:
-            fix = f"model.frames={spec.horizons[0]}"
-            raise MissingCapabilityError("frames", got=windows.frames, wanted=f"one of {spec.horizons}", fix=fix)
-        check_rate(windows, spec)
+        check_windows(windows, spec)
         self.model, self.windows, self.latents = model, windows, 1 + (windows.frames - 1) // 4
         sentences = sorted(set(windows.store.instructions_E))
         self.words_SLD = model.text.batch(sentences)[0].to(windows.sentence_E.device)
@@ -149,8 +146,12 @@ class FrozenWorldModel:
         return self.model.denoiser.context(self.words_SLD[self.windows.sentence_E[episode_B]], state)
 
 
-def check_rate(windows: DecoderWindows, spec: WorldModelSpec) -> None:
-    """``UserError`` where the demonstrations' windows have another rate than the world model's frames."""
+def check_windows(windows: DecoderWindows, spec: WorldModelSpec) -> None:
+    """``MissingCapabilityError`` where the world model does not imagine windows of this length, ``UserError`` where the demonstrations'
+    windows have another rate than its frames."""
+    if windows.frames not in spec.horizons:
+        fix = f"model.frames={spec.horizons[0]}"
+        raise MissingCapabilityError("frames", got=windows.frames, wanted=f"one of {spec.horizons}", fix=fix)
     if abs(windows.stride * DT - spec.frame_dt) <= 1e-6:
         return
     whole = round(spec.frame_dt / DT)

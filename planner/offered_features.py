@@ -11,7 +11,7 @@ from physisforcing.core.protocols import WorldModel
 from physisforcing.core.requests import rollout_in_parts
 from physisforcing.core.types import FeatureRequest, RolloutRequest
 
-from .decoder_windows import DecoderWindows, check_rate, check_window
+from .decoder_windows import DecoderWindows, check_window, check_windows
 from .feature_decoder.goal import TextEncoder
 
 
@@ -30,10 +30,7 @@ class OfferedFeatures:
             got = f"{spec.name}: returns {sorted(spec.returns)}, conditions {sorted(spec.conditions)}, {views} views"
             fix = "give a model whose rollout answers returns={'features'}: docs/bring_your_world_model.md"
             raise MissingCapabilityError("world_model", got=got, wanted=wanted, fix=fix)
-        if windows.frames not in spec.horizons:
-            fix = f"feature.model.frames={spec.horizons[0]}"
-            raise MissingCapabilityError("frames", got=windows.frames, wanted=f"one of {spec.horizons}", fix=fix)
-        check_rate(windows, spec)
+        check_windows(windows, spec)
         self.model, self.windows, self.text = model, windows, text
 
     def feature_shape(self, request: FeatureRequest) -> tuple[int, int, int, int]:
