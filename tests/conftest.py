@@ -107,3 +107,33 @@ def tiny_wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wan") / "tiny-ti2v"
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_black_episodes() -> Callable[..., Path]:
+    """``write(folder, seeds, failed=())``: a dataset of short black click_bell episodes, where seeds and scene hashes matter alone."""
+
+    def write(folder: Path, seeds: tuple[int, ...], failed: tuple[int, ...] = ()) -> Path:
+        import numpy as np
+
+        from physisforcing.core.lerobot import HEAD, LeRobotWriter, robot_features
+
+        writer = LeRobotWriter(folder, robot_features([f"joint{k}" for k in range(14)], height=16, width=24))
+        joints = np.zeros((5, 14), np.float32)
+        columns = dict.fromkeys(("observation.state", "observation.state_measured", "action"), joints)
+        for seed in seeds:
+            writer.add_episode(
+                columns={**columns, "next.success": np.arange(5) == 4},
+                frames={HEAD: np.zeros((5, 16, 24, 3), np.uint8)},
+                instruction="click the bell",
+                task_name="click_bell",
+                seed=seed,
+                success=seed not in failed,
+                scene_hash=f"scene-{seed}",
+                policy="expert",
+                embodiment="robot",
+                assets_version="1",
+            )
+        return writer.finalize()
+
+    return write

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from physisforcing.compare import CompareConfig
 from physisforcing.compare_controls import check_demonstrations
 from physisforcing.core.errors import DatasetError, UserError
-from physisforcing.core.lerobot import HEAD, LeRobotWriter, robot_features
 from physisforcing.envs.collect import CollectConfig
 from physisforcing.plan_scenes import Scenes, training_demonstrations
 from physisforcing.planner.oracle import HeldOutDemonstrations
 
 
 @pytest.fixture(scope="module")
-def demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demos(tmp_path_factory: pytest.TempPathFactory, write_black_episodes: Callable[..., Path]) -> Path:
     """Episodes of validation scenes 50000 and 50001, of which the second failed, and of test scene 100000."""
-    features = robot_features([f"joint{k}" for k in range(14)], height=16, width=24)
-    writer = LeRobotWriter(tmp_path_factory.mktemp("demos") / "data", features)
-    joints = np.zeros((5, 14), np.float32)
-    columns = dict.fromkeys(("observation.state", "observation.state_measured", "action"), joints)
-    for seed in (50_000, 50_001, 100_000):
-        writer.add_episode(
-            columns={**columns, "next.success": np.arange(5) == 4},
-            frames={HEAD: np.zeros((5, 16, 24, 3), np.uint8)},
-            instruction="click the bell",
-            task_name="click_bell",
-            seed=seed,
-            success=seed != 50_001,
-            scene_hash=f"scene-{seed}",
-            policy="expert",
-            embodiment="robot",
-            assets_version="1",
-        )
-    return writer.finalize()
+    folder = tmp_path_factory.mktemp("demos") / "data"
+    return write_black_episodes(folder, (50_000, 50_001, 100_000), failed=(50_001,))
 
 
 def scenes(**hashes: str) -> Scenes:

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from physisforcing.core.errors import UserError
-from physisforcing.core.lerobot import HEAD, LeRobotWriter, robot_features
 from physisforcing.envs.seeds import FixedJobs, Job, Outcome, run_seeds
 from physisforcing.eval_plan import EvalPlanConfig, PlannerSettings, _Plan, _write_summary, evaluate, main
 from physisforcing.plan_episodes import EpisodeRunner
@@ -30,32 +28,9 @@ def test_a_first_seed_beside_a_manifest_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> Callable[..., Path]:
+def dataset(tmp_path: Path, write_black_episodes: Callable[..., Path]) -> Callable[..., Path]:
     """Writes a dataset of short black episodes with the given seeds."""
-
-    def write(*seeds: int) -> Path:
-        writer = LeRobotWriter(
-            tmp_path / f"data-{len(seeds)}-{seeds[0]}",
-            robot_features([f"joint{k}" for k in range(14)], height=16, width=24),
-        )
-        joints = np.zeros((5, 14), np.float32)
-        columns = dict.fromkeys(("observation.state", "observation.state_measured", "action"), joints)
-        for seed in seeds:
-            writer.add_episode(
-                columns={**columns, "next.success": np.arange(5) == 4},
-                frames={HEAD: np.zeros((5, 16, 24, 3), np.uint8)},
-                instruction="click the bell",
-                task_name="click_bell",
-                seed=seed,
-                success=True,
-                scene_hash=f"{seed}",
-                policy="expert",
-                embodiment="robot",
-                assets_version="1",
-            )
-        return writer.finalize()
-
-    return write
+    return lambda *seeds: write_black_episodes(tmp_path / f"data-{len(seeds)}-{seeds[0]}", seeds)
 
 
 def test_retrieval_must_not_remember_the_test_scenes(dataset: Callable[..., Path], tmp_path: Path) -> None:
