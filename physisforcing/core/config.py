@@ -66,7 +66,19 @@ def build(schema: type[T], values: dict[str, Any]) -> T:
         got = _lookup(values, key)
         raise UserError(key, got=got, wanted=_type_name(schema, key), fix=_first(error)) from error
     assert isinstance(made, schema)
+    _restore_tuples(made)
     return made
+
+
+def _restore_tuples(made: Any) -> None:
+    """OmegaConf makes lists of tuples; a field that is declared a tuple equals its default only as one."""
+    hints = typing.get_type_hints(type(made))
+    for item in dataclasses.fields(made):
+        value = getattr(made, item.name)
+        if dataclasses.is_dataclass(value):
+            _restore_tuples(value)
+        elif isinstance(value, list) and typing.get_origin(hints[item.name]) is tuple:
+            object.__setattr__(made, item.name, tuple(value))
 
 
 def config_dir() -> Path:

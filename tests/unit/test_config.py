@@ -83,5 +83,17 @@ def test_unknown_config_and_resolved_yaml(folder: Path) -> None:
     assert "episodes: 20" in text and "learning_rate: 0.001" in text
 
 
+def test_tuples_stay_tuples() -> None:
+    """A composed command's decoder equals the default one, so that training can go on from shipped weights (``init=shipped``)."""
+    from physisforcing.planner.inverse_dynamics import InverseDynamicsConfig
+    from physisforcing.planner.train import TrainIdmCommand
+
+    made = config_module.compose("train_idm", ["data=[x]"], TrainIdmCommand)
+    assert made.train.model == InverseDynamicsConfig()
+    assert made == TrainIdmCommand(data=["x"])
+    taps = config_module.compose("train_idm", ["data=[x]", "feature.model.taps=[2,4]"], TrainIdmCommand)
+    assert taps.feature.model.taps == (2, 4)
+
+
 def test_configs_are_found_inside_the_package() -> None:
     assert (config_module.config_dir() / "__init__.py").is_file()
