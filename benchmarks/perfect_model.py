@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from physisforcing.core.paths import weights_root
 from physisforcing.core.pictures import shrink_area
 from physisforcing.core.stats import wilson
-from physisforcing.core.types import ActionChunk, DecoderNeeds, Observation, Rollout, RolloutRequest
+from physisforcing.core.types import ActionChunk, DecoderNeeds, Rollout, RolloutRequest
 from physisforcing.envs.manifest import load_manifest
-from physisforcing.envs.perfect_planner import PerfectPlanner
+from physisforcing.envs.perfect_planner import PerfectPlanner, SmoothErrors
 from physisforcing.envs.rollout import run_episode
 from physisforcing.envs.simulator_world_model import SimulatorConfig, SimulatorWorldModel
 from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
@@ -38,33 +38,6 @@ from physisforcing.planner.decoder_files import load_decoder
 from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
 
 TASKS = ("adjust_bottle", "click_bell", "place_empty_cup", "grab_roller", "stack_blocks_two", "stack_bowls_two")
-#: Control steps over which errors are correlated: standard deviation of the smoothing kernel.
-SMOOTH = 2.0
-
-
-class WithErrors:
-    """A policy whose targets are read imperfectly; errors depend on the episode's seed alone."""
-
-    def __init__(self, planner: PerfectPlanner, degrees: float) -> None:
-        self.planner, self.degrees = planner, degrees
-        self.fingerprint = f"{planner.fingerprint}-{degrees:g}deg"
-
-    def reset(self, *, task: str, seed: int, instruction: str) -> None:
-        self._generator = np.random.default_rng([seed, 17])
-        self.planner.reset(task=task, seed=seed, instruction=instruction)
-
-    def act(self, observation: Observation) -> NDArray[np.float32]:
-        actions_PA = self.planner.act(observation)
-        kernel = np.exp(-0.5 * (np.arange(-6, 7) / SMOOTH) ** 2)
-        kernel /= np.sqrt((kernel**2).sum())
-        white = self._generator.normal(size=(len(actions_PA) + len(kernel) - 1, actions_PA.shape[1]))
-        smooth = np.stack([np.convolve(column, kernel, mode="valid") for column in white.T], axis=1)
-        scale_A = np.full(actions_PA.shape[1], np.deg2rad(self.degrees))
-        scale_A[[6, 13]] = self.degrees / 100
-        return (actions_PA + scale_A * smooth).astype(np.float32)
-
-    def telemetry(self) -> dict[str, float]:
-        return self.planner.telemetry()
 
 
 class ReadOut:
@@ -121,7 +94,7 @@ def run_part(part: tuple[str, int, int], settings: Settings) -> list[dict[str, A
         policy: Any = ActionPlanner(model, readout, config, None, env.action_spec)
     else:
         policy = PerfectPlanner(model, execute_horizon=settings.execute)
-        policy = WithErrors(policy, settings.error) if settings.error else policy
+        policy = SmoothErrors(policy, settings.error) if settings.error else policy
     rows = []
     try:
         for entry in manifest.entries[first:last]:

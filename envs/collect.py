@@ -30,8 +30,9 @@ settings (field=value):
   tasks=[click_bell,adjust_bottle]   which tasks (task=click_bell is short for one)
   output=PATH                        dataset folder; run the same command again to continue an interrupted collection
   episodes=20 start_seed=0           per task; seeds whose scene does not come to rest are skipped, counted and listed
-  policy=expert                      expert | expert+noise (joint noise at the start) | expert+random (smooth random targets from
-                                     some step on) | random | module:factory (called without arguments)
+  policy=expert                      expert | expert+noise (joint noise at the start) | expert+errors (replanned every 32 steps, its
+                                     targets executed with smooth errors of up to noise_rad=0.06 a joint) | expert+random (smooth
+                                     random targets from some step on) | random | module:factory (called without arguments)
   ground_truth=sparse                poses, cameras, contacts of every frame; depth and body ids of every 8th frame;
                                      full: of all frames; poses: of none; none: no ground truth
   keep=all                           success: scenes in which the policy fails are skipped, counted and listed

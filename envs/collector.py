@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .collect import CollectConfig
 
 #: Policies by name; others are ``module:factory``.
-POLICIES = ("expert", "expert+noise", "expert+random", "random")
+POLICIES = ("expert", "expert+noise", "expert+errors", "expert+random", "random")
 
 
 def load_policy(name: str) -> Any:
@@ -48,6 +49,7 @@ class Collector:
         self._env: Any = None
         self._task = ""
         self._policy: Any = None
+        self._model: Any = None
         self._writer: LeRobotWriter | None = None
 
     def _ready(self, task: str) -> Any:
@@ -117,12 +119,10 @@ class Collector:
         )
 
     def _run_policy(self, env: Any, job: Job, recorder: EpisodeRecorder) -> tuple[dict[str, Any], str]:
-        from .baselines import Random
         from .rollout import run_episode
 
         if self._policy is None:
-            random = self.config.policy == "random"
-            self._policy = Random(env.unwrapped.action_spec) if random else load_policy(self.config.policy)
+            self._policy = self._make_policy(env.unwrapped)
         limit = self.config.max_steps
         result = run_episode(env, self._policy, seed=job.seed, max_steps=limit, recorder=recorder)
         if result.error:
@@ -131,11 +131,29 @@ class Collector:
 
                 raise UnstableSceneError(result.error.partition(": ")[2])
             raise RuntimeError(f"the policy failed:\n{result.error}")
-        if self.config.policy == "random":
-            return result.info, "random"
+        if self.config.policy in POLICIES:
+            return result.info, self.config.policy
         return result.info, f"{self.config.policy} {self._policy.fingerprint}"
 
+    def _make_policy(self, env: Any) -> Any:
+        if self.config.policy == "random":
+            from .baselines import Random
+
+            return Random(env.action_spec)
+        if self.config.policy == "expert+errors":
+            from .perfect_planner import PerfectPlanner, SmoothErrors
+            from .simulator_world_model import SimulatorConfig, SimulatorWorldModel
+
+            # two pictures a rollout: only its targets are wanted
+            self._model = SimulatorWorldModel(SimulatorConfig(horizons=(2,), stride=32)).bind(env)
+            return SmoothErrors(PerfectPlanner(self._model), math.degrees(self.config.noise_rad), vary=True)
+        return load_policy(self.config.policy)
+
     def close(self) -> None:
+        model, self._model = self._model, None
+        if model is not None:
+            model.close()
+            self._policy = None  # bound to the environment that closes here
         env, self._env = self._env, None
         if env is not None:
             env.close()

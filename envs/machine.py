@@ -10,8 +10,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def few_threads(workers: int) -> Iterator[None]:
-    """Environment of the worker processes: one numeric thread each, the machine's cores divided among software renderers."""
-    wanted = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    """Environment of the worker processes: one numeric thread each (OpenCV's too, which takes all cores otherwise), the machine's cores
+    divided among software renderers."""
+    numeric = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
+    wanted = dict.fromkeys(numeric, "1")
     wanted["LP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
     added = [name for name in wanted if name not in os.environ]
     os.environ.update({name: wanted[name] for name in added})

@@ -1,4 +1,4 @@
-"""Planning with the perfect model and the perfect decoder: the expert, replanned, its own drive targets executed."""
+"""Planning with the perfect model and the perfect decoder: the expert, replanned, its own drive targets executed, exactly or with errors."""
 
 from __future__ import annotations
 
@@ -55,3 +55,41 @@ class PerfectPlanner:
     def telemetry(self) -> dict[str, float]:
         """Plans, plans in which the expert found no way, seconds."""
         return dict(self._counts)
+
+
+#: Control steps over which errors are correlated: standard deviation of the smoothing kernel.
+SMOOTH = 2.0
+
+
+class SmoothErrors:
+    """A ``core.protocols.Policy``: the perfect planner's targets with the errors that a decoder makes, normal with a standard deviation of
+    ``degrees`` and correlated over about five control steps; on grippers the same number in percent of their opening.
+
+    The expert acts from where the errors led, so that episodes hold what demonstrations lack: states beside the path, and the way back
+    from them (noise in the demonstrator's place: DART, Laskey et al. 2017). ``vary``: each episode has its own deviation, uniform up to
+    ``degrees``. Errors depend on the episode's seed alone.
+    """
+
+    def __init__(self, planner: PerfectPlanner, degrees: float, *, vary: bool = False) -> None:
+        self.planner, self.degrees, self.vary = planner, degrees, vary
+        self.fingerprint = f"{planner.fingerprint}-{'up-to-' if vary else ''}{degrees:g}deg"
+
+    def reset(self, *, task: str, seed: int, instruction: str) -> None:
+        self._generator = np.random.default_rng([seed, 17])
+        self._now = self.degrees * (np.random.default_rng([seed, 18]).random() if self.vary else 1.0)
+        self.planner.reset(task=task, seed=seed, instruction=instruction)
+
+    def act(self, observation: Observation) -> NDArray[np.float32]:
+        """Joint targets [execute_horizon, A] from now."""
+        actions_PA = self.planner.act(observation)
+        kernel = np.exp(-0.5 * (np.arange(-6, 7) / SMOOTH) ** 2)
+        kernel /= np.sqrt((kernel**2).sum())
+        white = self._generator.normal(size=(len(actions_PA) + len(kernel) - 1, actions_PA.shape[1]))
+        smooth = np.stack([np.convolve(column, kernel, mode="valid") for column in white.T], axis=1)
+        scale_A = np.full(actions_PA.shape[1], np.deg2rad(self._now))
+        scale_A[[6, 13]] = self._now / 100
+        return (actions_PA + scale_A * smooth).astype(np.float32)
+
+    def telemetry(self) -> dict[str, float]:
+        """The planner's, and the deviation of this episode's errors in degrees."""
+        return self.planner.telemetry() | {"error_deg": float(self._now)}

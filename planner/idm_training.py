@@ -21,7 +21,7 @@ from torch import Tensor
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.codec import VideoCodec
 
-from .frame_store import FIRST_TEST_SEED, FrameStore, split_episodes
+from .frame_store import FIRST_TEST_SEED, FrameStore, episode_counts, split_episodes
 from .inverse_dynamics import InverseDynamicsConfig, PictureDecoder, PixelInverseDynamics, chunk_errors
 from .roundtrip import RoundTripPool, round_trip
 
@@ -145,7 +145,7 @@ def train_inverse_dynamics(
         model, store, codec, allowed_E=validation_E, windows=config.validation_windows, seed=config.seed + 2
     )
     metrics["steps"] = steps
-    metrics["episodes"] = {"train": len(train_E), "validation": len(validation_E)}
+    metrics["episodes"] = episode_counts(store, train_E, validation_E)
     return model, metrics
 
 

@@ -18,7 +18,7 @@ from physisforcing.core.errors import UserError
 
 from .decoder_fit import Fit, FitConfig, Log
 from .decoder_windows import FrozenWorldModel
-from .frame_store import split_episodes
+from .frame_store import episode_counts, split_episodes
 from .idm_training import loss_terms, noisy_start, statistics
 from .inverse_dynamics import chunk_errors
 from .latent_decoder import LatentDecoderConfig, LatentInverseDynamics
@@ -110,7 +110,7 @@ def train_latent_decoder(
     steps = Fit(model, loss, config.fit, folder=folder, resume=resume, settings=config).run(log)
     held_out = LatentBatches(config, frozen, validation_E)
     metrics = evaluate_latents(model, held_out, windows=config.validation_windows, seed=config.fit.seed + 2)
-    metrics |= {"steps": steps, "episodes": {"train": len(train_E), "validation": len(validation_E)}}
+    metrics |= {"steps": steps, "episodes": episode_counts(store, train_E, validation_E)}
     return model, metrics
 
 

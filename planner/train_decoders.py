@@ -116,7 +116,8 @@ def card(decoder: str, metrics: dict[str, Any]) -> str:
     lines = ["---", "license: mit", "tags: [inverse-dynamics, robotics, robotwin]", "---", f"# {TITLES[decoder]}", ""]
     lines += [
         f"{metrics['parameters'] / 1e6:.2f} M parameters, float16 on disk. Trained on {metrics['episodes']['train']} demonstrations",
-        f"({metrics['episodes']['validation']} held out by seed), {metrics['steps']} steps; no evaluation seeds (100000 upward).",
+        f"({metrics['episodes']['validation']} held out by seed, {metrics['episodes']['left_out']} left out because an arm was further than 10",
+        f"degrees from its target), {metrics['steps']} steps; no evaluation seeds (100000 upward).",
     ]
     if decoder == "feature":
         lines.append(f"Reads features of the world model {metrics['world_model']} and of no other.")

@@ -20,7 +20,7 @@ from physisforcing.core.types import FeatureRequest
 
 from ..decoder_fit import Fit, FitConfig, Log
 from ..decoder_windows import DecoderWindows
-from ..frame_store import split_episodes
+from ..frame_store import episode_counts, split_episodes
 from ..idm_training import noisy_start, statistics
 from ..inverse_dynamics import chunk_errors
 from .config import FeatureDecoderConfig
@@ -169,7 +169,7 @@ def train_feature_decoder(
     steps = Fit(model, loss, config.fit, folder=folder, resume=resume, settings=config).run(log)
     live = LiveFeatures(frozen, config.model, validation_E, 0.0)
     metrics = evaluate_features(model, live, windows=config.validation_windows, seed=config.fit.seed + 2)
-    metrics |= {"steps": steps, "episodes": {"train": len(train_E), "validation": len(validation_E)}}
+    metrics |= {"steps": steps, "episodes": episode_counts(store, train_E, validation_E)}
     return model, metrics
 
 

@@ -46,13 +46,19 @@ def test_a_diverted_episode_is_the_experts_and_then_another(env):
 
 def test_collections_say_which_behaviour_an_episode_holds(env, tmp_path):
     env.close()  # one live environment a process
-    for policy in ("expert+random", "expert"):
+    for policy in ("expert+random", "expert+errors", "expert"):
         config = CollectConfig(output=str(tmp_path / "data"), tasks=[TASK], episodes=1, workers=0, policy=policy)
         config.ground_truth = "poses"
         row = collect(config, progress=False)["tasks"][TASK]
         assert row["recorded"] == 1
     data = LeRobotDataset(tmp_path / "data")
-    assert sorted(episode.policy for episode in data.episodes) == ["expert", "expert+random"]
+    assert sorted(episode.policy for episode in data.episodes) == ["expert", "expert+errors", "expert+random"]
+    states = {e.policy: np.asarray(data.columns(e.index)["observation.state"]) for e in data.episodes}
+    erred, exact = states["expert+errors"], states["expert"]
+    shared = min(len(erred), len(exact), 33)  # the first plan: the expert's own targets but for the errors
+    off = np.degrees(erred[1:shared] - exact[1:shared])[:, [*range(6), *range(7, 13)]]
+    assert np.array_equal(erred[0], exact[0]) and 0.05 < off.std() < np.degrees(config.noise_rad)
+    assert np.diff(off, axis=0).std() < 0.8 * off.std(), "smooth: white errors would have 1.4"
     for episode in data.episodes:
         assert episode.instruction and episode.task_name == TASK
         assert bool(data.columns(episode.index)["next.success"][-1]) == episode.success

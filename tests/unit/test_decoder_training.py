@@ -387,7 +387,10 @@ def test_training_reports_errors_of_held_out_episodes(frozen, tmp_path):
     rows = []
     _, metrics = train_feature_decoder(feature_run(steps=4), frozen, folder=tmp_path, log=rows.append)
     assert [row["step"] for row in rows] == [1, 2, 4] and all(math.isfinite(row["loss"]) for row in rows)
-    assert metrics["episodes"] == {"train": 23, "validation": 1} and metrics["windows"] == {"start": 1, "anywhere": 6}
+    assert metrics["episodes"] == {"train": 23, "validation": 1, "left_out": 0} and metrics["windows"] == {
+        "start": 1,
+        "anywhere": 6,
+    }
     for place in ("start", "anywhere"):
         assert set(metrics[place]) == {"model", "hold", "model_measured", "drive_measured"}
         assert 0 < metrics[place]["drive_measured"]["joint_deg"] < metrics[place]["hold"]["joint_deg"]

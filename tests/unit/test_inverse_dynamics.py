@@ -9,7 +9,14 @@ import torch
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.types import DT, Rollout
-from physisforcing.planner.frame_store import load_frame_store, make_store, split_by_seed
+from physisforcing.planner.frame_store import (
+    episode_counts,
+    load_frame_store,
+    make_store,
+    split_by_seed,
+    split_episodes,
+    unreached,
+)
 from physisforcing.planner.idm_training import (
     IdmTrainConfig,
     augment,
@@ -224,6 +231,28 @@ def test_split_is_by_seed_and_stable():
     assert (split_by_seed(seeds[::-1], share=0.05)[::-1] == held).all()
 
 
+def test_episodes_whose_arm_does_not_follow_are_left_out_and_counted():
+    store = drawn_demonstrations(episodes=40)
+    store.measured_NA = store.states_NA.clone()
+    far, near, grip = (int(store.first_E[e]) + 3 for e in (7, 8, 9))
+    store.measured_NA[far, 12] -= np.deg2rad(10.5)
+    store.measured_NA[near, 12] -= np.deg2rad(9.5)
+    store.measured_NA[grip, 13] += 1.0  # a gripper that closed on something
+    assert unreached(store).nonzero()[0].tolist() == [7]
+    train_E, validation_E = split_episodes(store, share=0.1)
+    assert sorted([*train_E.tolist(), *validation_E.tolist()]) == [e for e in range(40) if e != 7]
+    assert episode_counts(store, train_E, validation_E) == {
+        "train": len(train_E),
+        "validation": 39 - len(train_E),
+        "left_out": 1,
+    }
+    store.measured_NA[:, 0] += 1.0
+    with pytest.raises(UserError, match="arms reach"):
+        split_episodes(store, share=0.1)
+    store.measured_NA = None
+    assert not unreached(store).any()
+
+
 def test_round_trip_and_pool():
     store = drawn_demonstrations(episodes=4)
     generator = torch.Generator().manual_seed(0)
@@ -305,10 +334,10 @@ def test_every_episode_start_is_measured_once(trained):
     frames, now, targets = store.windows(allowed, torch.zeros_like(allowed), frames=5, stride=2)
     with torch.no_grad():
         assert found["start"]["real"] == chunk_errors(model(frames, now)[0].numpy(), targets.numpy())
-    about = {"steps": 1, "parameters": 1e6, "episodes": {"train": 3, "validation": 3}}
+    about = {"steps": 1, "parameters": 1e6, "episodes": {"train": 3, "validation": 3, "left_out": 2}}
     about |= {"hardware": "cpu", "torch": "2", "train_seconds": 1.0}
     card = model_card(TrainIdmCommand(data=[]), found | about)
-    assert "each of the 3 validation episodes once" in card and "8 windows at random frames" in card
+    assert "2 left out" in card and "each of the 3 validation episodes once" in card and "8 windows at random frames" in card
 
 
 def test_dataset_with_evaluation_seeds_is_refused(tmp_path, monkeypatch):

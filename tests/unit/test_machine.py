@@ -39,6 +39,15 @@ def test_gpus_are_counted_by_their_device_files(monkeypatch, tmp_path):
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
+def test_opencv_takes_one_thread_in_a_worker(monkeypatch):
+    """The classical tracker scores imaginations in every worker: on a machine with many cores each would start as many threads."""
+    monkeypatch.delenv("OPENCV_FOR_THREADS_NUM", raising=False)
+    show = [sys.executable, "-c", "import cv2; print(cv2.getNumThreads())"]
+    with few_threads(2):
+        inside = subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
+    assert inside == "1" and "OPENCV_FOR_THREADS_NUM" not in os.environ
+
+
 def test_threads_are_divided_and_given_back(monkeypatch):
     for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)

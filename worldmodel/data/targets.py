@@ -9,6 +9,7 @@ renamed; a killed run continues where it stopped, and machines that share a fold
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -183,6 +184,7 @@ _mine: list[Any] = []
 
 
 def _start(job: _Job, numbers: Any) -> None:
+    os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")  # else each process takes all cores for the classical tracker
     _mine[:] = [job.on(numbers.get())]
 
 
