@@ -3,6 +3,7 @@
     python benchmarks/feature_decoder.py --json docs/results/feature_decoder.json
     python benchmarks/feature_decoder.py --parts latency --repetitions 60
     python benchmarks/feature_decoder.py --parts pico --run runs/idm_feature --json docs/results/feature_decoder.json
+    python benchmarks/feature_decoder.py --parts pico --run runs/idm_latent --name pico_latent --json docs/results/feature_decoder.json
     python benchmarks/feature_decoder.py --tiny                      # every line of it on a CPU, in half a minute
 
 ``latency``: diffusers' transformer of the real architecture with random weights in bfloat16 (what diffusers keeps in float32 stays so),
@@ -14,7 +15,7 @@ Beside it the whole transformer once, which a video would need once a denoising 
 ``overfit``: the decoder of the published size (48.3 M here, 48.6 M published) learns random windows by heart: features of the 5B transformer for random first latents,
 one noise a window and the same sentence for all, random smooth joint targets, no dropout; loss curve, and the error of what is decoded.
 
-``pico``: held-out errors of a run of ``physis train idm decoder=feature``, from its ``metrics.json``.
+``pico``: held-out errors of a run of ``physis train idm``, from its ``metrics.json``; ``--name`` keeps the runs of several decoders apart.
 """
 
 from __future__ import annotations
@@ -305,36 +306,31 @@ def overfit(world: World, options: argparse.Namespace, shared: dict[str, Any]) -
     ]
 
 
-def pico(run: Path, shared: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lines of a training run's held-out errors."""
+def pico(run: Path, name: str, shared: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lines of a training run's held-out errors, of any decoder."""
     metrics = json.loads((run / "metrics.json").read_text())
     config = json.loads((run / "config.json").read_text())
     # the numbers were made where the training ran, not where this reads them
     made = shared["provenance"]
     versions = made.get("versions", {}) | {"torch": metrics.get("torch", "")}
     shared = shared | {"provenance": made | {"hardware": metrics.get("hardware", ""), "versions": versions}}
+    facts: dict[str, Any] = {"decoder": config["decoder"]}
+    facts |= {k: metrics[k] for k in ("parameters", "steps", "episodes", "tasks", "world_model") if k in metrics}
+    facts["train_seconds"] = round(metrics["train_seconds"], 1)
+    if config["decoder"] == "feature":
+        facts["taps"] = config["feature"]["model"]["taps"]
+    decoded = "model" if config["decoder"] == "feature" else "real"  # real: of recorded pictures or their latents
     lines = []
     for place in ("start", "anywhere"):
-        against: dict[str, Any] = {
-            "parameters": metrics["parameters"],
-            "steps": metrics["steps"],
-            "train_seconds": round(metrics["train_seconds"], 1),
-            "episodes": metrics["episodes"],
-            "tasks": metrics["tasks"],
-            "world_model": metrics["world_model"],
-            "taps": config["feature"]["model"]["taps"],
-            "now_deg": metrics["now_deg"][place],
-        }
-        against |= {f"{name}_joint_deg": value["joint_deg"] for name, value in metrics[place].items()}
-        if "spread_deg" in metrics:
-            against["spread_deg"] = metrics["spread_deg"][place]
+        against = facts | {f"{row}_joint_deg": value["joint_deg"] for row, value in metrics[place].items()}
+        against |= {k: metrics[k][place] for k in ("now_deg", "spread_deg") if k in metrics}
         count = metrics["windows"][place]
-        for name, said in (("model", "drive"), ("model_measured", "measured")):
-            if name in metrics[place]:
-                value, unit = metrics[place][name]["joint_deg"], "degrees"
-                lines.append(line(f"pico/{place}/joint_deg_{said}", value, unit, count, against, shared))
-        value = metrics[place]["model"]["gripper_percent"]
-        lines.append(line(f"pico/{place}/gripper_percent", value, "percent", count, against, shared))
+        for row, said in ((decoded, "drive"), (f"{decoded}_measured", "measured")):
+            if row in metrics[place]:
+                value, unit = metrics[place][row]["joint_deg"], "degrees"
+                lines.append(line(f"{name}/{place}/joint_deg_{said}", value, unit, count, against, shared))
+        value = metrics[place][decoded]["gripper_percent"]
+        lines.append(line(f"{name}/{place}/gripper_percent", value, "percent", count, against, shared))
     return lines
 
 
@@ -366,7 +362,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="latency,overfit", help="of latency, overfit, pico")
     parser.add_argument("--json", type=Path, help="write measurements here")
-    parser.add_argument("--run", type=Path, help="folder of physis train idm decoder=feature, for the part pico")
+    parser.add_argument("--run", type=Path, help="folder of physis train idm, for the part pico")
+    parser.add_argument("--name", default="pico", help="of that run in the claims")
     parser.add_argument("--repetitions", type=int, default=50)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--windows", type=int, default=16, help="that are learned by heart")
@@ -395,7 +392,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     torch.set_float32_matmul_precision("high")
     said = shlex.join(["python", "benchmarks/feature_decoder.py", *arguments])
     shared: dict[str, Any] = {"command": said, "provenance": machine_provenance()}
-    lines = pico(options.run, shared) if options.run else []
+    lines = pico(options.run, options.name, shared) if options.run else []
     if set(options.parts) & {"latency", "overfit"}:
         world = World(options)
         model = "tiny" if options.tiny else "Wan2.2-TI2V-5B, random weights, bfloat16"

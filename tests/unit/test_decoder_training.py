@@ -759,9 +759,18 @@ def test_the_benchmark_rehearses_and_reads_a_run(frozen, tmp_path, monkeypatch, 
     _, metrics = train_feature_decoder(config, frozen, folder=tmp_path / "run")
     metrics |= {"parameters": 1, "train_seconds": 1.0, "tasks": ["toy"], "world_model": "x"}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    (tmp_path / "config.json").write_text(json.dumps({"feature": dataclasses.asdict(config)}))
+    (tmp_path / "config.json").write_text(json.dumps({"decoder": "feature", "feature": dataclasses.asdict(config)}))
     shared = {"command": "x", "provenance": benchmark.machine_provenance()}
-    read = {line["claim"]: line for line in benchmark.pico(tmp_path, shared)}
+    read = {line["claim"]: line for line in benchmark.pico(tmp_path, "pico", shared)}
     start = read["planner/feature_decoder/pico/start/joint_deg_drive"]
     assert start["value"] == pytest.approx(metrics["start"]["model"]["joint_deg"], abs=1e-3) and start["n"] == 1
     assert "planner/feature_decoder/pico/anywhere/joint_deg_measured" in read
+    for place in ("start", "anywhere"):
+        metrics[place]["real"] = metrics[place].pop("model")
+    (tmp_path / "metrics.json").write_text(
+        json.dumps({k: v for k, v in metrics.items() if k not in ("tasks", "now_deg")})
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"decoder": "single_frame"}))
+    single = benchmark.pico(tmp_path, "single", shared)
+    assert single[0]["claim"] == "planner/feature_decoder/single/start/joint_deg_drive"
+    assert single[0]["value"] == start["value"] and single[0]["against"]["decoder"] == "single_frame"

@@ -337,7 +337,11 @@ def test_every_episode_start_is_measured_once(trained):
     about = {"steps": 1, "parameters": 1e6, "episodes": {"train": 3, "validation": 3, "left_out": 2}}
     about |= {"hardware": "cpu", "torch": "2", "train_seconds": 1.0}
     card = model_card(TrainIdmCommand(data=[]), found | about)
-    assert "2 left out" in card and "each of the 3 validation episodes once" in card and "8 windows at random frames" in card
+    assert (
+        "2 left out" in card
+        and "each of the 3 validation episodes once" in card
+        and "8 windows at random frames" in card
+    )
 
 
 def test_dataset_with_evaluation_seeds_is_refused(tmp_path, monkeypatch):
