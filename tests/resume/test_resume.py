@@ -21,7 +21,7 @@ from physisforcing.worldmodel.data.windows import WindowTable
 from physisforcing.worldmodel.flow_matching import FlowMatchingConfig
 from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.training.checkpoint import is_complete, latest_checkpoint, load_training, save_checkpoint
-from physisforcing.worldmodel.training.config import TrainWorldModelConfig
+from physisforcing.worldmodel.training.config import DataConfig, TrainWorldModelConfig
 from physisforcing.worldmodel.training.evaluate import heldout_losses
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
 
@@ -207,6 +207,23 @@ def test_draws_do_not_depend_on_history_and_favour_episode_starts():
     rows = sampler.draw(4000, step_generator(0, 0))
     share = (table.start_W[rows] == 0).float().mean().item()
     assert share == pytest.approx(0.5 + 0.5 * 5 / len(table), abs=0.03)
+
+
+def test_a_share_of_the_draws_is_near_the_end_and_without_it_nothing_changes():
+    table = WindowTable.build([100, 140], stride=4)
+    plain = WindowSampler.build(table, start_fraction=0.5)
+    ends = WindowSampler.build(table, start_fraction=0.5, end_fraction=0.75)
+    assert torch.equal(
+        plain.draw(64, step_generator(3, 1)), WindowSampler.build(table, 0.5, 0.0).draw(64, step_generator(3, 1))
+    )
+    rows = ends.draw(8000, step_generator(0, 0))
+    last = torch.tensor([88, 128])[table.episode_W]  # the last starts: 8 steps are left at least
+    assert table.start_W.unique(return_counts=True)[0].max() == 128
+    near = table.start_W >= last - 56
+    chance = 0.75 + 0.25 * 0.5 * near.float().mean().item()  # no window at an episode's start is near its end here
+    assert near[rows].float().mean().item() == pytest.approx(chance, abs=0.02)
+    with pytest.raises(UserError, match=r"data\.end_fraction"):
+        DataConfig(end_fraction=1.5)
 
 
 def test_windows_without_targets_add_nothing():

@@ -23,24 +23,42 @@ from .targets import resolve_recipe
 from .window_targets import WindowTargets, load_window_targets
 from .windows import Episode, FrameStore, WindowTable, lagged_states, window_actions
 
+#: A window that starts so near its episode's last one holds at least half of the random targets of an ``expert+random`` episode.
+END_STEPS = 56
+
 
 @dataclass(slots=True, kw_only=True)
 class WindowSampler:
-    """Rows of a window table. ``start_fraction`` of the draws are windows at an episode's first step, each episode equally likely."""
+    """Rows of a window table. ``start_fraction`` of the draws are windows at an episode's first step, each episode equally likely;
+    ``end_fraction`` of them (drawn last) are windows that start within ``END_STEPS`` of their episode's last window."""
 
     first_W: Tensor
+    end_W: Tensor
     count: int
     start_fraction: float
+    end_fraction: float
 
     @classmethod
-    def build(cls, table: WindowTable, start_fraction: float) -> WindowSampler:
-        return cls(first_W=torch.nonzero(table.start_W == 0).flatten(), count=len(table), start_fraction=start_fraction)
+    def build(cls, table: WindowTable, start_fraction: float, end_fraction: float = 0.0) -> WindowSampler:
+        last_E = torch.zeros(int(table.episode_W.max()) + 1, dtype=torch.int64)
+        last_E.scatter_reduce_(0, table.episode_W, table.start_W, "amax")
+        return cls(
+            first_W=torch.nonzero(table.start_W == 0).flatten(),
+            end_W=torch.nonzero(table.start_W >= last_E[table.episode_W] - END_STEPS).flatten(),
+            count=len(table),
+            start_fraction=start_fraction,
+            end_fraction=end_fraction,
+        )
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
         """int64 [batch] window rows on the CPU."""
         anywhere = torch.randint(self.count, (batch,), generator=generator)
         first = self.first_W[torch.randint(len(self.first_W), (batch,), generator=generator)]
-        return torch.where(torch.rand(batch, generator=generator) < self.start_fraction, first, anywhere)
+        rows = torch.where(torch.rand(batch, generator=generator) < self.start_fraction, first, anywhere)
+        if not self.end_fraction:
+            return rows
+        end = self.end_W[torch.randint(len(self.end_W), (batch,), generator=generator)]
+        return torch.where(torch.rand(batch, generator=generator) < self.end_fraction, end, rows)
 
 
 def step_generator(seed: int, step: int, device: str | torch.device = "cpu") -> torch.Generator:

@@ -18,7 +18,8 @@ class DataConfig:
     """``roots``: LeRobot datasets. ``limit``: episodes a task. ``heldout``: episodes kept from training, spread over the set.
 
     ``start_stride``: control steps between window starts; physics targets exist for starts at multiples of 8.
-    ``start_fraction``: share of windows at an episode's first step. ``text_cache``: folder of cached instruction embeddings
+    ``start_fraction``: share of windows at an episode's first step; ``end_fraction``: share near its end, where ``expert+random`` episodes
+    are no longer the expert's. ``text_cache``: folder of cached instruction embeddings
     (the cache home's when empty). ``targets_cache``: folder of cached physics targets, as ``cache`` of ``physis data targets``
     (``targets`` inside each dataset when empty). ``targets``: ``cache``, or ``online``: the teachers look at each batch (at the
     pictures that are kept, 120x160), which costs their time at every step and nothing on disk.
@@ -31,6 +32,7 @@ class DataConfig:
     heldout: int = 8
     start_stride: int = 4
     start_fraction: float = 0.5
+    end_fraction: float = 0.0
     workers: int = 4
     text_cache: str | None = None
     targets_cache: str | None = None
@@ -39,6 +41,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.targets not in ("cache", "online"):
             raise UserError("data.targets", got=self.targets, wanted="cache or online", fix="data.targets=cache")
+        for name in ("start_fraction", "end_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"data.{name}", got=getattr(self, name), wanted="a share, 0..1", fix=f"data.{name}=0.5")
 
 
 @dataclass(slots=True, kw_only=True)

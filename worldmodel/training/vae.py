@@ -116,7 +116,7 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
     train, heldout = split_heldout(episodes, data.heldout)
     store = FrameStore.build(train, device)
     table = WindowTable.build([episode.length for episode in train], stride=2)
-    sampler = WindowSampler.build(table, data.start_fraction)
+    sampler = WindowSampler.build(table, data.start_fraction, data.end_fraction)
     torch.manual_seed(config.run.seed)
     model = CausalVideoAutoencoder(**asdict(config.model))
     if config.run.init:

@@ -90,7 +90,7 @@ class Trainer:
             self.denoiser.compile_blocks()
         self.optimizer = build_optimizer(self.model.parameters(), config.optim)
         self.average = WeightAverage(self.model, config.optim.ema)
-        self.sampler = WindowSampler.build(bank.table, config.data.start_fraction)
+        self.sampler = WindowSampler.build(bank.table, config.data.start_fraction, config.data.end_fraction)
         self.wait_s = 0.0
         #: The held-out window whose pictures are shown, once it is chosen.
         self.shown: Tensor | None = None
