@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import sys
 import time
@@ -31,7 +32,7 @@ settings (field=value):
   output=PATH                        dataset folder; run the same command again to continue an interrupted collection
   episodes=20 start_seed=0           per task; seeds whose scene does not come to rest are skipped, counted and listed
   policy=expert                      expert | expert+noise (joint noise at the start) | expert+errors (replanned every 32 steps, its
-                                     targets executed with smooth errors of up to noise_rad=0.06 a joint) | expert+random (smooth
+                                     targets executed with smooth errors; deviation drawn up to noise_rad=0.06) | expert+random (smooth
                                      random targets from some step on) | random | module:factory (called without arguments)
   ground_truth=sparse                poses, cameras, contacts of every frame; depth and body ids of every 8th frame;
                                      full: of all frames; poses: of none; none: no ground truth
@@ -108,7 +109,8 @@ class CollectConfig:
 
 
 def _by_policy(key: str, policy: str) -> bool:
-    return key.endswith(episode_key(Job(task="", seed=0), policy).removeprefix("-00000000"))
+    suffix = episode_key(Job(task="", seed=0), policy).removeprefix("-00000000")
+    return re.search(rf"-\d{{8,}}{re.escape(suffix)}$", key) is not None
 
 
 class Collection:

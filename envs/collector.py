@@ -13,7 +13,7 @@ from physisforcing.core.errors import UserError
 from physisforcing.core.lerobot import LeRobotWriter, robot_features
 
 from .diversions import record_diverted_expert
-from .recording import EpisodeRecorder, record_expert, record_noisy_expert
+from .recording import EpisodeRecorder, hold, record_expert, record_noisy_expert
 from .seeds import Job, Outcome
 
 if TYPE_CHECKING:
@@ -131,6 +131,10 @@ class Collector:
 
                 raise UnstableSceneError(result.error.partition(": ")[2])
             raise RuntimeError(f"the policy failed:\n{result.error}")
+        if self.config.policy == "expert+errors":
+            if not env.unwrapped.diverged:  # an episode ends where the check first holds, with the arms under way
+                hold(env.unwrapped, recorder, self.config.hold_frames)
+            return result.info, f"{self.config.policy} {self._policy.error_deg:.2f}deg"
         if self.config.policy in POLICIES:
             return result.info, self.config.policy
         return result.info, f"{self.config.policy} {self._policy.fingerprint}"
@@ -144,8 +148,9 @@ class Collector:
             from .perfect_planner import PerfectPlanner, SmoothErrors
             from .simulator_world_model import SimulatorConfig, SimulatorWorldModel
 
-            # two pictures a rollout: only its targets are wanted
-            self._model = SimulatorWorldModel(SimulatorConfig(horizons=(2,), stride=32)).bind(env)
+            # two pictures of one camera a rollout: only its targets are wanted
+            few = SimulatorConfig(horizons=(2,), stride=32, views=tuple(self.config.cameras[:1]))
+            self._model = SimulatorWorldModel(few).bind(env)
             return SmoothErrors(PerfectPlanner(self._model), math.degrees(self.config.noise_rad), vary=True)
         return load_policy(self.config.policy)
 

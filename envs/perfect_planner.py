@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,16 +68,22 @@ class SmoothErrors:
 
     The expert acts from where the errors led, so that episodes hold what demonstrations lack: states beside the path, and the way back
     from them (noise in the demonstrator's place: DART, Laskey et al. 2017). ``vary``: each episode has its own deviation, uniform up to
-    ``degrees``. Errors depend on the episode's seed alone.
+    ``degrees``, and its own errors, by task and seed; without it errors depend on the seed alone. Errors of different plans are
+    independent, as a decoder's are, so that targets jump where a new plan begins.
     """
 
     def __init__(self, planner: PerfectPlanner, degrees: float, *, vary: bool = False) -> None:
         self.planner, self.degrees, self.vary = planner, degrees, vary
         self.fingerprint = f"{planner.fingerprint}-{'up-to-' if vary else ''}{degrees:g}deg"
+        spec = planner.model.spec.action_spec
+        assert spec is not None, "a bound model has one"
+        self._grips = [name.endswith("gripper") for name in spec.names]
+        self.error_deg = degrees
 
     def reset(self, *, task: str, seed: int, instruction: str) -> None:
-        self._generator = np.random.default_rng([seed, 17])
-        self._now = self.degrees * (np.random.default_rng([seed, 18]).random() if self.vary else 1.0)
+        own = [zlib.crc32(task.encode())] if self.vary else []
+        self._generator = np.random.default_rng([seed, 17, *own])
+        self.error_deg = self.degrees * (np.random.default_rng([seed, 18, *own]).random() if self.vary else 1.0)
         self.planner.reset(task=task, seed=seed, instruction=instruction)
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
@@ -86,10 +93,9 @@ class SmoothErrors:
         kernel /= np.sqrt((kernel**2).sum())
         white = self._generator.normal(size=(len(actions_PA) + len(kernel) - 1, actions_PA.shape[1]))
         smooth = np.stack([np.convolve(column, kernel, mode="valid") for column in white.T], axis=1)
-        scale_A = np.full(actions_PA.shape[1], np.deg2rad(self._now))
-        scale_A[[6, 13]] = self._now / 100
+        scale_A = np.where(self._grips, self.error_deg / 100, np.deg2rad(self.error_deg))
         return (actions_PA + scale_A * smooth).astype(np.float32)
 
     def telemetry(self) -> dict[str, float]:
         """The planner's, and the deviation of this episode's errors in degrees."""
-        return self.planner.telemetry() | {"error_deg": float(self._now)}
+        return self.planner.telemetry() | {"error_deg": float(self.error_deg)}

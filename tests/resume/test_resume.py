@@ -147,6 +147,21 @@ def test_other_settings_do_not_continue_a_run(tmp_path, section, name, value):
         train_world_model(again, banks)
 
 
+def test_a_setting_that_is_newer_than_the_checkpoint_has_its_default(tmp_path):
+    banks = bank(0), bank(1)
+    train_world_model(config(tmp_path, "run", 5), banks)
+    state = latest_checkpoint(tmp_path / "run") / "training" / "state.json"
+    stored = json.loads(state.read_text())
+    del stored["settings"]["data.end_fraction"]
+    state.write_text(json.dumps(stored))
+    again = config(tmp_path, "run", 5)
+    again.run.resume = True
+    train_world_model(again, banks)
+    again.data.end_fraction = 0.25
+    with pytest.raises(UserError, match=r"data\.end_fraction"):
+        train_world_model(again, banks)
+
+
 def fine_tuning(tmp_path, init) -> TrainWorldModelConfig:
     """A run from ``init`` whose config says nothing about the model."""
     made = config(tmp_path, "tuned", 2)
@@ -213,17 +228,21 @@ def test_a_share_of_the_draws_is_near_the_end_and_without_it_nothing_changes():
     table = WindowTable.build([100, 140], stride=4)
     plain = WindowSampler.build(table, start_fraction=0.5)
     ends = WindowSampler.build(table, start_fraction=0.5, end_fraction=0.75)
-    assert torch.equal(
-        plain.draw(64, step_generator(3, 1)), WindowSampler.build(table, 0.5, 0.0).draw(64, step_generator(3, 1))
-    )
+    generator = step_generator(3, 1)  # what a run without the option has always drawn
+    anywhere = torch.randint(len(table), (64,), generator=generator)
+    first = torch.nonzero(table.start_W == 0).flatten()[torch.randint(2, (64,), generator=generator)]
+    before = torch.where(torch.rand(64, generator=generator) < 0.5, first, anywhere)
+    assert torch.equal(plain.draw(64, step_generator(3, 1)), before)
     rows = ends.draw(8000, step_generator(0, 0))
     last = torch.tensor([88, 128])[table.episode_W]  # the last starts: 8 steps are left at least
     assert table.start_W.unique(return_counts=True)[0].max() == 128
-    near = table.start_W >= last - 56
+    near = (table.start_W >= last - 56) & (table.start_W <= last - 16)
     chance = 0.75 + 0.25 * 0.5 * near.float().mean().item()  # no window at an episode's start is near its end here
     assert near[rows].float().mean().item() == pytest.approx(chance, abs=0.02)
     with pytest.raises(UserError, match=r"data\.end_fraction"):
         DataConfig(end_fraction=1.5)
+    with pytest.raises(UserError, match="short episodes"):
+        WindowSampler.build(WindowTable.build([20], stride=4), 0.5, end_fraction=0.5)
 
 
 def test_windows_without_targets_add_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 
 import gymnasium
 import numpy as np
@@ -52,12 +53,20 @@ def test_collections_say_which_behaviour_an_episode_holds(env, tmp_path):
         row = collect(config, progress=False)["tasks"][TASK]
         assert row["recorded"] == 1
     data = LeRobotDataset(tmp_path / "data")
-    assert sorted(episode.policy for episode in data.episodes) == ["expert", "expert+errors", "expert+random"]
-    states = {e.policy: np.asarray(data.columns(e.index)["observation.state"]) for e in data.episodes}
+    assert not multiprocessing.active_children(), "the twin has ended"
+    assert sorted(episode.policy.split()[0] for episode in data.episodes) == [
+        "expert",
+        "expert+errors",
+        "expert+random",
+    ]
+    states = {e.policy.split()[0]: np.asarray(data.columns(e.index)["observation.state"]) for e in data.episodes}
     erred, exact = states["expert+errors"], states["expert"]
     shared = min(len(erred), len(exact), 33)  # the first plan: the expert's own targets but for the errors
     off = np.degrees(erred[1:shared] - exact[1:shared])[:, [*range(6), *range(7, 13)]]
     assert np.array_equal(erred[0], exact[0]) and 0.05 < off.std() < np.degrees(config.noise_rad)
+    said = next(float(e.policy.split()[1].removesuffix("deg")) for e in data.episodes if " " in e.policy)
+    assert off.std() == pytest.approx(said, rel=0.3)
+    assert np.array_equal(erred[-1], erred[-1 - config.hold_frames]), "it holds at the end"
     assert np.diff(off, axis=0).std() < 0.8 * off.std(), "smooth: white errors would have 1.4"
     for episode in data.episodes:
         assert episode.instruction and episode.task_name == TASK

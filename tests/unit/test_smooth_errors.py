@@ -11,7 +11,16 @@ from physisforcing.envs.perfect_planner import SmoothErrors
 
 
 def planner():
-    still = SimpleNamespace(fingerprint="perfect", reset=lambda **about: None, telemetry=dict)
+    names = [
+        *(f"left_joint_{k}" for k in range(6)),
+        "left_gripper",
+        *(f"right_joint_{k}" for k in range(6)),
+        "right_gripper",
+    ]
+    spec = SimpleNamespace(action_spec=SimpleNamespace(names=names))
+    still = SimpleNamespace(
+        fingerprint="perfect", reset=lambda **about: None, telemetry=dict, model=SimpleNamespace(spec=spec)
+    )
     still.act = lambda observation: np.zeros((4000, 14), np.float32)
     return still
 
@@ -42,3 +51,5 @@ def test_the_seed_decides():
     assert 0 < min(sizes) < 0.2 and 2.8 < max(sizes) < 3 and np.mean(sizes) == pytest.approx(1.5, abs=0.15)
     assert np.degrees(np.delete(first, [6, 13], axis=1)).std() == pytest.approx(deviation, rel=0.1)
     assert policy.fingerprint != SmoothErrors(planner(), 3.0).fingerprint
+    policy.reset(task="another", seed=1, instruction="")
+    assert policy.telemetry()["error_deg"] != deviation

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from physisforcing.core.errors import UserError
+
 from ..codec import VideoCodec
 from ..physics.config import PhysicsConfig
 from ..teachers.online import OnlineTeachers
@@ -23,14 +25,15 @@ from .targets import resolve_recipe
 from .window_targets import WindowTargets, load_window_targets
 from .windows import Episode, FrameStore, WindowTable, lagged_states, window_actions
 
-#: A window that starts so near its episode's last one holds at least half of the random targets of an ``expert+random`` episode.
-END_STEPS = 56
+#: Windows count as near the end from so many control steps before their episode's last window up to so many before it. In an
+#: ``expert+random`` episode at least 20 of the 32 targets of such a window are random, and the still end is not most of it.
+END_STEPS = (56, 16)
 
 
 @dataclass(slots=True, kw_only=True)
 class WindowSampler:
     """Rows of a window table. ``start_fraction`` of the draws are windows at an episode's first step, each episode equally likely;
-    ``end_fraction`` of them (drawn last) are windows that start within ``END_STEPS`` of their episode's last window."""
+    ``end_fraction`` of them (decided last, so that fewer are at the start) are windows near the end (``END_STEPS``)."""
 
     first_W: Tensor
     end_W: Tensor
@@ -42,9 +45,14 @@ class WindowSampler:
     def build(cls, table: WindowTable, start_fraction: float, end_fraction: float = 0.0) -> WindowSampler:
         last_E = torch.zeros(int(table.episode_W.max()) + 1, dtype=torch.int64)
         last_E.scatter_reduce_(0, table.episode_W, table.start_W, "amax")
+        before_W = last_E[table.episode_W] - table.start_W
+        near_W = (before_W <= END_STEPS[0]) & (before_W >= END_STEPS[1])
+        if end_fraction and not near_W.any():
+            fix = "data.end_fraction=0, or longer episodes"
+            raise UserError("data.end_fraction", got="short episodes only", wanted="windows near an end", fix=fix)
         return cls(
             first_W=torch.nonzero(table.start_W == 0).flatten(),
-            end_W=torch.nonzero(table.start_W >= last_E[table.episode_W] - END_STEPS).flatten(),
+            end_W=torch.nonzero(near_W).flatten(),
             count=len(table),
             start_fraction=start_fraction,
             end_fraction=end_fraction,

@@ -152,9 +152,11 @@ def binding_settings(config: Any) -> dict[str, Any]:
 
 
 def check_settings(checkpoint: Path, config: Any) -> None:
-    """Raise ``UserError`` naming the first setting of ``config`` that is not that of the run which wrote ``checkpoint``."""
+    """Raise ``UserError`` naming the first setting of ``config`` that is not that of the run which wrote ``checkpoint``. A setting that
+    did not exist then has its default, which must mean what happened without it."""
     stored = json.loads((checkpoint / "training" / "state.json").read_text()).get("settings", {})
     now = binding_settings(config)
+    stored = {name: value for name, value in _defaults(config).items() if name in now} | stored
     for name in sorted({*stored, *now}):
         if name not in stored or name not in now or stored[name] != now[name]:
             before = stored.get(name, "nothing")
@@ -164,6 +166,14 @@ def check_settings(checkpoint: Path, config: Any) -> None:
                 wanted=f"{before!r}, with which {checkpoint} was trained",
                 fix=f"continue with {name}={before}, or start a new run in another run.out",
             )
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The settings of a config dataclass as it is without any choice; empty where it cannot be made so."""
+    try:
+        return binding_settings(type(config)())
+    except TypeError:
+        return {}
 
 
 def training_tensors(

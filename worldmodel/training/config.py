@@ -18,8 +18,8 @@ class DataConfig:
     """``roots``: LeRobot datasets. ``limit``: episodes a task. ``heldout``: episodes kept from training, spread over the set.
 
     ``start_stride``: control steps between window starts; physics targets exist for starts at multiples of 8.
-    ``start_fraction``: share of windows at an episode's first step; ``end_fraction``: share near its end, where ``expert+random`` episodes
-    are no longer the expert's. ``text_cache``: folder of cached instruction embeddings
+    ``end_fraction``: share of windows near an episode's end, where ``expert+random`` episodes are no longer the expert's;
+    ``start_fraction``: share of the others that are at its first step. ``text_cache``: folder of cached instruction embeddings
     (the cache home's when empty). ``targets_cache``: folder of cached physics targets, as ``cache`` of ``physis data targets``
     (``targets`` inside each dataset when empty). ``targets``: ``cache``, or ``online``: the teachers look at each batch (at the
     pictures that are kept, 120x160), which costs their time at every step and nothing on disk.
