@@ -3,7 +3,7 @@
     python benchmarks/action_following.py --collect runs/states.safetensors [--tasks adjust_bottle stack_blocks_two] [--states 50]
         [--workers 2]                                        # a simulator, no model; continues where it was stopped
     python benchmarks/action_following.py --measure runs/states.safetensors --model runs/actions/export [--codec FOLDER]
-        [--name pico_actions] [--device auto] [--json docs/results/actions.json]      # a model, no simulator
+        [--name pico_actions] [--no-sentence] [--device auto] [--json docs/results/actions.json]      # a model, no simulator
 
 Each held-out state has the expert's next 32 control steps and 32 steps of smooth random targets, both executed from the same fork of
 the simulator. The model imagines both with the same noise. Points of arms and objects are followed in the imagined video by the
@@ -64,7 +64,7 @@ def main() -> int:
     shipped = str(options.model) == "shipped"
     folder = weights_root() / "worldmodel" if shipped else options.model
     codec = options.codec or (weights_root() / "vae")
-    text = StoredText(states)
+    text = StoredText(states, left_out=options.no_sentence)
     model = load_world_model(folder, pick_device(options.device), codec=codec, steps=options.steps, text=text)  # type: ignore[arg-type]
     found = imagined_distances(model, states, options.batch)
     ceiling = distances(states, states.tracked_S2TN2, states.seen_S2TN)
@@ -75,14 +75,16 @@ def main() -> int:
 
 
 class StoredText:
-    """The instructions that a file of states holds, embedded."""
+    """The instructions that a file of states holds, embedded; ``left_out``: zeros, as ``text_dropout`` makes them in training."""
 
-    def __init__(self, states: States) -> None:
+    def __init__(self, states: States, *, left_out: bool = False) -> None:
+        self._left_out = left_out
         self._tokens = {row["instruction"]: tokens for row, tokens in zip(states.about, states.text_SLD, strict=True)}
 
     def batch(self, sentences: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens_BLD = torch.from_numpy(np.stack([self._tokens[sentence] for sentence in sentences]).astype(np.float32))
-        return tokens_BLD, tokens_BLD.any(2)
+        mask_BL = tokens_BLD.any(2)
+        return (torch.zeros_like(tokens_BLD) if self._left_out else tokens_BLD), mask_BL
 
 
 def parse() -> argparse.Namespace:
@@ -97,6 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default="shipped", help="world-model folder, or shipped")
     parser.add_argument("--codec", type=Path, help="its codec (the shipped one)")
     parser.add_argument("--name", default="", help="of the model in the claims (its own by default)")
+    parser.add_argument("--no-sentence", action="store_true", help="the model has the actions and the picture alone")
     parser.add_argument("--steps", type=int, help="denoising steps (the model's own)")
     parser.add_argument("--batch", type=int, default=16, help="states imagined together")
     parser.add_argument("--device", default="auto")
@@ -163,8 +166,12 @@ def distances(states: States, points_S2TN2: NDArray[np.float32], seen_S2TN: NDAr
 
 def report(states: States, found: Distances, ceiling: Distances, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Print the shares and make the measurements."""
-    name = options.name or ("pico" if str(options.model) == "shipped" else options.model.parent.name)
-    shared: dict[str, Any] = {"seeds": sorted({row["seed"] for row in states.about}), "command": command(options, name)}
+    trained = options.name or ("pico" if str(options.model) == "shipped" else options.model.parent.name)
+    name = trained + "_without_sentence" * options.no_sentence
+    shared: dict[str, Any] = {
+        "seeds": sorted({row["seed"] for row in states.about}),
+        "command": command(options, trained),
+    }
     shared["provenance"] = machine_provenance()
     path, lines = f"video/action_following/{name}", []
     near, most = found.nearer_SG2, ceiling.nearer_SG2
@@ -217,7 +224,8 @@ def of_group(found: Distances, group: int) -> dict[str, float]:
 def command(options: argparse.Namespace, name: str) -> str:
     """The command, with folders as runs/<name>, so that no path of one machine is kept."""
     model = "shipped" if str(options.model) == "shipped" else f"runs/{name}"
-    return f"python benchmarks/action_following.py --measure runs/{options.measure.name} --model {model}"
+    said = f"python benchmarks/action_following.py --measure runs/{options.measure.name} --model {model}"
+    return said + " --no-sentence" * options.no_sentence
 
 
 if __name__ == "__main__":

@@ -112,6 +112,8 @@ def test_states_come_back_from_their_file(modules, tmp_path):
     tokens, mask = text.batch(["do 2", "do 0"])
     np.testing.assert_array_equal(tokens[0], made.text_SLD[2].astype(np.float32))
     assert mask.shape == (2, 32) and mask.all()
+    blank = modules["action_following"].StoredText(back, left_out=True).batch(["do 2", "do 0"])
+    assert not blank[0].any() and blank[0].shape == tokens.shape and bool((blank[1] == mask).all())
 
 
 def loop_distance(made, imagined, seen, state, group, chunk, execution) -> float:
@@ -168,7 +170,9 @@ def test_the_report_counts_pairs_and_imaginations(modules, capsys):
     imagined[2, 0, :, 2:5] = made.points_S2TN2[2, 1, :, 2:5]  # and one object
     found = benchmark.distances(made, imagined, made.seen_S2TN)
     ceiling = benchmark.distances(made, made.tracked_S2TN2, made.seen_S2TN)
-    options = argparse.Namespace(name="x", model=Path("/m/x/export"), measure=Path("/m/states.safetensors"))
+    options = argparse.Namespace(
+        name="x", model=Path("/m/x/export"), measure=Path("/m/states.safetensors"), no_sentence=False
+    )
     lines = {line["claim"].rsplit("/", 1)[1]: line for line in benchmark.report(made, found, ceiling, options)}
     values = {name: (line["value"], line["n"]) for name, line in lines.items() if line["unit"] == "share"}
     third = pytest.approx(1 / 3)
@@ -184,3 +188,6 @@ def test_the_report_counts_pairs_and_imaginations(modules, capsys):
     assert lines["arm_imagination"]["against"]["random executed"] == pytest.approx(2 / 3)
     assert "/m/" not in line["command"] and line["seeds"] == "100000-100002"
     assert "2/3" in capsys.readouterr().out
+    options.no_sentence = True
+    line = benchmark.report(made, found, ceiling, options)[0]
+    assert "/x_without_sentence/" in line["claim"] and line["command"].endswith("--model runs/x --no-sentence")
