@@ -79,6 +79,8 @@ def make_planner(
     from physisforcing.planner.worldarena import prompted
 
     fitted = check_model(world_model, decoder)
+    if (own := getattr(world_model, "text", None)) is not None and hasattr(decoder, "text"):
+        decoder.text = own  # a feature decoder reads sentences as they were embedded in its training
     config = planner_config(settings)
     config.horizon = planning_horizon(fitted.spec, decoder.needs)
     planner = ActionPlanner(fitted, decoder, config, recorder, action_spec, verifier=verifier, show=show)

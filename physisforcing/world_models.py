@@ -5,7 +5,6 @@ This joins rooms: it knows where each kind lives, and imports it when it is aske
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +45,9 @@ def find_loader(
     if name == "shipped" or (path / "world_model.json").is_file():
         return lambda: _ours(name, device, codec, steps)
     if (path.is_file() and path.suffix == ".json") or (path / "model_index.json").is_file():
-        return lambda: _pipeline(path, device)
+        from physisforcing.worldmodel.adapters.diffusers_pipeline import open_pipeline
+
+        return lambda: open_pipeline(path, device)
     if (path / "manifest.json").is_file():
         return lambda: _videos(path)
     got = f"{name} ({'holds none of the files below' if path.exists() else 'no such file or folder'})"
@@ -60,25 +61,6 @@ def _ours(name: str, device: str, codec: str | None, steps: int | None) -> World
 
     folder = weights_root() / "worldmodel" if name == "shipped" else Path(name)
     return load_world_model(folder, device, codec=codec, steps=steps)
-
-
-def _pipeline(path: Path, device: str) -> WorldModel:
-    from physisforcing.core.config import build
-    from physisforcing.worldmodel.adapters.diffusers_pipeline import SETTINGS_NAME, PipelineConfig, load_pipeline
-
-    file = path if path.is_file() else path / SETTINGS_NAME
-    if not file.is_file():
-        fix = f"write {file} with height, width, frames, fps and steps: docs/bring_your_world_model.md"
-        raise UserError("world_model", got=f"{path} without {SETTINGS_NAME}", wanted="the pipeline's settings", fix=fix)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError("world_model", got=str(file), wanted="a JSON object of settings", fix=str(error)) from error
-    if not isinstance(values, dict):
-        fix = '{"height": 480, "width": 640, ...}'
-        raise UserError("world_model", got=str(file), wanted="a JSON object of settings", fix=fix)
-    folder = file.parent / str(values.pop("pipeline", "."))
-    return load_pipeline(folder, build(PipelineConfig, values), device)
 
 
 def _videos(path: Path) -> WorldModel:

@@ -38,7 +38,8 @@ examples:
 feature_decoder=pico|paper|worldarena: the feature decoder's sizes (then feature.model.* for single ones). pico fits the shipped model.
 paper and worldarena are the published geometry: they need a world model that offers features of width 3072 from 30 blocks, for 45 frames
 one control step apart (12 latent frames of 15x20 tokens: Wan2.2-TI2V-5B at 480x640), and whose `text` embeds to 4096 numbers a token
-(UMT5; with another encoder feature.model.goal_dim=384). world_model=module:function is any such model; importing it runs its code.
+(UMT5; with another encoder feature.model.goal_dim=384). world_model=FOLDER of a diffusers Wan pipeline with expand_timesteps, with its
+physis_pipeline.json (docs/bring_your_world_model.md), is such a model; world_model=module:function is any other; importing it runs its code.
 
 init=shipped (or a folder): a pixel decoder goes on from trained weights, with their normalisation.
 
@@ -156,10 +157,12 @@ def train_on_pictures(
 
 
 def model_folders(command: TrainIdmCommand) -> dict[str, Path]:
-    """World model and codec of a decoder that reads them; empty where the world model comes from a factory."""
+    """World model and codec of a decoder that reads them; empty where the world model is a diffusers pipeline or comes from a factory."""
+    from physisforcing.worldmodel.adapters.diffusers_pipeline import is_pipeline
     from physisforcing.worldmodel.adapters.factory import is_factory
 
-    if is_factory(command.world_model) and not Path(command.world_model).exists():
+    path = Path(command.world_model)
+    if is_pipeline(path) or (is_factory(command.world_model) and not path.exists()):
         if command.decoder != "feature":
             fix = "give a world-model folder, or train decoder=feature"
             raise UserError("world_model", got=command.world_model, wanted="a folder with its codec", fix=fix)

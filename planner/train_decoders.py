@@ -23,7 +23,7 @@ def train_on_world_model(
 ) -> tuple[dict[str, Any], Callable[[Path], Path]]:
     """``feature`` or ``latent`` on the demonstrations of ``command`` (``planner.train.TrainIdmCommand``).
 
-    ``folders``: ``world_model`` and ``codec``; empty where ``command.world_model`` is a factory, whose features are read through the
+    ``folders``: ``world_model`` and ``codec``; empty where ``command.world_model`` is a pipeline or a factory, whose features are read through the
     contract. Returns the metrics and a function that writes the weights folder.
     """
     from physisforcing.worldmodel.model import FlowWorldModel, load_world_model
@@ -35,7 +35,9 @@ def train_on_world_model(
 
     began = time.perf_counter()
     model: Any = (
-        load_world_model(folders["world_model"], device, codec=folders["codec"]) if folders else make_model(command)
+        load_world_model(folders["world_model"], device, codec=folders["codec"])
+        if folders
+        else make_model(command, device)
     )
     text = encoder_of(model)
     views = model.spec.views
@@ -66,11 +68,13 @@ def train_on_world_model(
     return metrics, lambda folder: save_latent_decoder(trained, folder, card=card(decoder, metrics))
 
 
-def make_model(command: Any) -> WorldModel:
-    """What the factory ``command.world_model`` (module:function) makes."""
+def make_model(command: Any, device: str) -> WorldModel:
+    """The diffusers pipeline in ``command.world_model``, or what the factory (module:function) of that name makes."""
+    from physisforcing.worldmodel.adapters.diffusers_pipeline import is_pipeline, open_pipeline
     from physisforcing.worldmodel.adapters.factory import find_factory
 
-    return find_factory(command.world_model)()
+    path = Path(command.world_model)
+    return open_pipeline(path, device) if is_pipeline(path) else find_factory(command.world_model)()
 
 
 def encoder_of(model: Any) -> TextEncoder:

@@ -12,7 +12,15 @@ import torch
 
 from physisforcing.core.errors import DatasetError, MissingCapabilityError, UserError
 from physisforcing.core.protocols import InverseDynamics
-from physisforcing.core.types import DT, FeatureRequest, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
+from physisforcing.core.types import (
+    DT,
+    FeatureRequest,
+    Observation,
+    Rollout,
+    RolloutRequest,
+    ViewLayout,
+    WorldModelSpec,
+)
 from physisforcing.planner.decoder_files import load_decoder
 from physisforcing.planner.decoder_fit import Fit, FitConfig, tri_stage
 from physisforcing.planner.decoder_windows import DecoderWindows, FrozenWorldModel
@@ -731,6 +739,48 @@ def test_the_published_size_is_trained_and_decoded_by_the_command(tmp_path, monk
         )
     )  # fmt: skip
     assert decoder.decode(rollout, np.zeros((1, 14), np.float32), ["up"])[0][0].actions_PA.shape == (44, 14)
+
+
+def test_a_pipeline_folder_is_trained_on_and_planned_with(tiny_wan_folder, tmp_path, monkeypatch):
+    """A stock Wan pipeline with a time step a token, in the layout of TI2V-5B: its own features, its own sentences."""
+    from physisforcing.eval_plan import PlannerSettings
+    from physisforcing.planner import train_decoders
+    from physisforcing.planner.train import main
+    from physisforcing.planners import make_planner
+    from physisforcing.world_models import load_any
+
+    settings = {
+        "pipeline": str(tiny_wan_folder),
+        "height": 64,
+        "width": 96,
+        "frames": FRAMES,
+        "fps": 1 / (2 * DT),
+        "steps": 1,
+    }
+    settings |= {"view_height": HEIGHT, "view_width": WIDTH}
+    (tmp_path / "physis_pipeline.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(train_decoders, "load_frame_store", lambda data, **size: demonstrations(episodes=6))
+    words = [
+        "data=[x]", "decoder=feature", f"world_model={tmp_path / 'physis_pipeline.json'}", f"output={tmp_path / 'run'}", "device=cpu",
+        "feature.model.taps=[1,2]", "feature.model.feature_dim=24", f"feature.model.frames={FRAMES}", "feature.model.latent_frames=3",
+        "feature.model.grid=[2,3]", "feature.model.goal_dim=16", "feature.model.goal_tokens=4", "feature.fit.steps=1", "feature.fit.batch=2",
+        "feature.validation_windows=2",
+    ]  # fmt: skip
+    assert main(words) == 0
+    model, decoder = load_any(str(tmp_path / "physis_pipeline.json")), load_decoder(tmp_path / "run" / "model")
+    policy = make_planner(PlannerSettings(execute_horizon=8), model, decoder)
+    assert decoder.text is not None and decoder.text.batch(["press the bell"])[0].shape == (1, 512, 16)
+    policy.reset(task="toy", seed=3, instruction="press the bell")
+    picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    state = np.zeros(14, np.float32)
+    seen = Observation(images={"head": picture}, state_A=state, measured_A=state, instruction="press the bell", step=0)
+    actions = policy.act(seen)
+    assert actions.shape == (8, 14) and np.isfinite(actions).all()
+    policy.reset(task="toy", seed=3, instruction="lift the red bottle")
+    other = Observation(
+        images={"head": picture}, state_A=state, measured_A=state, instruction="lift the red bottle", step=0
+    )
+    assert not np.array_equal(policy.act(other), actions)
 
 
 def test_commands_that_make_no_sense_are_errors():

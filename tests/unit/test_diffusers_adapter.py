@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from physisforcing.core.errors import UserError
-from physisforcing.core.types import RolloutRequest
+from physisforcing.core.errors import MissingCapabilityError, UserError
+from physisforcing.core.types import FeatureRequest, RolloutRequest
 from physisforcing.planner.check_worldmodel import check_world_model
 from physisforcing.planner.contract_probe import scene
 from physisforcing.world_models import load_any
@@ -56,6 +56,41 @@ def test_a_pipeline_keeps_the_contract_but_for_its_untrained_picture(folder):
     assert results["batch-invariance"].measured == {"greatest": 0, "mean": 0}
     assert results["text-sensitivity"].measured["mean"] > 0.01
     assert results["seeds"].measured["mean"] > 1
+
+
+def test_features_are_what_the_stock_pipelines_first_step_computes(tiny_wan_folder):
+    from diffusers import WanImageToVideoPipeline
+    from PIL import Image
+
+    config = PipelineConfig(**SETTINGS | {"steps": 2}, view_height=64, view_width=96)
+    model = load_pipeline(tiny_wan_folder, config)
+    assert model.spec.blocks == 2 and model.spec.returns == {"frames", "features"}
+    stock = WanImageToVideoPipeline.from_pretrained(tiny_wan_folder, local_files_only=True, dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    seen, times = {1: [], 2: []}, []
+    for number, block in enumerate(stock.transformer.blocks, start=1):
+        block.register_forward_hook(lambda module, given, made, number=number: seen[number].append(made))
+    stock.transformer.register_forward_pre_hook(
+        lambda module, given, named: times.append(named["timestep"]), with_kwargs=True
+    )
+    asked = request(model, seeds=((7,),))
+    stock(
+        Image.fromarray(asked.context_BVTHWC[0, 0, 0]), prompt="press the bell", height=64, width=96,
+        num_frames=config.frames, num_inference_steps=2, guidance_scale=1.0, output_type="latent",
+        generator=torch.Generator().manual_seed(7),
+    )  # fmt: skip
+    asked.returns = frozenset({"features"})
+    asked.features = FeatureRequest(taps=(1, 2), sigma=float(times[0].max()) / 1000)
+    made = model.rollout(asked)
+    assert made.frames_BSVTHWC is None and made.cost["denoiser_calls"] == 1.0
+    features = made.features_BSKFhwD
+    assert features.shape[:3] == (1, 1, 2) and features.shape[-1] == 24
+    for tap in (1, 2):
+        stock_LD = seen[tap][0][0].numpy()  # the first step, before anything is denoised
+        np.testing.assert_allclose(features[0, 0, tap - 1].reshape(stock_LD.shape), stock_LD, rtol=1e-4, atol=1e-5)
+    asked.features = FeatureRequest(taps=(3,))
+    with pytest.raises(MissingCapabilityError, match="taps"):
+        model.rollout(asked)
 
 
 def test_it_gives_what_the_stock_pipeline_gives(tiny_wan_folder):

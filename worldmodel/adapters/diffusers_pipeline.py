@@ -3,12 +3,17 @@
 Nothing is downloaded, no code of the folder runs, weights are safetensors only. A call of the pipeline makes one sample, with a generator
 of that sample's seed: several of these pipelines would repeat one picture for a whole batch, and so a sample is the same wherever it
 stands.
+
+Wan pipelines with one time step a token (``expand_timesteps``: Wan2.2-TI2V-5B) also return features of their blocks, so that a feature
+decoder of the published size can be trained and used on such a folder.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from physisforcing.core.digests import file_sha256
 from physisforcing.core.errors import UserError, check_at_least, unknown_name
 from physisforcing.core.requests import check_request
 from physisforcing.core.results import config_hash
-from physisforcing.core.types import Rollout, RolloutRequest, ViewLayout, WorldModelSpec
+from physisforcing.core.types import FeatureRequest, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
 
+from ..features import check_features, denoiser_features
 from .fitting import POLICIES, place, take_back
-from .pipeline_classes import CLASSES, PipelineClass, check_size, read_class
+from .pipeline_classes import CLASSES, IMAGE_TO_VIDEO, PipelineClass, check_size, read_class
 
 #: The settings of a pipeline folder, beside its ``model_index.json``.
 SETTINGS_NAME = "physis_pipeline.json"
+#: Tokens that Wan's pipelines give a sentence.
+PROMPT_TOKENS = 512
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,29 +94,60 @@ class PipelineWorldModel:
             horizons=(config.frames,),
             frame_dt=1.0 / config.fps,
             conditions=frozenset({"text"}),
-            returns=frozenset({"frames"}),
+            returns=frozenset({"frames", "features"} if offers_features(pipeline) else {"frames"}),
             fingerprint=config_hash(parts),
+            blocks=len(pipeline.transformer.blocks) if offers_features(pipeline) else 0,
         )
 
     @property
     def spec(self) -> WorldModelSpec:
         return self._spec
 
+    @property
+    def text(self) -> PipelineSentences | None:
+        """What embeds instructions for a feature decoder: the pipeline's own encoder, where it offers features."""
+        return PipelineSentences(self.pipeline) if "features" in self._spec.returns else None
+
     def rollout(self, request: RolloutRequest) -> Rollout:
         """See core's ``WorldModel``."""
         check_request(request, self._spec)
         begun = time.perf_counter()
-        contexts, videos = request.context_BVTHWC[:, 0, 0], []
+        if request.features is not None:
+            check_features(request.features, self._spec.blocks)
+        contexts, videos, features, calls = request.context_BVTHWC[:, 0, 0], [], [], 0.0
         for context, instruction, seeds in zip(contexts, request.instructions, request.seeds_BS, strict=True):
             picture = place(context, self.config.height, self.config.width, self.config.resize)
-            videos += [self._sample(picture, instruction, int(seed)) for seed in seeds]
-        frames = np.stack(videos).reshape(*request.seeds_BS.shape, 1, *videos[0].shape)
-        seconds, calls = time.perf_counter() - begun, float(self.config.steps * len(videos))
+            if request.features is not None:
+                features += [self._features(picture, instruction, int(seed), request.features) for seed in seeds]
+                calls += len(seeds) * request.features.taps[-1] / self._spec.blocks
+            if "frames" in request.returns:
+                videos += [self._sample(picture, instruction, int(seed)) for seed in seeds]
+                calls += self.config.steps * len(seeds)
+        shape = request.seeds_BS.shape
         return Rollout(
             times_T=np.arange(request.horizon) * self._spec.frame_dt,
-            frames_BSVTHWC=frames,
-            cost={"seconds": seconds, "denoiser_calls": calls},
+            frames_BSVTHWC=np.stack(videos).reshape(*shape, 1, *videos[0].shape) if videos else None,
+            features_BSKFhwD=np.stack(features).reshape(*shape, *features[0].shape) if features else None,
+            cost={"seconds": time.perf_counter() - begun, "denoiser_calls": calls},
         )
+
+    @torch.no_grad()
+    def _features(
+        self, picture_HWC: NDArray[np.uint8], instruction: str, seed: int, request: FeatureRequest
+    ) -> NDArray[np.float32]:
+        """Features [K,F,h,w,D] from the pipeline's own first latent, noise and sentence."""
+        from PIL import Image
+
+        pipe, config = self.pipeline, self.config
+        device, size = pipe._execution_device, {"height": config.height, "width": config.width}
+        context = PipelineSentences(pipe).embed([config.prompt.replace("{instruction}", instruction)])
+        image = pipe.video_processor.preprocess(Image.fromarray(picture_HWC), **size).to(device, torch.float32)
+        noise, first, _ = pipe.prepare_latents(
+            image, 1, pipe.vae.config.z_dim, **size, num_frames=config.frames, dtype=torch.float32, device=device,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        found = denoiser_features(pipe.transformer, first, noise, context.to(pipe.transformer.dtype), request)
+        return found[0].float().cpu().numpy()
 
     def _sample(self, picture_HWC: NDArray[np.uint8], instruction: str, seed: int) -> NDArray[np.uint8]:
         from PIL import Image
@@ -140,6 +180,59 @@ class PipelineWorldModel:
             raise UserError("dtype", got=got, wanted="finite pictures", fix="dtype=bfloat16 or float32")
         pixels = (video.clip(0, 1) * 255).round().astype(np.uint8)
         return take_back(pixels, config.view_height, config.view_width, config.resize)
+
+
+class PipelineSentences:
+    """Sentences as a Wan pipeline's transformer reads them."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+
+    @torch.no_grad()
+    def embed(self, sentences: Sequence[str]) -> Tensor:
+        """[B,512,D] on the pipeline's device, zeros behind each sentence."""
+        pipe = self._pipeline
+        found, _ = pipe.encode_prompt(
+            list(sentences), do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS,
+            device=pipe._execution_device,
+        )  # fmt: skip
+        return found  # type: ignore[no-any-return]
+
+    def batch(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(tokens float32 [B,512,D], mask [B,512], True on a sentence's tokens), on the CPU."""
+        tokens_BLD = self.embed(sentences).float().cpu()
+        return tokens_BLD, tokens_BLD.any(2)
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether ``open_pipeline`` is meant: a folder with settings or a diffusers index, or a settings file."""
+    return path.name == SETTINGS_NAME or any((path / name).is_file() for name in (SETTINGS_NAME, "model_index.json"))
+
+
+def open_pipeline(path: Path, device: str) -> PipelineWorldModel:
+    """A pipeline folder with ``physis_pipeline.json`` in it, or such a file that says ``pipeline: FOLDER``. ``UserError`` without one."""
+    from physisforcing.core.config import build
+
+    file = path if path.is_file() else path / SETTINGS_NAME
+    if not file.is_file():
+        fix = f"write {file} with height, width, frames, fps and steps: docs/bring_your_world_model.md"
+        raise UserError("world_model", got=f"{path} without {SETTINGS_NAME}", wanted="the pipeline's settings", fix=fix)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("world_model", got=str(file), wanted="a JSON object of settings", fix=str(error)) from error
+    if not isinstance(values, dict):
+        fix = '{"height": 480, "width": 640, ...}'
+        raise UserError("world_model", got=str(file), wanted="a JSON object of settings", fix=fix)
+    folder = file.parent / str(values.pop("pipeline", "."))
+    return load_pipeline(folder, build(PipelineConfig, values), device)
+
+
+def offers_features(pipeline: Any) -> bool:
+    """Whether the transformer takes a clean first frame beside noise, a time step for each, and patches of one latent frame."""
+    config = getattr(getattr(pipeline, "transformer", None), "config", None)
+    expands = getattr(getattr(pipeline, "config", None), "expand_timesteps", False) is True
+    return expands and type(pipeline).__name__ == IMAGE_TO_VIDEO and config is not None and config.patch_size[0] == 1
 
 
 def load_pipeline(folder: Path | str, config: PipelineConfig, device: str = "cpu") -> PipelineWorldModel:
