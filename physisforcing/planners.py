@@ -93,9 +93,24 @@ def check_model(world_model: WorldModel, decoder: InverseDynamics) -> WorldModel
     from physisforcing.worldmodel.adapters.resampled import for_decoder
 
     check_conditions(world_model.spec)
+    check_sentences(world_model, decoder)
     fitted = for_decoder(world_model, decoder.needs)
     check_plannable(fitted.spec, decoder.needs, horizon=planning_horizon(fitted.spec, decoder.needs))
     return fitted
+
+
+def check_sentences(world_model: WorldModel, decoder: InverseDynamics) -> None:
+    """``UserError`` for a decoder that reads sentences as only the world model itself embeds them, and a model that cannot be asked."""
+    from physisforcing.worldmodel.text import TEXT_WIDTH
+
+    width = getattr(getattr(decoder, "config", None), "goal_dim", TEXT_WIDTH)
+    if width == TEXT_WIDTH or getattr(world_model, "text", None) is not None:
+        return
+    got = f"{world_model.spec.name}, which embeds no sentences here"
+    wanted = f"a model whose encoder makes {width} numbers a token, as in the decoder's training"
+    raise UserError(
+        "planner.world_model", got=got, wanted=wanted, fix="load it in this process: leave planner.server out"
+    )
 
 
 def open_decoder(name: str, device: str, *, field: str = "planner.decoder") -> InverseDynamics:

@@ -44,9 +44,9 @@ def find_loader(
         return find_factory(name)
     if name == "shipped" or (path / "world_model.json").is_file():
         return lambda: _ours(name, device, codec, steps)
-    if (path.is_file() and path.suffix == ".json") or (path / "model_index.json").is_file():
-        from physisforcing.worldmodel.adapters.diffusers_pipeline import open_pipeline
+    from physisforcing.worldmodel.adapters.diffusers_pipeline import is_pipeline, open_pipeline
 
+    if is_pipeline(path):
         return lambda: open_pipeline(path, device)
     if (path / "manifest.json").is_file():
         return lambda: _videos(path)

@@ -162,7 +162,8 @@ def model_folders(command: TrainIdmCommand) -> dict[str, Path]:
     from physisforcing.worldmodel.adapters.factory import is_factory
 
     path = Path(command.world_model)
-    if is_pipeline(path) or (is_factory(command.world_model) and not path.exists()):
+    pipeline = is_pipeline(path) and not (path / "world_model.json").is_file()
+    if pipeline or (is_factory(command.world_model) and not path.exists()):
         if command.decoder != "feature":
             fix = "give a world-model folder, or train decoder=feature"
             raise UserError("world_model", got=command.world_model, wanted="a folder with its codec", fix=fix)

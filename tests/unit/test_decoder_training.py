@@ -746,7 +746,7 @@ def test_a_pipeline_folder_is_trained_on_and_planned_with(tiny_wan_folder, tmp_p
     from physisforcing.eval_plan import PlannerSettings
     from physisforcing.planner import train_decoders
     from physisforcing.planner.train import main
-    from physisforcing.planners import make_planner
+    from physisforcing.planners import check_model, make_planner
     from physisforcing.world_models import load_any
 
     settings = {
@@ -769,7 +769,10 @@ def test_a_pipeline_folder_is_trained_on_and_planned_with(tiny_wan_folder, tmp_p
     assert main(words) == 0
     model, decoder = load_any(str(tmp_path / "physis_pipeline.json")), load_decoder(tmp_path / "run" / "model")
     policy = make_planner(PlannerSettings(execute_horizon=8), model, decoder)
-    assert decoder.text is not None and decoder.text.batch(["press the bell"])[0].shape == (1, 512, 16)
+    tokens, mask = decoder.text.batch(["press the bell", "press the bell with the left arm"])
+    assert tokens.shape[0] == 2 and tokens.shape[2] == 16 and mask[1].all() and not mask[0].all()
+    with pytest.raises(UserError, match=r"planner\.server"):
+        check_model(types.SimpleNamespace(spec=model.spec), decoder)
     policy.reset(task="toy", seed=3, instruction="press the bell")
     picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     state = np.zeros(14, np.float32)
@@ -781,6 +784,12 @@ def test_a_pipeline_folder_is_trained_on_and_planned_with(tiny_wan_folder, tmp_p
         images={"head": picture}, state_A=state, measured_A=state, instruction="lift the red bottle", step=0
     )
     assert not np.array_equal(policy.act(other), actions)
+    filmed = {**settings, "steps": 3, "guidance": 4.0, "name": "other"}  # what features do not depend on may change
+    (tmp_path / "physis_pipeline.json").write_text(json.dumps(filmed))
+    check_model(load_any(str(tmp_path / "physis_pipeline.json")), decoder)
+    (tmp_path / "physis_pipeline.json").write_text(json.dumps(filmed | {"prompt": "Robot: {instruction}"}))
+    with pytest.raises(MissingCapabilityError):
+        check_model(load_any(str(tmp_path / "physis_pipeline.json")), decoder)
 
 
 def test_commands_that_make_no_sense_are_errors():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -91,6 +93,28 @@ def test_features_are_what_the_stock_pipelines_first_step_computes(tiny_wan_fold
     asked.features = FeatureRequest(taps=(3,))
     with pytest.raises(MissingCapabilityError, match="taps"):
         model.rollout(asked)
+    asked.features = None
+    with pytest.raises(UserError, match="features"):
+        model.rollout(asked)
+    asked.returns, asked.features = frozenset({"frames"}), FeatureRequest(taps=(1,))
+    with pytest.raises(UserError, match="among returns"):
+        model.rollout(asked)
+
+
+def test_remembered_sentences_do_not_keep_a_pipeline_alive(tiny_wan_folder):
+    model = load_pipeline(tiny_wan_folder, PipelineConfig(**SETTINGS))
+    kept, alive = model.text, weakref.ref(model.pipeline)
+    one, both = kept.embed("press the bell"), kept.batch(["press the bell", "lift the red bottle off the table"])
+    used = int(both[1][0].sum())
+    assert one.shape == (1, 512, 16) and torch.equal(one[0, :used], both[0][0, :used]) and not one[0, used:].any()
+    stock, _ = model.pipeline.encode_prompt(
+        "press the bell", do_classifier_free_guidance=False, max_sequence_length=512
+    )
+    assert torch.equal(one, stock)
+    assert not any(p.requires_grad for p in model.pipeline.transformer.parameters())
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_it_gives_what_the_stock_pipeline_gives(tiny_wan_folder):

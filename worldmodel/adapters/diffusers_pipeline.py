@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import math
 import time
+import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from physisforcing.core.digests import file_sha256
 from physisforcing.core.errors import UserError, check_at_least, unknown_name
@@ -35,8 +39,12 @@ from .pipeline_classes import CLASSES, IMAGE_TO_VIDEO, PipelineClass, check_size
 
 #: The settings of a pipeline folder, beside its ``model_index.json``.
 SETTINGS_NAME = "physis_pipeline.json"
-#: Tokens that Wan's pipelines give a sentence.
-PROMPT_TOKENS = 512
+#: Tokens that Wan's pipelines give a sentence, and how many sentences' embeddings are kept.
+PROMPT_TOKENS, REMEMBERED = 512, 256
+#: Settings that features depend on.
+SEEN_BY_FEATURES = (
+    "height", "width", "frames", "fps", "prompt", "view_height", "view_width", "camera", "resize", "dtype",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,6 +95,10 @@ class PipelineWorldModel:
     def __init__(self, pipeline: Any, kind: PipelineClass, config: PipelineConfig, *, weights_fingerprint: str) -> None:
         self.pipeline, self.kind, self.config = pipeline, kind, config
         parts = {"weights": weights_fingerprint, "settings": asdict(config), "class": type(pipeline).__name__}
+        offers = offers_features(pipeline)
+        seen = {name: getattr(config, name) for name in SEEN_BY_FEATURES} if offers else {}
+        #: What embeds instructions for a feature decoder: the pipeline's own encoder, where it offers features.
+        self.text = PipelineSentences(pipeline) if offers else None
         self._spec = WorldModelSpec(
             name=config.name or type(pipeline).__name__.removesuffix("Pipeline"),
             views=ViewLayout(names=(config.camera,), height=config.view_height, width=config.view_width),
@@ -94,31 +106,30 @@ class PipelineWorldModel:
             horizons=(config.frames,),
             frame_dt=1.0 / config.fps,
             conditions=frozenset({"text"}),
-            returns=frozenset({"frames", "features"} if offers_features(pipeline) else {"frames"}),
+            returns=frozenset({"frames", "features"} if offers else {"frames"}),
             fingerprint=config_hash(parts),
-            blocks=len(pipeline.transformer.blocks) if offers_features(pipeline) else 0,
+            features_fingerprint=config_hash({"weights": weights_fingerprint, "settings": seen}) if offers else "",
+            blocks=len(pipeline.transformer.blocks) if offers else 0,
         )
 
     @property
     def spec(self) -> WorldModelSpec:
         return self._spec
 
-    @property
-    def text(self) -> PipelineSentences | None:
-        """What embeds instructions for a feature decoder: the pipeline's own encoder, where it offers features."""
-        return PipelineSentences(self.pipeline) if "features" in self._spec.returns else None
-
     def rollout(self, request: RolloutRequest) -> Rollout:
         """See core's ``WorldModel``."""
         check_request(request, self._spec)
         begun = time.perf_counter()
-        if request.features is not None:
+        if "features" in request.returns:
             check_features(request.features, self._spec.blocks)
+        elif request.features is not None:
+            fix = "add features to returns, or leave features out"
+            raise UserError("features", got=request.features, wanted="features among returns", fix=fix)
         contexts, videos, features, calls = request.context_BVTHWC[:, 0, 0], [], [], 0.0
         for context, instruction, seeds in zip(contexts, request.instructions, request.seeds_BS, strict=True):
             picture = place(context, self.config.height, self.config.width, self.config.resize)
             if request.features is not None:
-                features += [self._features(picture, instruction, int(seed), request.features) for seed in seeds]
+                features += self._features(picture, instruction, seeds.tolist(), request.features)
                 calls += len(seeds) * request.features.taps[-1] / self._spec.blocks
             if "frames" in request.returns:
                 videos += [self._sample(picture, instruction, int(seed)) for seed in seeds]
@@ -133,21 +144,29 @@ class PipelineWorldModel:
 
     @torch.no_grad()
     def _features(
-        self, picture_HWC: NDArray[np.uint8], instruction: str, seed: int, request: FeatureRequest
-    ) -> NDArray[np.float32]:
-        """Features [K,F,h,w,D] from the pipeline's own first latent, noise and sentence."""
+        self, picture_HWC: NDArray[np.uint8], instruction: str, seeds: Sequence[int], request: FeatureRequest
+    ) -> list[NDArray[np.float32]]:
+        """Features [K,F,h,w,D] a seed, from the pipeline's own first latent, noise and sentence."""
+        from diffusers.utils.torch_utils import randn_tensor
         from PIL import Image
 
         pipe, config = self.pipeline, self.config
         device, size = pipe._execution_device, {"height": config.height, "width": config.width}
-        context = PipelineSentences(pipe).embed([config.prompt.replace("{instruction}", instruction)])
-        image = pipe.video_processor.preprocess(Image.fromarray(picture_HWC), **size).to(device, torch.float32)
-        noise, first, _ = pipe.prepare_latents(
-            image, 1, pipe.vae.config.z_dim, **size, num_frames=config.frames, dtype=torch.float32, device=device,
-            generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
-        found = denoiser_features(pipe.transformer, first, noise, context.to(pipe.transformer.dtype), request)
-        return found[0].float().cpu().numpy()
+        assert self.text is not None
+        # a trainer's autocast is not to reach into the frozen pipeline
+        with torch.autocast(device.type, enabled=False):
+            context = self.text.embed(config.prompt.replace("{instruction}", instruction))
+            image = pipe.video_processor.preprocess(Image.fromarray(picture_HWC), **size).to(device, torch.float32)
+            latents, first, _ = pipe.prepare_latents(
+                image, 1, pipe.vae.config.z_dim, **size, num_frames=config.frames, dtype=torch.float32, device=device
+            )
+            made = []
+            for seed in seeds:
+                generator = torch.Generator().manual_seed(int(seed))  # the noise that ``_sample`` starts from
+                noise = randn_tensor(latents.shape, generator=generator, device=device, dtype=torch.float32)
+                found = denoiser_features(pipe.transformer, first, noise, context, request)
+                made.append(found[0].float().cpu().numpy())
+        return made
 
     def _sample(self, picture_HWC: NDArray[np.uint8], instruction: str, seed: int) -> NDArray[np.uint8]:
         from PIL import Image
@@ -183,30 +202,48 @@ class PipelineWorldModel:
 
 
 class PipelineSentences:
-    """Sentences as a Wan pipeline's transformer reads them."""
+    """Sentences as a Wan pipeline's transformer reads them: each embedded by itself, the last ones remembered. It does not keep the
+    pipeline alive: a decoder that was given it may outlive the model."""
 
     def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
+        self._pipeline = weakref.ref(pipeline)
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
 
-    @torch.no_grad()
-    def embed(self, sentences: Sequence[str]) -> Tensor:
-        """[B,512,D] on the pipeline's device, zeros behind each sentence."""
-        pipe = self._pipeline
-        found, _ = pipe.encode_prompt(
-            list(sentences), do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS,
-            device=pipe._execution_device,
-        )  # fmt: skip
-        return found  # type: ignore[no-any-return]
+    def embed(self, sentence: str) -> Tensor:
+        """[1,512,D] on the pipeline's device in its precision, zeros behind the sentence."""
+        pipe = self._pipeline()
+        assert pipe is not None, "the world model is gone"
+        tokens_LD = self._tokens(sentence)
+        padded = F.pad(tokens_LD, (0, 0, 0, PROMPT_TOKENS - len(tokens_LD)))
+        return padded[None].to(pipe._execution_device, pipe.transformer.dtype)
 
     def batch(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(tokens float32 [B,512,D], mask [B,512], True on a sentence's tokens), on the CPU."""
-        tokens_BLD = self.embed(sentences).float().cpu()
-        return tokens_BLD, tokens_BLD.any(2)
+        """(tokens float32 [B,L,D], mask [B,L], True on a sentence's tokens), on the CPU; L is the longest sentence's."""
+        rows = [self._tokens(sentence).float() for sentence in sentences]
+        mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+        return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)
+
+    @torch.no_grad()
+    def _tokens(self, sentence: str) -> Tensor:
+        """[L,D] on the CPU, without the zeros."""
+        if sentence not in self._known:
+            pipe = self._pipeline()
+            assert pipe is not None, "the world model is gone"
+            device = pipe._execution_device
+            with torch.autocast(device.type, enabled=False):
+                found, _ = pipe.encode_prompt(
+                    sentence, do_classifier_free_guidance=False, max_sequence_length=PROMPT_TOKENS, device=device
+                )
+            used = int(found[0].any(1).nonzero().max()) + 1
+            self._known[sentence] = found[0, :used].cpu()
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        return self._known[sentence]
 
 
 def is_pipeline(path: Path) -> bool:
-    """Whether ``open_pipeline`` is meant: a folder with settings or a diffusers index, or a settings file."""
-    return path.name == SETTINGS_NAME or any((path / name).is_file() for name in (SETTINGS_NAME, "model_index.json"))
+    """Whether ``open_pipeline`` is meant: a diffusers folder, or a settings file."""
+    return (path.is_file() and path.suffix == ".json") or (path / "model_index.json").is_file()
 
 
 def open_pipeline(path: Path, device: str) -> PipelineWorldModel:
@@ -258,6 +295,9 @@ def load_pipeline(folder: Path | str, config: PipelineConfig, device: str = "cpu
     if config.shift is not None:
         pipeline.scheduler = shifted(pipeline.scheduler, config.shift)
     pipeline.to(device)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return PipelineWorldModel(pipeline, kind, config, weights_fingerprint=folder_fingerprint(path))
 
