@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
-from physisforcing.core.types import FeatureRequest
+from physisforcing.core.types import FeatureRequest, RolloutRequest
 
 from .backbones.wan import Embedded, block_forward, embed
 from .flow_matching import frame_timesteps
@@ -42,6 +42,15 @@ def check_features(request: FeatureRequest | None, blocks: int) -> FeatureReques
         wanted = f"one of {', '.join(FIRST_FRAME_MASKS)}"
         raise UserError("features.first_frame_mask", got=request.first_frame_mask, wanted=wanted, fix="use correct")
     return request
+
+
+def check_asked(request: RolloutRequest, blocks: int) -> None:
+    """Raise where features are wanted that a model of so many ``blocks`` cannot give, or named and not wanted."""
+    if "features" in request.returns:
+        check_features(request.features, blocks)
+    elif request.features is not None:
+        fix = "add features to returns, or leave features out"
+        raise UserError("features", got=request.features, wanted="features among returns", fix=fix)
 
 
 def first_pass(first_BC1hw: Tensor, noise_BCFhw: Tensor, request: FeatureRequest) -> tuple[Tensor, Tensor]:

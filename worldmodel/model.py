@@ -24,7 +24,7 @@ from physisforcing.core.types import DT, Rollout, RolloutRequest, ViewLayout, Wo
 from .backbones.wan import WanDenoiser, load_denoiser, save_denoiser
 from .codec import VideoCodec, load_codec, to_uint8
 from .data.windows import FRAME_STRIDE, WINDOW_FRAMES
-from .features import check_features, denoiser_features
+from .features import check_asked, denoiser_features
 from .flow_matching import euler_sample
 from .physics.forcing import PhysisForcing
 from .storage import as_dtype, fingerprint, latents_fingerprint, read_json, save_tensors
@@ -219,11 +219,7 @@ class FlowWorldModel:
 
     def _check(self, request: RolloutRequest) -> None:
         check_request(request, self._spec)
-        if "features" in request.returns:
-            check_features(request.features, self._spec.blocks)
-        elif request.features is not None:
-            fix = "add features to returns, or leave features out"
-            raise UserError("features", got=request.features, wanted="features among returns", fix=fix)
+        check_asked(request, self._spec.blocks)
         state, dim = request.proprioception_BKA, self.denoiser.conditioner.config.state_dim
         assert state is not None
         if state.shape[-1] != dim:

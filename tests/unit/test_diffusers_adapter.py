@@ -83,7 +83,9 @@ def test_features_are_what_the_stock_pipelines_first_step_computes(tiny_wan_fold
     )  # fmt: skip
     asked.returns = frozenset({"features"})
     asked.features = FeatureRequest(taps=(1, 2), sigma=float(times[0].max()) / 1000)
+    random = torch.get_rng_state()
     made = model.rollout(asked)
+    assert torch.equal(torch.get_rng_state(), random), "a trainer's dropout draws from there"
     assert made.frames_BSVTHWC is None and made.cost["denoiser_calls"] == 1.0
     features = made.features_BSKFhwD
     assert features.shape[:3] == (1, 1, 2) and features.shape[-1] == 24

@@ -14,7 +14,6 @@ import json
 import math
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from physisforcing.core.requests import check_request
 from physisforcing.core.results import config_hash
 from physisforcing.core.types import FeatureRequest, Rollout, RolloutRequest, ViewLayout, WorldModelSpec
 
-from ..features import check_features, denoiser_features
+from ..features import check_asked, denoiser_features
 from .fitting import POLICIES, place, take_back
 from .pipeline_classes import CLASSES, IMAGE_TO_VIDEO, PipelineClass, check_size, read_class
 
@@ -120,11 +119,7 @@ class PipelineWorldModel:
         """See core's ``WorldModel``."""
         check_request(request, self._spec)
         begun = time.perf_counter()
-        if "features" in request.returns:
-            check_features(request.features, self._spec.blocks)
-        elif request.features is not None:
-            fix = "add features to returns, or leave features out"
-            raise UserError("features", got=request.features, wanted="features among returns", fix=fix)
+        check_asked(request, self._spec.blocks)
         contexts, videos, features, calls = request.context_BVTHWC[:, 0, 0], [], [], 0.0
         for context, instruction, seeds in zip(contexts, request.instructions, request.seeds_BS, strict=True):
             picture = place(context, self.config.height, self.config.width, self.config.resize)
@@ -158,8 +153,9 @@ class PipelineWorldModel:
             context = self.text.embed(config.prompt.replace("{instruction}", instruction))
             image = pipe.video_processor.preprocess(Image.fromarray(picture_HWC), **size).to(device, torch.float32)
             latents, first, _ = pipe.prepare_latents(
-                image, 1, pipe.vae.config.z_dim, **size, num_frames=config.frames, dtype=torch.float32, device=device
-            )
+                image, 1, pipe.vae.config.z_dim, **size, num_frames=config.frames, dtype=torch.float32, device=device,
+                generator=torch.Generator(),  # a trainer's dropout draws from the global one
+            )  # fmt: skip
             made = []
             for seed in seeds:
                 generator = torch.Generator().manual_seed(int(seed))  # the noise that ``_sample`` starts from
@@ -207,7 +203,7 @@ class PipelineSentences:
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = weakref.ref(pipeline)
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._known: dict[str, Tensor] = {}
 
     def embed(self, sentence: str) -> Tensor:
         """[1,512,D] on the pipeline's device in its precision, zeros behind the sentence."""
@@ -236,8 +232,8 @@ class PipelineSentences:
                 )
             used = int(found[0].any(1).nonzero().max()) + 1
             self._known[sentence] = found[0, :used].cpu()
-            while len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
+            if len(self._known) > REMEMBERED:
+                del self._known[next(iter(self._known))]
         return self._known[sentence]
 
 
