@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from physisforcing.core.errors import IncompleteCoverageError, UserError, check_at_least, unknown_name
 from physisforcing.core.results import ResultKey, config_hash
@@ -18,6 +18,9 @@ from .compare_controls import VIDEOS, check_demonstrations
 from .compare_episodes import POLICIES, ComparisonRunner, identify
 from .eval_plan import PlannerSettings
 from .plan_scenes import FIRST_SEED, Scenes, plan_scenes
+
+if TYPE_CHECKING:
+    from physisforcing.planner.worldarena import ProtocolSettings
 
 HELP = """usage: physis compare models={NAME:SOURCE,...} [field=value ...] [--json]
 
@@ -41,6 +44,9 @@ settings (field=value):
                          (against another task's), action models on the actions (against other ones executed from there); 0: none
   classifier=FOLDER      success classifier (physis train success): imagined against true success
   output=PATH            the same command again continues; results.jsonl, report.html, report.md, summary.json, videos/
+  protocol=worldarena    adjust_bottle and click_bell, 100 frozen episodes, limit 400, control=topp, 45 executed rows a plan
+                         (docs/worldarena.md); anything else given wins, and the report names it
+  paired_seeds=false     true where one training seed fixes what two recipes share (the initial weights and the batches, say)
   workers=0  threads=2  videos=2 (filmed scenes a task)  control=interpolated  max_steps=null  retry_errors=false
 
 examples:
@@ -66,6 +72,7 @@ class ComparedModel:
 class CompareConfig:
     """Settings of ``physis compare`` (see ``HELP``)."""
 
+    protocol: str = "standard"
     models: dict[str, Any] = field(default_factory=dict)
     rows: list[str] = field(default_factory=list)
     tasks: list[str] = field(default_factory=lambda: ["click_bell"])
@@ -84,7 +91,21 @@ class CompareConfig:
     workers: int = 0
     threads: int = 2
     videos: int = 2
+    paired_seeds: bool = False
     retry_errors: bool = False
+
+    def worldarena(self) -> ProtocolSettings:
+        """These settings as the protocol's report states them."""
+        from physisforcing.planner.worldarena import ProtocolSettings
+
+        return ProtocolSettings.of(self)
+
+    @property
+    def claims(self) -> str:
+        """What measurements call these episodes: the protocol, or the control mode."""
+        from physisforcing.planner import worldarena
+
+        return worldarena.claims(self.control) if self.protocol == worldarena.NAME else self.control
 
     @property
     def oracle(self) -> bool:
@@ -94,9 +115,15 @@ class CompareConfig:
     def check(self) -> dict[str, ComparedModel]:
         """The models by name. ``UserError`` for what would fail only after the simulator has started."""
         from physisforcing.envs.robotwin.tasks import task_info
+        from physisforcing.planner.worldarena import NAME as WORLDARENA
+        from physisforcing.planner.worldarena import PROTOCOLS
 
         from .planners import check_planner
 
+        if self.protocol not in PROTOCOLS:
+            raise unknown_name("protocol", self.protocol, PROTOCOLS, see="physis compare --help")
+        if self.protocol == WORLDARENA:
+            self.worldarena().check()
         for task in self.tasks:
             task_info(task)
         for name in self.controls:

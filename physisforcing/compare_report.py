@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from physisforcing.core.lerobot_format import write_json
 from physisforcing.core.report import Panel, Player, ReportData, Table, within_bytes, write_report
-from physisforcing.planner.comparison import Comparison, EpisodeOutcome, compare
+from physisforcing.planner.comparison import Comparison, ComparisonSettings, EpisodeOutcome, compare
 from physisforcing.planner.comparison_controls import Sensitivity, control_verdicts
 from physisforcing.planner.comparison_output import success_rows, tables
 from physisforcing.planner.imagined_success import ImaginedSuccess, score_imagined_success
@@ -41,17 +41,22 @@ def write_comparison(
 
     Raises ``IncompleteCoverageError`` listing episodes that are missing.
     """
-    from physisforcing.planner import measurements
+    from physisforcing.planner import measurements, worldarena
 
     from . import compare_sensitivity
 
     output = Path(config.output)
     outcomes = [_outcome(row, plan) for row in rows]
-    found, verdicts = compare(outcomes), control_verdicts(outcomes)
+    settings = ComparisonSettings(paired_seeds=config.paired_seeds)
+    found, verdicts = compare(outcomes, settings), control_verdicts(outcomes)
     success, sensitivity = imagined_success(rows), compare_sensitivity.summary_lines(sensitivity_rows)
     crashed = compare_sensitivity.sensitivity_errors(sensitivity_rows)
     found.errors += crashed
     found.notes += [plan.note] if plan.note else []
+    if config.protocol == worldarena.NAME:
+        found.notes.append(
+            f"WorldArena's protocol; differs from it: {'; '.join(config.worldarena().deviations()) or 'nothing'}."
+        )
     provenance = measurements.machine_provenance()
     summary = {
         **found.to_json(),
@@ -70,7 +75,7 @@ def write_comparison(
     write_json(output / "provenance.json", provenance | {"command": command})
     lines = measurement_lines(found, config, command=command, provenance=provenance)
     shared: dict[str, Any] = {"command": command, "provenance": provenance}
-    lines += compare_sensitivity.sensitivity_measurements(sensitivity, config.control, **shared)
+    lines += compare_sensitivity.sensitivity_measurements(sensitivity, config.claims, **shared)
     write_json(output / "measurements.json", lines)
     data = report_data(config, plan, rows, found, [verdict.text for verdict in verdicts], success, sensitivity)
     data.skipped += [f"{sentence} (crashed, in no denominator)" for sentence in crashed]
@@ -123,13 +128,13 @@ def measurement_lines(
     lines = []
     for cell in found.success:
         if cell.rate is not None:
-            claim = f"compare/{config.control}/{cell.model}/{_word(cell.task)}/success"
+            claim = f"compare/{config.claims}/{cell.model}/{_word(cell.task)}/success"
             against = {f"{name}_fisher_p_unadjusted": p for name, p in cell.against.items()}
             interval = {"low": cell.low, "high": cell.high}
             lines.append(measurement(claim, cell.rate, unit="share", n=cell.n, against=against, **interval, **shared))
     for mean in found.scores:
         if mean.mean is not None:
-            claim = f"compare/{config.control}/{mean.model}/{_word(mean.task)}/{mean.score}"
+            claim = f"compare/{config.claims}/{mean.model}/{_word(mean.task)}/{mean.score}"
             against = {"missing": mean.missing}
             interval = {"low": mean.low, "high": mean.high}
             lines.append(

@@ -19,6 +19,8 @@ from .plan_episodes import MODEL, SETTLE, EpisodeRunner, weight_folders
 from .plan_scenes import FIRST_SEED, Scenes, plan_scenes, refuse_first_seed, scene_source, training_demonstrations
 
 if TYPE_CHECKING:
+    from physisforcing.planner.worldarena import ProtocolSettings
+
     from .model_process import ServerAddress
 
 HELP = """usage: physis eval plan [field=value ...] [--json]
@@ -55,7 +57,6 @@ examples:
 
 ORACLES = ("none", "video")
 BASELINES = ("noop", "random", "retrieval")
-PROTOCOLS = ("standard", "worldarena")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -118,29 +119,16 @@ class EvalPlanConfig:
             self.control if self.manifest in ("auto", "none", "test") else f"{self.control}-{Path(self.manifest).stem}"
         )
 
-    def worldarena(self) -> Any:
-        """These settings as the protocol's report states them (``planner.worldarena.ProtocolSettings``)."""
+    def worldarena(self) -> ProtocolSettings:
+        """These settings as the protocol's report states them."""
         from physisforcing.planner.worldarena import ProtocolSettings
 
-        return ProtocolSettings(
-            tasks=tuple(self.tasks),
-            episodes=self.episodes,
-            manifest=self.manifest,
-            max_steps=self.max_steps,
-            control=self.control,
-            execute_horizon=self.planner.execute_horizon,
-            prompt_template=self.planner.prompt_template,
-            candidates=self.planner.candidates,
-            verifier=self.planner.verifier,
-            denoising_steps=self.planner.denoising_steps,
-            rollout_chunks=self.planner.rollout_chunks,
-            first_seed=self.first_seed,
-        )
+        return ProtocolSettings.of(self)
 
     def check(self) -> None:
         """``UserError`` for what would fail only after the simulator has started."""
         from physisforcing.envs.robotwin.tasks import task_info
-        from physisforcing.planner.worldarena import read_template
+        from physisforcing.planner.worldarena import PROTOCOLS, read_template
 
         from .planners import check_planner
 

@@ -22,6 +22,8 @@ from physisforcing.core.stats import mean_of_proportions, wilson
 from physisforcing.core.types import Observation, Rollout, RolloutRequest, WorldModelSpec
 
 NAME = "worldarena"
+#: What ``protocol=`` of a command may be.
+PROTOCOLS = ("standard", NAME)
 TASKS = ("adjust_bottle", "click_bell")
 CONTROLS = ("topp", "interpolated")
 #: A prompt that is the instruction itself.
@@ -49,6 +51,14 @@ class ProtocolSettings:
     denoising_steps: int = 0
     rollout_chunks: int = 2
     first_seed: int | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> ProtocolSettings:
+        """Of a command's settings (``EvalPlanConfig``, ``CompareConfig``)."""
+        planned = {"execute_horizon", "prompt_template", "candidates", "verifier", "denoising_steps", "rollout_chunks"}
+        names = [field.name for field in dataclasses.fields(cls)]
+        values = {name: getattr(config.planner if name in planned else config, name) for name in names}
+        return cls(**values | {"tasks": tuple(values["tasks"])})
 
     def check(self) -> None:
         """``UserError`` for what this protocol does not know at all."""

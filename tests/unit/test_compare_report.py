@@ -12,6 +12,8 @@ import pytest
 from physisforcing.compare import CompareConfig, ComparedModel
 from physisforcing.compare_episodes import judged_ends
 from physisforcing.compare_report import UNKNOWN_UNIT, imagined_success, unit, write_comparison
+from physisforcing.core.config import compose
+from physisforcing.core.errors import UserError
 from physisforcing.core.executed import ExecutedChunk
 from physisforcing.plan_scenes import Scenes
 from physisforcing.planner.comparison_rows import COUNT_SUFFIX, TESTED_SCORES
@@ -168,6 +170,55 @@ def test_a_page_without_crashes_has_no_such_section(tmp_path) -> None:
     config = CompareConfig(models={"a": "shipped"}, output=str(tmp_path))
     write_comparison(config, plan, rows, command="physis compare")  # type: ignore[arg-type]
     assert "Crashed episodes" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_worldarenas_protocol_is_named_with_what_differs(tmp_path) -> None:
+    """Its episodes have claims of their own; the report says what is not as in the protocol."""
+    words = ["protocol=worldarena", "models={a:shipped}", "episodes=2", f"output={tmp_path}"]
+    config = compose("compare", words, CompareConfig)
+    assert (config.tasks, config.control, config.max_steps) == (["adjust_bottle", "click_bell"], "topp", 400)
+    assert (config.planner.execute_horizon, config.planner.rollout_chunks) == (45, 2)
+    config.check()
+    rows = [
+        {"task": task, "seed": 100_000 + k, "policy": "a", "status": status, "scores": {}}
+        for task, status in (("adjust_bottle", "success"), ("click_bell", "failure"))
+        for k in range(2)
+    ]
+    plan = SimpleNamespace(
+        models={"a": ComparedModel(source="shipped")}, names=["a"], skipped={}, note="", filmed=set(),
+        scenes=Scenes(manifests=dict.fromkeys(config.tasks, "m")),
+    )  # fmt: skip
+    summary = write_comparison(config, plan, rows, command="physis compare")  # type: ignore[arg-type]
+    assert "WorldArena's protocol; differs from it: episodes 2, not 100." in summary["notes"]
+    claims = {line["claim"]: line for line in json.loads((tmp_path / "measurements.json").read_text())}
+    mean = next(line for claim, line in claims.items() if claim.startswith("compare/worldarena/a/") and line["n"] == 4)
+    assert mean["value"] == 0.5 and all(claim.startswith("compare/worldarena/") for claim in claims)
+    once_more = compose("compare", [*words, "control=interpolated"], CompareConfig)
+    assert once_more.claims == "worldarena-interpolated" and CompareConfig().claims == "interpolated"
+    with pytest.raises(UserError, match=r"tasks: got 'press_stapler'"):
+        compose("compare", [*words, "tasks=[press_stapler]"], CompareConfig).check()
+    with pytest.raises(UserError, match="did you mean 'worldarena'"):
+        CompareConfig(models={"a": "shipped"}, protocol="worldarna").check()
+
+
+def test_seeds_are_paired_where_the_command_says_so(tmp_path) -> None:
+    """Two recipes of five training seeds each: ``paired_seeds`` decides which test is used."""
+    names = [f"{recipe}{seed}" for recipe in ("flow", "physis") for seed in range(5)]
+    models = {name: ComparedModel(source="shipped", recipe=name[:-1], training_seed=int(name[-1])) for name in names}
+    rows = [
+        {"task": "click_bell", "seed": 100_000 + k, "policy": name, "status": "success" if k < 1 + (name[0] == "p") else "failure"}
+        for name in names
+        for k in range(3)
+    ]  # fmt: skip
+    plan = SimpleNamespace(
+        models=models, names=names, skipped={}, note="", filmed=set(), scenes=Scenes(manifests={"click_bell": "m"})
+    )  # fmt: skip
+    methods = {}
+    for paired in (False, True):
+        config = CompareConfig(models=dict.fromkeys(names, "shipped"), output=str(tmp_path), paired_seeds=paired)
+        summary = write_comparison(config, plan, rows, command="physis compare")  # type: ignore[arg-type]
+        methods[paired] = next(row["method"] for row in summary["seeds"] if row["measure"] == "success")
+    assert "not paired" in methods[False] and "as declared" in methods[True]
 
 
 @pytest.mark.parametrize("name", TESTED_SCORES)
