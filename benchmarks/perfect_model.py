@@ -5,19 +5,18 @@ its own drive targets are executed until the next plan: the ceiling for every wo
 adds smooth errors to the targets, as a decoder makes them: normal with this standard deviation in degrees, correlated over about five
 control steps, on grippers the same number in percent of their opening. ``--decoder FOLDER`` (or ``shipped``): the targets are read out of
 the pictures of that future instead; ``decoded_deg`` and ``decoded_gripper`` are the RMSE over all plans' executed rows against the
-expert's own targets. ``--time``: milliseconds of a rollout and of its parts instead, by the clock; say so if the machine does other work.
+expert's own targets. The same command continues where it was stopped. ``--time``: milliseconds of a rollout and of its parts instead, by
+the clock; say so if the machine does other work.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,20 @@ from numpy.typing import NDArray
 
 from physisforcing.core.paths import weights_root
 from physisforcing.core.pictures import shrink_area
+from physisforcing.core.results import ResultKey, config_hash
 from physisforcing.core.stats import wilson
 from physisforcing.core.types import ActionChunk, DecoderNeeds, Rollout, RolloutRequest
 from physisforcing.envs.manifest import load_manifest
 from physisforcing.envs.perfect_planner import PerfectPlanner, SmoothErrors
 from physisforcing.envs.rollout import run_episode
+from physisforcing.envs.seeds import Job, Outcome
 from physisforcing.envs.simulator_world_model import SimulatorConfig, SimulatorWorldModel
+from physisforcing.episode_jobs import run_jobs
 from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
 from physisforcing.planner.decoder_files import load_decoder
 from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
 
+GRIPPERS = [6, 13]
 TASKS = ("adjust_bottle", "click_bell", "place_empty_cup", "grab_roller", "stack_blocks_two", "stack_bowls_two")
 
 
@@ -78,44 +81,54 @@ class Settings:
     device: str
 
 
-def run_part(part: tuple[str, int, int], settings: Settings) -> list[dict[str, Any]]:
-    """Episodes ``first`` to ``last`` (exclusive) of a task's manifest: one row each."""
-    from physisforcing.envs.robotwin.env import RoboTwinEnv
+class Episodes:
+    """Runs episodes in one process (``envs.seeds.Handler``); keeps one task's environment and model."""
 
-    task, first, last = part
-    manifest = load_manifest(f"test_{task}")
-    env = RoboTwinEnv(task)
-    exact = SimulatorConfig(horizons=(2,), stride=32)
-    model = SimulatorWorldModel(SimulatorConfig() if settings.decoder else exact).bind(env)
-    readout: ReadOut | None = None
-    if settings.decoder:
-        readout = ReadOut(_decoder(settings.decoder, settings.device), model, settings.execute)
-        config = ActionPlannerConfig(execute_horizon=settings.execute)
-        policy: Any = ActionPlanner(model, readout, config, None, env.action_spec)
-    else:
-        policy = PerfectPlanner(model, execute_horizon=settings.execute)
-        policy = SmoothErrors(policy, settings.error) if settings.error else policy
-    rows = []
-    try:
-        for entry in manifest.entries[first:last]:
-            result = run_episode(env, policy, seed=entry.seed, expect=entry)
-            if result.status == "error":
-                raise RuntimeError(f"{task} {entry.seed}: {result.error}")
-            row = {
-                "seed": result.seed,
-                "success": result.success,
-                "steps": result.steps,
-                "assets": result.info["assets"],
-            }
-            row["reason"] = "" if result.success else _reason(result.telemetry)
-            if readout is not None:
-                row["errors"] = np.concatenate(readout.errors)
-                readout.errors.clear()
-            rows.append(row)
-    finally:
-        model.close()
-        env.close()
-    return rows
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self._task, self._env, self._model, self._policy = settings, "", None, None, None
+        self._readout: ReadOut | None = None
+
+    def handle(self, job: Job) -> Outcome:
+        task = job.task.split("/")[0]
+        if task != self._task:
+            self._open(task)
+        entry = next(entry for entry in _manifest(task).entries if entry.seed == job.seed)
+        result = run_episode(self._env, self._policy, seed=entry.seed, expect=entry)
+        row: dict[str, Any] = {"status": result.status, "success": result.success, "steps": result.steps}
+        row |= {"error": result.error} if result.error else {"assets": result.info["assets"]}
+        row["reason"] = _reason(result.telemetry) if result.status == "failure" else ""
+        if self._readout is not None and self._readout.errors:
+            row |= squares(np.concatenate(self._readout.errors))
+            self._readout.errors.clear()
+        return Outcome(task=job.task, seed=job.seed, kind="recorded", details=row)
+
+    def _open(self, task: str) -> None:
+        from physisforcing.envs.robotwin.env import RoboTwinEnv
+
+        self.close()
+        settings = self.settings
+        self._env = env = RoboTwinEnv(task)
+        exact = SimulatorConfig(horizons=(2,), stride=32)
+        self._model = model = SimulatorWorldModel(SimulatorConfig() if settings.decoder else exact).bind(env)
+        if settings.decoder:
+            self._readout = ReadOut(_decoder(settings.decoder, settings.device), model, settings.execute)
+            config = ActionPlannerConfig(execute_horizon=settings.execute)
+            self._policy = ActionPlanner(model, self._readout, config, None, env.action_spec)
+        else:
+            policy = PerfectPlanner(model, execute_horizon=settings.execute)
+            self._policy = SmoothErrors(policy, settings.error) if settings.error else policy
+        self._task = task
+
+    def close(self) -> None:
+        for part in (self._model, self._env):
+            if part is not None:
+                part.close()
+        self._task, self._env, self._model, self._policy, self._readout = "", None, None, None, None
+
+
+@functools.cache
+def _manifest(task: str) -> Any:
+    return load_manifest(f"test_{task}")
 
 
 @functools.cache
@@ -123,27 +136,36 @@ def _decoder(folder: str, device: str) -> Any:
     return load_decoder(weights_root() / "idm" if folder == "shipped" else folder, device)
 
 
-def run_all(tasks: Sequence[str], episodes: int, settings: Settings, workers: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows by task. ``workers``: processes, each on five episodes at a time; 0: here."""
-    parts = [(task, at, min(at + 5, episodes)) for task in tasks for at in range(0, episodes, 5)]
-    work = functools.partial(run_part, settings=settings)
-    if not workers:
-        found = list(map(work, parts))
-    else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = list(pool.map(work, parts))
-    return {task: [row for part, rows in zip(parts, found) if part[0] == task for row in rows] for task in tasks}
+def run_all(
+    tasks: Sequence[str], episodes: int, settings: Settings, name: str, workers: int, output: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows by task; those that ``output`` already holds are not run again. ``workers``: processes; 0: here."""
+    reads = _decoder(settings.decoder, "cpu").fingerprint if settings.decoder else name
+    hashed = config_hash({"error": settings.error, "execute": settings.execute, "device": settings.device})
+
+    def key(job: Job) -> ResultKey:
+        task = job.task.split("/")[0]
+        return ResultKey(manifest=_manifest(task).key, episode=f"{task}/{job.seed}", fingerprint=reads, config=hashed)
+
+    jobs = [Job(task=f"{task}/{name}", seed=e.seed) for task in tasks for e in _manifest(task).entries[:episodes]]
+    rows = run_jobs(jobs, key, output, functools.partial(Episodes, settings), workers=workers)
+    return {task: [row for row in rows if row["task"] == task] for task in tasks}
+
+
+def squares(errors_PA: NDArray[np.float64]) -> dict[str, Any]:
+    """Sums of squares and counts of decoded rows' errors: of joints in degrees, of grippers as share of their opening."""
+    joints_PJ = np.rad2deg(np.delete(errors_PA, GRIPPERS, axis=1))
+    grippers_PG = errors_PA[:, GRIPPERS]
+    return {
+        "deg": [float((joints_PJ**2).sum()), joints_PJ.size],
+        "gripper": [float((grippers_PG**2).sum()), grippers_PG.size],
+    }
 
 
 def decoded_errors(rows: list[dict[str, Any]]) -> dict[str, float]:
     """RMSE over all executed rows: joints in degrees, grippers as share of their opening."""
-    errors_PA = np.concatenate([row["errors"] for row in rows])
-    grippers = [6, 13]
-    joints_PJ = np.rad2deg(np.delete(errors_PA, grippers, axis=1))
-    return {
-        "decoded_deg": float(np.sqrt((joints_PJ**2).mean())),
-        "decoded_gripper": float(np.sqrt((errors_PA[:, grippers] ** 2).mean())),
-    }
+    sums = {name: np.sum([row[name] for row in rows if name in row], axis=0) for name in ("deg", "gripper")}
+    return {f"decoded_{name}": float(np.sqrt(total / count)) for name, (total, count) in sums.items()}
 
 
 def _reason(telemetry: dict[str, float]) -> str:
@@ -210,11 +232,14 @@ def time_all(options: argparse.Namespace, command: str, provenance: Any) -> list
 def success_line(
     task: str, rows: list[dict[str, Any]], settings: Settings, name: str, command: str, provenance: Any
 ) -> dict[str, Any]:
+    crashed = [row["seed"] for row in rows if row["status"] == "error"]
+    rows = [row for row in rows if row["status"] != "error"]
     n, k = len(rows), sum(row["success"] for row in rows)
     low, high = wilson(k, n)
     failed = dict(Counter(row["reason"] for row in rows if not row["success"]))
     about: dict[str, Any] = {"failures": failed} if failed else {}
     about |= {"assets": rows[0]["assets"], "execute_horizon": settings.execute, "error_deg": settings.error}
+    about |= {"crashed, in no denominator": crashed} if crashed else {}
     if settings.decoder:
         about |= decoded_errors(rows) | {"decoder": _decoder(settings.decoder, "cpu").fingerprint}
     words = " ".join(f"{key} {value:.3g}" for key, value in about.items() if key.startswith("decoded"))
@@ -239,12 +264,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes")
     parser.add_argument("--execute", type=int, default=32, help="control steps of a plan that are executed")
     parser.add_argument("--time", action="store_true")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/perfect_model"), help="finished episodes: continues there"
+    )
     parser.add_argument("--json", type=Path, help="merge measurements into this file")
     options = parser.parse_args()
     provenance = machine_provenance()
     command = f"python benchmarks/perfect_model.py --episodes {options.episodes} --execute {options.execute}"
+    command += f" --tasks {' '.join(options.tasks)}" if options.tasks != TASKS else ""
     command += f" --error {options.error:g}" if options.error else ""
-    command += f" --decoder {Path(options.decoder).name}" if options.decoder else ""
+    if options.decoder:
+        command += f" --decoder {Path(options.decoder).name} --name {options.name} --device {options.device}"
     if options.time:
         lines = time_all(options, command, provenance)
     else:
@@ -252,7 +282,7 @@ def main() -> None:
             error=options.error, execute=options.execute, decoder=options.decoder, device=options.device
         )
         name = f"error_{options.error:g}deg" if options.error else options.name if options.decoder else "exact"
-        found = run_all(options.tasks, options.episodes, settings, options.workers)
+        found = run_all(options.tasks, options.episodes, settings, name, options.workers, options.output)
         lines = [success_line(task, rows, settings, name, command, provenance) for task, rows in found.items()]
     if options.json:
         write_measurements(options.json, lines)
