@@ -118,7 +118,7 @@ class CompareConfig:
         from physisforcing.planner.worldarena import NAME as WORLDARENA
         from physisforcing.planner.worldarena import PROTOCOLS
 
-        from .planners import check_planner
+        from .planners import check_control, check_planner
 
         if self.protocol not in PROTOCOLS:
             raise unknown_name("protocol", self.protocol, PROTOCOLS, see="physis compare --help")
@@ -133,7 +133,16 @@ class CompareConfig:
             if twice := sorted({value for value in values if values.count(value) > 1}):
                 raise UserError(named, got=f"{twice[0]} twice", wanted="each once", fix="leave one out")
         check_at_least(self, episodes=1, workers=0, threads=1, videos=0, sensitivity=0)
+        if self.max_steps is not None:
+            check_at_least(self, max_steps=1)
+        check_control(self.control)
         check_planner(self.planner)
+        if self.planner.oracle != "none":
+            fix = "leave it out; controls=[oracle] decodes the real future"
+            raise UserError("planner.oracle", got=self.planner.oracle, wanted="none in a comparison", fix=fix)
+        if self.classifier and not (Path(self.classifier) / "config.json").is_file():
+            fix = "physis train success output=F, then classifier=F/model"
+            raise UserError("classifier", got=self.classifier, wanted="a folder with config.json", fix=fix)
         if self.planner.server:
             fix = "leave it out: every process loads the models that it compares"
             raise UserError("planner.server", got=self.planner.server, wanted="nothing here", fix=fix)
@@ -217,6 +226,8 @@ class ComparisonPlan:
         self.controls = self._recordable(self._controls())
         if not config.demos and any(name in VIDEOS and VIDEOS[name].needs_demos for name in self.controls):
             config.demos = record_demonstrations(config, self.scenes, progress=progress)
+        if not config.classifier:
+            self.skipped["imagined success"] = "classifier=FOLDER (physis train success)"
         if any(name in VIDEOS and VIDEOS[name].needs_demos for name in self.controls):
             check_demonstrations(config.demos, self.scenes)
         self.names = [*self.models, *self.controls]

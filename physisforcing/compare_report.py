@@ -73,9 +73,10 @@ def write_comparison(
     }
     write_json(output / "summary.json", summary)
     write_json(output / "provenance.json", provenance | {"command": command})
-    lines = measurement_lines(found, config, command=command, provenance=provenance)
     shared: dict[str, Any] = {"command": command, "provenance": provenance}
-    lines += compare_sensitivity.sensitivity_measurements(sensitivity, config.claims, **shared)
+    lines = measurement_lines(found, config, plan.scenes.seeds, **shared)
+    lines += imagined_success_lines(success, config, plan.scenes.seeds, **shared)
+    lines += compare_sensitivity.sensitivity_measurements(sensitivity, config, plan.scenes.seeds, **shared)
     write_json(output / "measurements.json", lines)
     data = report_data(config, plan, rows, found, [verdict.text for verdict in verdicts], success, sensitivity)
     data.skipped += [f"{sentence} (crashed, in no denominator)" for sentence in crashed]
@@ -119,27 +120,81 @@ def imagined_success(rows: Sequence[Mapping[str, Any]]) -> dict[str, ImaginedSuc
 
 
 def measurement_lines(
-    found: Comparison, config: CompareConfig, *, command: str, provenance: Mapping[str, Any]
+    found: Comparison,
+    config: CompareConfig,
+    scene_seeds: Mapping[str, Sequence[int]],
+    *,
+    command: str,
+    provenance: Mapping[str, Any],
 ) -> list[Any]:
-    """One line a success rate and a score."""
+    """One line a success rate, a score, and a difference of either: between models on the same episodes, to the perfect model and to
+    baselines, between recipes. ``scene_seeds`` of the tasks."""
     from physisforcing.planner.measurements import measurement
 
     shared: dict[str, Any] = {"command": command, "provenance": provenance}
     lines = []
+
+    def add(task: str, claim: str, value: float | None, **more: Any) -> None:
+        if value is not None:
+            seeds = scene_seeds.get(task) or sorted({seed for seeds in scene_seeds.values() for seed in seeds})
+            claim = f"compare/{config.claims}/{claim}"
+            lines.append(measurement(claim, value, seeds=seeds, **more, **shared))
+
     for cell in found.success:
-        if cell.rate is not None:
-            claim = f"compare/{config.claims}/{cell.model}/{_word(cell.task)}/success"
-            against = {f"{name}_fisher_p_unadjusted": p for name, p in cell.against.items()}
-            interval = {"low": cell.low, "high": cell.high}
-            lines.append(measurement(claim, cell.rate, unit="share", n=cell.n, against=against, **interval, **shared))
+        against: dict[str, Any] = {f"{name}_fisher_p_unadjusted": p for name, p in cell.against.items()}
+        claim = f"{cell.model}/{_word(cell.task)}/success"
+        add(cell.task, claim, cell.rate, unit="share", n=cell.n, low=cell.low, high=cell.high, against=against)
     for mean in found.scores:
-        if mean.mean is not None:
-            claim = f"compare/{config.claims}/{mean.model}/{_word(mean.task)}/{mean.score}"
-            against = {"missing": mean.missing}
-            interval = {"low": mean.low, "high": mean.high}
+        claim, against = f"{mean.model}/{_word(mean.task)}/{mean.score}", {"missing": mean.missing}
+        add(mean.task, claim, mean.mean, unit=unit(mean.score), n=mean.n, low=mean.low, high=mean.high, against=against)
+    for row in [*found.paired, *found.gaps]:
+        claim = f"{row.a}-minus-{row.b}/{_word(row.task)}/success"
+        against = {"only_a": row.only_a, "only_b": row.only_b, "dropped": row.dropped}
+        against |= {"mcnemar_p": row.p, "p_holm": row.p_holm} if row.p is not None else {}
+        add(row.task, claim, row.difference, unit="share", n=row.n, low=row.low, high=row.high, against=against)
+    for score in found.score_differences:
+        claim = f"{score.a}-minus-{score.b}/{_word(score.task)}/{score.score}"
+        against = {"missing": score.missing, "sign_flip_p": score.p, "p_holm": score.p_holm}
+        interval = {"low": score.low, "high": score.high}
+        add(score.task, claim, score.difference, unit=unit(score.score), n=score.n, against=against, **interval)
+    for seed in found.seeds:
+        claim = f"recipes/{seed.a}-minus-{seed.b}/{_word(seed.task)}/{seed.measure}"
+        against = {"p": seed.p, "p_holm": seed.p_holm, "p_smallest": seed.p_smallest, "method": seed.method}
+        about = {"unit": "share" if seed.measure == "success" else unit(seed.measure), "n": seed.seeds_a + seed.seeds_b}
+        add(seed.task, claim, seed.difference, low=seed.low, high=seed.high, against=against, **about)
+    return lines
+
+
+def imagined_success_lines(
+    found: Mapping[str, ImaginedSuccess],
+    config: CompareConfig,
+    scene_seeds: Mapping[str, Sequence[int]],
+    *,
+    command: str,
+    provenance: Mapping[str, Any],
+) -> list[Any]:
+    """Balanced accuracy and calibration of every model's imagined success; what one class alone cannot show has no line."""
+    from physisforcing.planner.measurements import measurement
+
+    seeds = sorted({seed for seeds in scene_seeds.values() for seed in seeds})
+    shared: dict[str, Any] = {"seeds": seeds, "command": command, "provenance": provenance}
+    lines = []
+    for name, score in found.items():
+        claim = f"compare/{config.claims}/{name.replace(', ', '/').replace(' ', '_')}/imagined_success"
+        against = {"missing": score.missing, "successes": score.successes, "note": score.note}
+        if score.balanced_accuracy is not None:
+            interval = {"low": score.low, "high": score.high}
+            value = score.balanced_accuracy
             lines.append(
-                measurement(claim, mean.mean, unit=unit(mean.score), n=mean.n, against=against, **interval, **shared)
+                measurement(
+                    f"{claim}/balanced_accuracy", value, unit="share", n=score.n, against=against, **interval, **shared
+                )
             )
+        for word, measured_in in (("ece", "probability"), ("brier", "probability^2"), ("brier_base", "probability^2")):
+            if (value := getattr(score, word)) is not None:
+                lines.append(
+                    measurement(f"{claim}/{word}", value, unit=measured_in, n=score.n, against=against, **shared)
+                )
     return lines
 
 
@@ -197,7 +252,7 @@ def report_data(
         failures_note=_left_out(hidden_failures),
         tables=tables(found, imagined=success, sensitivity=sensitivity),
         verdicts=verdicts,
-        skipped=[f"{name}: needs {what}" for name, what in plan.skipped.items()],
+        skipped=[f"{name}: skipped: needs {what}" for name, what in plan.skipped.items()],
         crashed=found.errors,
         published=published_tables(),
         limits=[*LIMITS, found.family],

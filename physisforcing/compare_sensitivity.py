@@ -297,7 +297,9 @@ def summary_lines(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     return summarise_sensitivity(sensitivity_pairs(rows))
 
 
-def sensitivity_measurements(lines: Sequence[Any], control: str, **shared: Any) -> list[Any]:
+def sensitivity_measurements(
+    lines: Sequence[Any], config: CompareConfig, scene_seeds: Mapping[str, Sequence[int]], **shared: Any
+) -> list[Any]:
     """One measurement a share; ``against``: the mean margin in pixels and the pairs that could not be measured."""
     from physisforcing.planner.measurements import measurement
 
@@ -305,9 +307,10 @@ def sensitivity_measurements(lines: Sequence[Any], control: str, **shared: Any) 
     for line in lines:
         if line.share is not None:
             kind = line.kind.replace(" (", "/").removesuffix(")")
-            claim = f"compare/{control}/{line.model}/{line.task}/sensitivity/{kind}"
+            claim = f"compare/{config.claims}/{line.model}/{line.task}/sensitivity/{kind}"
             against = {"margin_px": line.margin, "missing": line.missing}
             interval = {"low": line.low, "high": line.high}
+            interval |= {"seeds": scene_seeds.get(line.task, ())[: config.sensitivity]}
             found.append(measurement(claim, line.share, unit="share", n=line.n, against=against, **interval, **shared))
     return found
 

@@ -20,7 +20,7 @@ Policies act inside a world model; a judge says from pictures whether they succe
 simulator (docs/worldarena.md). The same command again continues.
 
 settings (field=value):
-  world_model=MODEL      any: see physis check worldmodel --help     codec=FOLDER  denoising_steps=0  device=cpu  threads=2
+  world_model=MODEL      any: see physis check worldmodel --help     codec=FOLDER (or shipped)  denoising_steps=0  device=cpu  threads=2
          simulator       RoboTwin itself in the place of the world model: what is wrong then is the judge
   demos=FOLDER           held-out demonstrations: first pictures, sentences, lengths, and the recordings that the judge sees
   tasks=[] (all)  episodes=10   per task
@@ -39,8 +39,8 @@ settings (field=value):
   videos=3 (a policy)    control=interpolated (real=simulate)    retry_errors=false
 
 examples:
-  physis eval evaluator world_model=runs/actions/model demos=runs/heldout policies=[noop,recorded,recorded+0.1] judge.kind=none
-  physis eval evaluator world_model=runs/actions/model demos=runs/heldout judge.base_url=http://127.0.0.1:8000/v1 judge.model=qwen"""
+  physis eval evaluator world_model=runs/actions/export codec=shipped demos=runs/heldout policies=[noop,recorded,recorded+0.1] judge.kind=none
+  physis eval evaluator world_model=runs/actions/export codec=shipped demos=runs/heldout judge.base_url=http://127.0.0.1:8000/v1 judge.model=qwen"""
 
 POLICIES = ("noop", "random", "retrieval", "recorded")
 #: Demonstrations below this seed may have been trained on.

@@ -128,11 +128,11 @@ class EvalPlanConfig:
     def check(self) -> None:
         """``UserError`` for what would fail only after the simulator has started."""
         from physisforcing.envs.robotwin.tasks import task_info
-        from physisforcing.planner.worldarena import PROTOCOLS, read_template
+        from physisforcing.planner.worldarena import PROTOCOLS
 
-        from .planners import check_planner
+        from .planners import check_control, check_planner
 
-        read_template(self.planner.prompt_template)
+        check_control(self.control)
         check_planner(self.planner)
         if self.protocol not in PROTOCOLS:
             raise unknown_name("protocol", self.protocol, PROTOCOLS, see="physis eval plan --help")
@@ -153,7 +153,7 @@ class EvalPlanConfig:
         for name in self.baselines:
             if name not in BASELINES:
                 raise unknown_name("baselines", name, BASELINES, see="physis eval plan --help")
-        lowest = {"episodes": 1, "workers": 0, "threads": 1, "videos": 0, "first_seed": FIRST_SEED}
+        lowest = {"episodes": 1, "workers": 0, "threads": 1, "videos": 0, "max_steps": 1, "first_seed": FIRST_SEED}
         for name, low in lowest.items():
             if (value := getattr(self, name)) is not None and value < low:
                 fix = f"evaluation seeds start at {low}" if name == "first_seed" else f"{name}={low}"

@@ -28,8 +28,10 @@ def check_planner(settings: PlannerSettings) -> None:
     from physisforcing.planner.model_client import parse_address
     from physisforcing.planner.success_classifier import SuccessClassifier, SuccessConfig
     from physisforcing.planner.verifiers import make_verifier
+    from physisforcing.planner.worldarena import read_template
 
-    check_at_least(settings, candidates=1, rollout_chunks=1)
+    check_at_least(settings, candidates=1, rollout_chunks=1, execute_horizon=1, denoising_steps=0, max_resamples=0)
+    read_template(settings.prompt_template)
     if settings.server not in ("", "auto"):
         parse_address(settings.server)
     if settings.candidates > 1:
@@ -38,6 +40,15 @@ def check_planner(settings: PlannerSettings) -> None:
             raise UserError("planner.verifier", got="", wanted="a way to choose among candidates", fix=fix)
         named = SuccessClassifier(SuccessConfig(tasks=("any",))) if settings.success else None
         make_verifier(settings.verifier, classifier=named)
+
+
+def check_control(control: str) -> None:
+    """``UserError`` for a control mode that RoboTwin's environment does not know."""
+    from physisforcing.core.errors import unknown_name
+    from physisforcing.envs.robotwin.env import CONTROLS
+
+    if control not in CONTROLS:
+        raise unknown_name("control", control, CONTROLS, see="docs/robotwin.md")
 
 
 def planner_config(settings: PlannerSettings) -> ActionPlannerConfig:

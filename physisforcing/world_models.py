@@ -60,6 +60,7 @@ def _ours(name: str, device: str, codec: str | None, steps: int | None) -> World
     from physisforcing.worldmodel.model import load_world_model
 
     folder = weights_root() / "worldmodel" if name == "shipped" else Path(name)
+    codec = str(weights_root() / "vae") if codec == "shipped" else codec
     return load_world_model(folder, device, codec=codec, steps=steps)
 
 

@@ -53,13 +53,17 @@ class ModelSource:
 
     @property
     def missing(self) -> str:
-        """What it needs, or an empty string when it has a source."""
-        return "" if self.source else self.needs
-
-    @property
-    def skipped(self) -> str:
-        """``skipped: needs ...``, or an empty string."""
-        return f"skipped: needs {self.needs}" if self.missing else ""
+        """What it needs and where that is, or an empty string when it has a source."""
+        if self.source:
+            return ""
+        about = {
+            "weights": self.weights,
+            "licence": self.licence,
+            "code": self.code,
+            "also takes": ", ".join(self.conditions),
+        }
+        found = [f"{word} {value}" for word, value in about.items() if value] + [self.note] * bool(self.note)
+        return self.needs + (f" ({'; '.join(found)})" if found else "")
 
 
 def load_rows(rows: Sequence[str]) -> list[ModelSource]:
@@ -106,26 +110,34 @@ def _load(name: str, source: str) -> ModelSource:
 
 
 def _check_source(row: ModelSource) -> None:
-    """``UserError`` for a folder that is not there and a pipeline of another class."""
-    if row.source == "shipped" or row.source.startswith(("http://", "https://")):
-        return
-    path = Path(row.source)
-    if ":" in row.source and not path.exists():
-        return  # module:factory
-    if not path.exists():
+    """``UserError`` for a source of another kind than the row's, a folder that is not there and a pipeline of another class."""
+    kind, path = source_kind(row.source), Path(row.source)
+    if not kind:
         fix = f"check the path, or leave it out: the row then says what it needs ({row.needs})"
         raise UserError(
             f"rows.{row.name}", got=row.source, wanted="a folder, an http:// address or module:factory", fix=fix
         )
-    index = path / "model_index.json"
-    if index.is_file() and row.pipelines:
-        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    fix = "give this model's own weights; models={name:SOURCE} runs any other"
+    if kind not in row.kinds:
+        wanted = f"{row.title} as {' or '.join(row.kinds)}"
+        raise UserError(f"rows.{row.name}", got=f"{row.source}, a {kind}", wanted=wanted, fix=fix)
+    if kind == "diffusers_pipeline" and row.pipelines:
+        found = json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
         if found not in row.pipelines:
-            wanted, fix = (
-                f"a {' or '.join(row.pipelines)} folder",
-                "give this model's own weights; models={name:FOLDER} runs any other",
-            )
+            wanted = f"a {' or '.join(row.pipelines)} folder"
             raise UserError(f"rows.{row.name}", got=str(found), wanted=wanted, fix=fix)
+
+
+def source_kind(source: str) -> str:
+    """Of ``KINDS``; empty where there is no such file or folder. A folder or settings file that says nothing else is a pipeline's."""
+    path = Path(source)
+    if source.startswith(("http://", "https://")):
+        return "service"
+    if source == "shipped" or (path / "world_model.json").is_file():
+        return "world_model"
+    if not path.exists():
+        return "factory" if ":" in source else ""
+    return "video_folder" if (path / "manifest.json").is_file() else "diffusers_pipeline"
 
 
 def _folder() -> Path:

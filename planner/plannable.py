@@ -69,7 +69,7 @@ def check_conditions(spec: WorldModelSpec) -> None:
 
 def needs_more(name: str, missing: Sequence[str]) -> MissingCapabilityError:
     """The refusal of the world model called ``name``, which must be given ``missing``."""
-    fix = "plan with a text model (physis train worldmodel without backbone.actions, or shipped)"
+    fix = "plan with a text model (shipped, or physis train worldmodel with another experiment than pico_actions)"
     if "actions" in missing:
         fix += (
             "; an action model imagines what given actions do: physis eval evaluator, physis generate, docs/actions.md"

@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+#: A machine's own path as a setting's value (``http://...`` is none), and what is kept of it: the last part, two for RUN/export and RUN/model.
+PLACE = re.compile(
+    r"(?<!http)(?<!https)([=:])/[^\s,:{}\[\]]*?((?:[^/\s,:{}\[\]]+/(?:export|model)|[^/\s,:{}\[\]]+))(?=[\s,:{}\[\]]|$)"
+)
 
 
 def measured(run: str) -> list[dict]:
@@ -38,7 +42,7 @@ def main(topic: str, runs: list[str]) -> None:
     for run in runs:
         lines += repetition(run) if run.endswith("_again") else measured(run)
     for line in lines:
-        line["command"] = re.sub(r"=\S*/([^/\s]+)", r"=runs/\1", line["command"])
+        line["command"] = PLACE.sub(r"\1runs/\2", line["command"])
     lines.sort(key=lambda line: line["claim"])
     claims = [line["claim"] for line in lines]
     twice = {claim for claim in claims if claims.count(claim) > 1}

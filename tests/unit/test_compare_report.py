@@ -161,6 +161,39 @@ def executed(start: int, steps: int, done: bool) -> ExecutedChunk:
     return dataclasses.replace(still_scene(steps), success_T=success, start_step=start)
 
 
+def test_every_finding_is_a_measurement_with_its_scenes(tmp_path) -> None:
+    """Success, scores, paired differences with both p, gaps to controls, and imagined success: what a document may state has a line."""
+    seeds = list(range(100_000, 100_006))
+    rows = [
+        {
+            "task": "click_bell", "seed": seed, "policy": name, "status": "success" if k < wins else "failure",
+            "scores": {"object_px_0.96s": px + 0.1 * k}, **({"imagined_success": 0.9 - 0.05 * k} if name == "a" else {}),
+        }
+        for name, wins, px in (("a", 5, 2.0), ("b", 2, 4.0), ("perfect", 6, 1.0))
+        for k, seed in enumerate(seeds)
+    ]  # fmt: skip
+    models = {name: ComparedModel(source="shipped") for name in "ab"}
+    plan = SimpleNamespace(
+        models=models, names=["a", "b", "perfect"], skipped={}, note="", filmed=set(),
+        scenes=Scenes(manifests={"click_bell": "m"}, seeds={"click_bell": seeds}),
+    )  # fmt: skip
+    config = CompareConfig(models={"a": "shipped", "b": "shipped"}, output=str(tmp_path))
+    write_comparison(config, plan, rows, command="physis compare")  # type: ignore[arg-type]
+    lines = {line["claim"]: line for line in json.loads((tmp_path / "measurements.json").read_text())}
+    assert {line["seeds"] for line in lines.values()} == {"100000-100005"}
+    success = lines["compare/interpolated/a-minus-b/click_bell/success"]
+    assert success["value"] == pytest.approx(3 / 6) and success["n"] == 6 and success["low"] < 0.5 < success["high"]
+    assert success["against"]["only_a"] == 3 and success["against"]["mcnemar_p"] == 0.25  # 3 of 3: 2 / 2**3
+    assert success["against"]["p_holm"] >= success["against"]["mcnemar_p"]
+    gap = lines["compare/interpolated/perfect-minus-b/click_bell/success"]
+    assert gap["value"] == pytest.approx(4 / 6) and "mcnemar_p" not in gap["against"]
+    score = lines["compare/interpolated/a-minus-b/click_bell/object_px_0.96s"]
+    assert score["value"] == pytest.approx(-2) and score["unit"] == PX and score["against"]["sign_flip_p"] is not None
+    imagined = lines["compare/interpolated/a/imagined_success/balanced_accuracy"]
+    assert imagined["value"] == pytest.approx(0.5) and imagined["n"] == 6  # every one is called success
+    assert lines["compare/interpolated/a/imagined_success/brier"]["unit"] == "probability^2"
+
+
 def test_a_page_without_crashes_has_no_such_section(tmp_path) -> None:
     rows = [{"task": "click_bell", "seed": 100_000, "policy": "a", "status": "failure", "scores": {}}]
     plan = SimpleNamespace(

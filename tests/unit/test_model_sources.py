@@ -28,10 +28,15 @@ def test_every_row_of_table_3_has_a_config_and_is_published() -> None:
 
 def test_without_a_source_a_row_says_what_it_needs() -> None:
     for row in load_rows(["table3"]):
-        assert row.source == "" and row.missing == row.needs and row.skipped == f"skipped: needs {row.needs}"
+        assert (
+            row.source == ""
+            and row.missing.startswith(row.needs)
+            and row.weights in row.missing
+            and row.code in row.missing
+        )
         assert len(row.needs) > 20 and not row.needs.endswith(".")
     with_source = load_rows(["wow:http://localhost:8000"])[0]
-    assert with_source.missing == "" == with_source.skipped and with_source.source == "http://localhost:8000"
+    assert with_source.missing == "" and with_source.source == "http://localhost:8000"
     assert load_rows(["vidar:my_models:vidar"])[0].source == "my_models:vidar"  # a Python factory
     mixed = load_rows(["table3", "wow:http://localhost:8000"])
     assert len(mixed) == 7 and [row.name for row in mixed if not row.missing] == ["wow"]
@@ -50,6 +55,18 @@ def test_what_cannot_be_the_row_is_refused(tmp_path: Path) -> None:
         load_rows([f"wan22_ti2v_5b:{tmp_path}"])
     index.write_text(json.dumps({"_class_name": "WanImageToVideoPipeline"}), encoding="utf-8")
     assert load_rows([f"wan22_ti2v_5b:{tmp_path}"])[0].source == str(tmp_path)
+
+
+def test_another_model_does_not_run_under_a_rows_name(tmp_path: Path) -> None:
+    """A source of another kind than a model can be given as: ours, or a pipeline of a model that is none."""
+    ours, videos = tmp_path / "ours", tmp_path / "videos"
+    for folder, name in ((ours, "world_model.json"), (videos, "manifest.json")):
+        folder.mkdir()
+        (folder / name).write_text("{}", encoding="utf-8")
+    for row, source in (("tesseract", "shipped"), ("wow", ours), ("robomaster", tmp_path)):
+        with pytest.raises(UserError, match=rf"rows\.{row}: got '?{source}.*models={{name:SOURCE}} runs any other"):
+            load_rows([f"{row}:{source}"])
+    assert load_rows([f"wow:{videos}"])[0].source == str(videos)
 
 
 @pytest.mark.parametrize(

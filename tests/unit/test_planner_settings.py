@@ -20,6 +20,31 @@ def settings(**changes: Any) -> PlannerSettings:
     return PlannerSettings(**changes)
 
 
+@pytest.mark.parametrize("command", [EvalPlanConfig, CompareConfig])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"max_steps": 0}, r"max_steps: got '?0"),
+        ({"control": "toop"}, "did you mean 'topp'"),
+        ({"planner": PlannerSettings(max_resamples=-1)}, r"max_resamples: got '?-1"),
+        ({"planner": PlannerSettings(execute_horizon=0)}, r"execute_horizon: got '?0"),
+        ({"planner": PlannerSettings(denoising_steps=-2)}, r"denoising_steps: got '?-2"),
+        ({"planner": PlannerSettings(prompt_template="no place")}, "prompt_template"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_simulator_starts(command: Any, changes: Any, told: str) -> None:
+    models: dict[str, Any] = {"models": {"a": "shipped"}} if command is CompareConfig else {}
+    with pytest.raises(UserError, match=told):
+        command(**models, **changes).check()
+
+
+def test_a_comparison_takes_no_oracle_and_a_classifier_that_is_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"planner\.oracle.*controls=\[oracle\]"):
+        CompareConfig(models={"a": "shipped"}, planner=PlannerSettings(oracle="video")).check()
+    with pytest.raises(UserError, match=r"classifier: got .*physis train success"):
+        CompareConfig(models={"a": "shipped"}, classifier=str(tmp_path)).check()
+
+
 def test_what_is_not_used_does_not_change_the_key() -> None:
     """Rows that were written before these settings existed stay valid."""
     plain = result_settings(settings(), None, 2)
