@@ -15,7 +15,7 @@ from physisforcing.core.files import replace_text
 from physisforcing.core.lerobot_format import write_json
 from physisforcing.core.results import ResultKey, config_hash
 
-from .plan_episodes import MODEL, SETTLE, EpisodeRunner, weight_folders
+from .plan_episodes import MODEL, PERFECT, SETTLE, EpisodeRunner, weight_folders
 from .plan_scenes import FIRST_SEED, Scenes, plan_scenes, refuse_first_seed, scene_source, training_demonstrations
 
 if TYPE_CHECKING:
@@ -37,13 +37,15 @@ settings (field=value):
                          planner.decoder (folders; 'shipped'), planner.execute_horizon=32, planner.denoising_steps=0 (0: the
                          model's own), planner.device=cpu; planner.picture_decoder (shipped) reads recorded video for retrieval
                          and the oracle where planner.decoder needs features or latents
-  baselines=[noop,random,retrieval]        retrieval needs train_demos=FOLDER (a dataset with training seeds)
+  baselines=[noop,random,retrieval,perfect]    retrieval needs train_demos=FOLDER (a dataset with training seeds); perfect: the same
+                         planner with the simulator itself as world model; the report says how far the model stays behind it
   planner.oracle=video   the decoder reads held-out demonstrations instead: needs demos=FOLDER with seeds from 100000
   workers=0 (processes; 0: this one)  threads=2 (numeric threads; part of the result's key)  videos=3  control=interpolated
   max_steps=null (null: the task's own limit)  retry_errors=false
   protocol=worldarena    adjust_bottle and click_bell, 100 frozen episodes, limit 400, control=topp, 45 executed rows a plan, and
                          the mean of both tasks beside the published rows (docs/worldarena.md); other settings given with it win
-  planner.prompt_template={instruction}    a text with {instruction} in it, or the .txt file that holds it
+  planner.prompt_template=FILE.txt         what is put round the sentence: a text file with {instruction} in it, or the text itself in
+                         quotes of its own: "planner.prompt_template='Do this: {instruction}'"
   planner.candidates=1   futures imagined for a plan; planner.verifier chooses: spread, smoothness, track_consistency, success (needs
                          planner.success=FOLDER, physis train success), combined, random, or a sum such as 2*spread+smoothness
   planner.rollout_chunks=1    rollouts a plan is long: the next one goes on from the last picture (planner.execute_horizon up to 32 each)
@@ -56,7 +58,7 @@ examples:
   physis eval plan planner.candidates=4 planner.verifier=spread planner.server=auto workers=4 output=runs/best_of_4"""
 
 ORACLES = ("none", "video")
-BASELINES = ("noop", "random", "retrieval")
+BASELINES = ("noop", "random", "retrieval", "perfect")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -259,23 +261,27 @@ class _Plan:
 
         config = self.config
         retrieves = "retrieval" in config.baselines and config.train_demos
-        needed = recorded_video_needs(config.planner) if config.oracle or retrieves else ""
+        shows = config.oracle or retrieves or PERFECT in config.baselines
+        needed = recorded_video_needs(config.planner) if shows else ""
         if config.oracle:
             if needed:
                 fix = "planner.picture_decoder=shipped"
                 raise UserError("planner.picture_decoder", got=config.planner.picture_decoder, wanted=needed, fix=fix)
             return list(ORACLE_POLICIES)
         policies = [MODEL]
-        if needed:
+        if needed and retrieves:
             self.skipped.append(f"retrieval_video skipped: needs {needed}")
         for name in config.baselines:
             if name == "retrieval" and not config.train_demos:
                 self.skipped.append("retrieval skipped: needs train_demos=FOLDER (demonstrations with training seeds)")
+            elif name == PERFECT and needed:
+                self.skipped.append(f"{PERFECT} skipped: needs {needed}")
             else:
                 policies += [name, "retrieval_video"] if name == "retrieval" and not needed else [name]
         return policies
 
     def _identify(self) -> dict[str, str]:
+        from physisforcing.envs.simulator_world_model import VERSION as SIMULATOR_VERSION
         from physisforcing.planner.worldarena import read_template
         from physisforcing.worldmodel.storage import fingerprint
 
@@ -291,7 +297,12 @@ class _Plan:
         settings = result_settings(config.planner, self._server, config.threads)
         template = read_template(config.planner.prompt_template)
         settings |= {} if template == PlannerSettings().prompt_template else {"prompt_template": template}
+        perfect = ""
+        if PERFECT in self.policies:
+            shown = {"decoder": fingerprint(self._picture_decoder()), "simulator": SIMULATOR_VERSION}
+            perfect = f"{PERFECT}-{config_hash(settings | shown)}"
         known = {
+            PERFECT: perfect,
             MODEL: f"model-{config_hash(parts | settings)}",
             "noop": "noop",
             "random": "random",

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .eval_plan import EvalPlanConfig, PlannerSettings
     from .model_process import ServerAddress
 
-#: Name of the planner itself in results.
-MODEL = "model"
+#: Names in results: the planner itself, and the same planner with the simulator as its world model.
+MODEL, PERFECT = "model", "perfect"
 #: Control steps an oracle episode goes on after the last target, holding it: the recorded episodes end at rest, too.
 SETTLE = 10
 
@@ -87,6 +87,8 @@ class EpisodeRunner:
     def close(self) -> None:
         import torch
 
+        self._close_perfect_model()
+
         env, self._env = self._env, None
         if env is not None:
             env.close()
@@ -132,6 +134,10 @@ class EpisodeRunner:
             model = self._world_model()
             show = show and "frames" in model.spec.returns
             return self._planner(model, env, imagination, show=show), self.config.planner.execute_horizon
+        if name == PERFECT:
+            model = self._perfect_model(env)
+            planner = self._planner(model, env, imagination, self.picture_decoder)
+            return planner, self.config.planner.execute_horizon
         if name == "noop":
             return baselines.NoOp(), 0
         if name == "random":
@@ -244,6 +250,7 @@ class EpisodeRunner:
 
         if self._env is None or self._task != task:
             if self._env is not None:
+                self._close_perfect_model()
                 self._env.close()
             options = self.environments.get(task, {})
             self._env = gymnasium.make(
@@ -251,6 +258,20 @@ class EpisodeRunner:
             )
             self._task = task
         return self._env
+
+    def _perfect_model(self, env: Any) -> Any:
+        """The simulator itself as world model of this environment; a process of its own."""
+        from .compare_controls import control_model
+
+        if PERFECT not in self._parts:
+            planner = self.config.planner
+            template = planner.prompt_template
+            self._parts[PERFECT] = control_model(PERFECT, env.unwrapped, "", planner.execute_horizon, template)
+        return self._parts[PERFECT]
+
+    def _close_perfect_model(self) -> None:
+        if (model := self._parts.pop(PERFECT, None)) is not None:
+            model.close()
 
     def _world_model(self) -> Any:
         if "world_model" not in self._parts:

@@ -83,6 +83,11 @@ def from_summary(
                 lines.append(
                     measurement(f"{path}/success", entry["rate"], unit="share", against=against, **interval, **shared)
                 )
+            if gap := entry.get("gap"):
+                claim = f"planner/{protocol}/perfect-minus-{name}/{task}/success"
+                about = {word: gap[word] for word in ("only_perfect", "only_model")}
+                interval = {"low": gap["low"], "high": gap["high"], "n": gap["n"]}
+                lines.append(measurement(claim, gap["difference"], unit="share", against=about, **(shared | interval)))
             lines += [measurement(f"{path}/{m}", entry[m], unit=MEANS[m], **shared) for m in MEANS if m in entry]
     return lines
 

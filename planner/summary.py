@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from physisforcing.core.paired_stats import paired_proportions
 from physisforcing.core.results import count
 from physisforcing.core.stats import fisher_exact, wilson
 
 #: Baselines that a closed-loop figure has to beat at this level.
 GATE_BASELINES, GATE_LEVEL = ("noop", "random"), 0.01
+#: The planner with its model, and with the simulator itself as world model.
+MODEL, PERFECT = "model", "perfect"
 #: Numbers of a row that are averaged, with their units.
 MEANS = {
     "joint_deg": "deg",
@@ -41,7 +44,29 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
                 for baseline in GATE_BASELINES
                 if baseline in tasks[task] and baseline != name
             }
+        if {MODEL, PERFECT} <= policies.keys() and (gap := _gap(policies[PERFECT], policies[MODEL])):
+            tasks[task][MODEL]["gap"] = gap
     return {"tasks": tasks}
+
+
+def _gap(perfect: Sequence[Mapping[str, Any]], model: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Success of the perfect model minus the model's in the scenes that both finished, under the same planner."""
+    won, other = (
+        {r["seed"]: r["status"] == "success" for r in rows if r["status"] != "error"} for rows in (perfect, model)
+    )
+    pairs = [(won[seed], other[seed]) for seed in sorted(won.keys() & other.keys())]
+    if not pairs:
+        return None
+    counts = [pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
+    difference, low, high = paired_proportions(*counts)
+    return {
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "n": len(pairs),
+        "only_perfect": counts[1],
+        "only_model": counts[2],
+    }
 
 
 def _policy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -97,6 +122,12 @@ def markdown(summary: Mapping[str, Any], *, title: str, notes: Sequence[str] = (
                     cells.append("-" if p is None else f"{p:.2g}")
             cells += [f"{entry[m]:.2f}" if m in entry else "-" for m in measured]
             lines.append("| " + " | ".join(cells) + " |")
+        if gap := policies.get(MODEL, {}).get("gap"):
+            difference, low, high = (f"{100 * gap[name]:+.0f}" for name in ("difference", "low", "high"))
+            lines += [
+                "",
+                f"Perfect model minus model in the same {gap['n']} scenes: {difference} % (95 % {low} to {high} %).",
+            ]
         lines.append("")
     lines += [f"- {note}" for note in notes]
     return "\n".join(lines).rstrip() + "\n"

@@ -111,6 +111,22 @@ def test_oracle_check_reports_controls_and_ceiling(weights, demonstrations, tmp_
     assert (tmp_path / "oracle/results.jsonl").read_bytes() == before
 
 
+def test_the_gap_to_the_perfect_model_stands_in_the_report(weights, tmp_path):
+    """The simulator as world model under the same planner and the shipped decoder, with RoboTwin's own take_action."""
+    config = settings(
+        weights, baselines=["perfect"], episodes=1, control="topp", max_steps=80, videos=0, output=str(tmp_path)
+    )
+    config.planner.decoder = "shipped"
+    policies = evaluate(config, progress=False)["tasks"][TASK]
+    assert policies["perfect"]["successes"] == 1 and policies["model"]["successes"] == 0 == policies["model"]["errors"]
+    assert policies["perfect"]["telemetry"]["plans"] == 2, "planned again after 32 steps"
+    gap = policies["model"]["gap"]
+    assert (gap["difference"], gap["n"], gap["only_perfect"]) == (1.0, 1, 1) and gap["low"] < 1
+    assert "Perfect model minus model in the same 1 scenes: +100 %" in (tmp_path / "summary.md").read_text()
+    lines = {line["claim"]: line for line in json.loads((tmp_path / "measurements.json").read_text())}
+    assert lines[f"planner/topp/perfect-minus-model/{TASK}/success"]["value"] == 1.0
+
+
 def test_closed_loop_repeats_and_continues(weights, demonstrations, tmp_path):
     arguments = {"baselines": ["noop", "random"], "max_steps": 40, "execute_horizon": 24}
     first = evaluate(settings(weights, output=str(tmp_path / "a"), **arguments), progress=False)

@@ -233,7 +233,8 @@ def test_a_comparison_keys_controls_by_the_decoder_that_reads_them(folders: dict
         return ComparisonPlan(config, progress=False)
 
     plain, feature = plan_of(), plan_of(decoder=folders["feature"])
-    assert plain.names == feature.names == ["mine", "noop", "frozen", "perfect"] and not feature.skipped
+    assert plain.names == feature.names == ["mine", "noop", "frozen", "perfect"]
+    assert list(feature.skipped) == ["imagined success"], "no classifier was given"
     assert plain.fingerprints["frozen"] == feature.fingerprints["frozen"], "the shipped decoder reads it in both"
     assert plain.fingerprints["mine"] != feature.fingerprints["mine"] and feature.note and not plain.note
     third = plan_of(decoder=folders["feature"], picture_decoder=folders["single_frame"])

@@ -38,7 +38,7 @@ def test_retrieval_must_not_remember_the_test_scenes(dataset: Callable[..., Path
     with pytest.raises(UserError, match=r"train_demos: got 'seed 100000 in .*start_seed=0"):
         evaluate(config, progress=False)
     config.train_demos = str(dataset(9_998, 9_999))
-    assert _Plan(config).policies == ["model", "noop", "random", "retrieval", "retrieval_video"]
+    assert _Plan(config).policies == ["model", "noop", "random", "retrieval", "retrieval_video", "perfect"]
 
 
 def test_the_partner_of_an_oracle_scene_does_not_depend_on_how_many_are_evaluated(
