@@ -19,15 +19,7 @@ from physisforcing.planner.track1_archive import ArchiveLimits
 from physisforcing.planner.track1_names import ReadmeError, front_matter
 from physisforcing.planner.track1_pack import readme_text
 from physisforcing.planner.track1_report import Track1Report, Track1Rules
-
-FIELDS = {
-    "model_name": "pico",
-    "version": "v1",
-    "organization": "Example Lab",
-    "release_year": "2026",
-    "source_type": "open_source",
-    "control_type": "text_driven",
-}
+from track1_fields import FIELDS
 
 
 @pytest.fixture(scope="module")

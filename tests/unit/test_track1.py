@@ -19,15 +19,7 @@ from physisforcing.planner.track1 import check_archive
 from physisforcing.planner.track1_names import ReadmeError, episode_of, front_matter, read_summary
 from physisforcing.planner.track1_pack import pack, readme_text
 from physisforcing.planner.track1_report import Track1Rules
-
-FIELDS = {
-    "model_name": "pico",
-    "version": "v1",
-    "organization": "Example Lab",
-    "release_year": "2026",
-    "source_type": "open_source",
-    "control_type": "text_driven",
-}
+from track1_fields import FIELDS
 
 
 def clip(path: Path, *, frames: int = 5, size: tuple[int, int] = (480, 640), fps: float = 24.0) -> Path:
