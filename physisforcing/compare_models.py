@@ -44,7 +44,7 @@ def look_at_models(config: CompareConfig, models: Mapping[str, ComparedModel], r
 
     decoder, found = open_decoder(config.planner.decoder, "cpu"), Looked()
     for name, model in models.items():
-        opened = load_compared(config, model.source, config.planner.device)
+        opened = load_compared(config, model.source, "cpu")
         spec = found.specs[name] = opened.spec
         try:
             try_planner(config.planner, opened, decoder)

@@ -18,6 +18,8 @@ from .videos import STRIDE
 
 #: Size of every panel, and its constant rate factor: about 15 kB a second.
 SIZE, CRF = (240, 320), 26
+#: Nothing compresses noise: at the other films' quality it would take more room than all of them.
+NOISE_CRF = 48
 #: Points drawn on each body.
 DRAWN = 16
 #: What controls show in the place of an imagination. No model made it.
@@ -69,25 +71,28 @@ def write_panels(
     steps = [s for s in range(chunks[0].step, max(executed) + 1, STRIDE) if s in executed]
     real = np.stack([resize_frames(executed[s][None], SIZE)[0] for s in steps])
     about = f"What happened when the plans of {model} were executed."
-    panels = [_write(Path(folder), f"media/{name}-executed.mp4", f"{model}: executed", about, real, real_label)]
+    panels = [_write(Path(folder), f"media/{name}-executed.mp4", f"{model}: executed", about, real, real_label, CRF)]
     pictures = np.stack([_imagined(_at(chunks, s), s) for s in steps])
     verb = "shown" if model in SHOWN else "imagined"
     about = f"What {model} imagined while it planned."
     if model in SHOWN:
         about = f"What the planner was shown as the future, not imagined by a model: {SHOWN[model]}."
-    panels.append(_write(Path(folder), f"media/{name}-imagined.mp4", f"{model}: {verb}", about, pictures, label))
+    crf = NOISE_CRF if model == "noise" else CRF
+    panels.append(_write(Path(folder), f"media/{name}-imagined.mp4", f"{model}: {verb}", about, pictures, label, crf))
     if any(chunk.scored is not None for chunk in chunks):
         for chunk in chunks:
             _draw_tracks(pictures, steps, [s for s in steps if _at(chunks, s) is chunk], chunk)
         about = f"Points followed through what {model} {'showed' if model in SHOWN else verb}, coloured, and where they truly went, pale."
-        panels.append(_write(Path(folder), f"media/{name}-tracks.mp4", f"{model}: tracks", about, pictures, label))
+        panels.append(_write(Path(folder), f"media/{name}-tracks.mp4", f"{model}: tracks", about, pictures, label, crf))
     return panels
 
 
-def _write(folder: Path, path: str, label: str, description: str, frames: NDArray[np.uint8], comment: str) -> Panel:
+def _write(
+    folder: Path, path: str, label: str, description: str, frames: NDArray[np.uint8], comment: str, crf: int
+) -> Panel:
     from physisforcing.core.video import write_mp4
 
-    write_mp4(folder / path, frames, FPS / STRIDE, {"comment": comment}, crf=CRF)
+    write_mp4(folder / path, frames, FPS / STRIDE, {"comment": comment}, crf=crf)
     return Panel(path=path, label=label, description=description)
 
 

@@ -114,7 +114,7 @@ def test_oracle_check_reports_controls_and_ceiling(weights, demonstrations, tmp_
 def test_the_gap_to_the_perfect_model_stands_in_the_report(weights, tmp_path):
     """The simulator as world model under the same planner and the shipped decoder, with RoboTwin's own take_action."""
     config = settings(
-        weights, baselines=["perfect"], episodes=1, control="topp", max_steps=80, videos=0, output=str(tmp_path)
+        weights, baselines=["perfect"], episodes=1, control="topp", max_steps=64, videos=0, output=str(tmp_path)
     )
     config.planner.decoder = "shipped"
     policies = evaluate(config, progress=False)["tasks"][TASK]

@@ -7,9 +7,11 @@ import torch
 from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.protocols import WorldModel
 from physisforcing.core.types import RolloutRequest
+from physisforcing.worldmodel.backbones.actions import ActionConfig
 from physisforcing.worldmodel.backbones.wan import (
     ConditionerConfig,
     WanConfig,
+    WanDenoiser,
     build_denoiser,
     load_denoiser,
     save_denoiser,
@@ -35,7 +37,8 @@ def inputs(batch: int = 2):
 
 
 def stock_forward(model, x, timesteps, context):
-    per_token = timesteps.repeat_interleave(x.shape[3] * x.shape[4], dim=1)
+    _, rows, columns = model.transformer.config.patch_size
+    per_token = timesteps.repeat_interleave(x.shape[3] // rows * (x.shape[4] // columns), dim=1)
     return model.transformer(x, per_token, context, return_dict=False)[0]
 
 
@@ -51,6 +54,27 @@ def test_forward_equals_the_stock_forward():
     stock_forward(model, x, timesteps, context)
     handle.remove()
     torch.testing.assert_close(tapped, captured[0], atol=2e-5, rtol=1e-4)
+
+
+def test_patches_of_two_by_two_and_an_action_model_of_them():
+    """As Wan2.2-TI2V-5B has them: the stock velocity, and bit-equal to it as an action model that has learned nothing yet."""
+    small = denoiser()
+    torch.manual_seed(2)
+    config = {**small.transformer.config, "patch_size": (1, 2, 2)}
+    transformer = type(small.transformer).from_config(config).eval()
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    model = WanDenoiser(transformer, small.conditioner, tap=2)
+    _, timesteps, text, state = inputs()
+    x, context = torch.randn(2, 4, 3, 4, 6), model.context(text, state)
+    velocity, tapped = model(x, timesteps, context, need_tap=True)
+    assert velocity.shape == x.shape and tapped.shape == (2, 3 * 2 * 3, 24)
+    torch.testing.assert_close(velocity, stock_forward(model, x, timesteps, context), atol=2e-5, rtol=1e-4)
+    model.add_actions(ActionConfig(hidden=8))
+    actions = torch.randn(2, 16, 14)
+    assert torch.equal(model(x, timesteps, context, action_BFD=model.action_embedding(actions, state))[0], velocity)
+    torch.nn.init.normal_(model.actions.project.weight, std=0.5)
+    other = model(x, timesteps, context, action_BFD=model.action_embedding(actions, state))[0]
+    assert (other - velocity).abs().max() > 1e-3
 
 
 def test_tap_carries_gradients_to_the_blocks_before_it_only():

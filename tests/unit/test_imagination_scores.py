@@ -483,6 +483,18 @@ def test_films_say_who_made_the_pictures(tmp_path: Path, name: str) -> None:
         assert f"{name}: imagined" not in told and f"{name} imagined" not in told and SHOWN[name] in label
 
 
+def test_films_of_noise_leave_room_for_the_others(tmp_path: Path) -> None:
+    """Nothing compresses random pictures: at the quality of the other films a control that shows them filled the whole report."""
+    frames = np.random.default_rng(0).integers(0, 256, (17, 120, 160, 3), dtype=np.uint8)
+    executed = {step: np.zeros((*SIZE, 3), np.uint8) for step in range(0, 33, 2)}
+    sizes = {}
+    for name in ("noise", "m"):
+        chunks = [ImaginedChunk(step=0, frames_THWC=frames, times_T=np.arange(17) * 2 * DT)]
+        shown = write_panels(tmp_path, name, executed, chunks, model=name, label="l")[1]
+        sizes[name] = (tmp_path / shown.path).stat().st_size
+    assert sizes["noise"] < 20_000 and sizes["m"] > 10 * sizes["noise"]
+
+
 def test_roles_follow_the_names() -> None:
     names = [
         "table",

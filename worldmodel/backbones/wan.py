@@ -147,10 +147,13 @@ class WanDenoiser(nn.Module):
         action_BFD: Tensor | None = None,
         need_tap: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """-> (velocity [B,C,F,h,w], output of block ``tap`` [B,F*h*w,D], row-major (F,h,w), or None)."""
+        """-> (velocity [B,C,F,h,w], output of block ``tap`` [B,T,D], a token a patch, row-major (F,h,w), or None).
+
+        Any spatial patch: (1,1,1) in our small models, (1,2,2) in Wan2.2-TI2V-5B.
+        """
         model = self.transformer
         _, _, frames, height, width = x_BCFhw.shape
-        assert tuple(model.config.patch_size) == PATCH
+        _, rows, columns = model.config.patch_size
         assert (action_BFD is None) == (self.actions is None), "actions for an action model, none for a text model"
         at = embed(model, x_BCFhw, timesteps_BF, context_BLD, action_BFD)
         x = at.x_BLD
@@ -162,8 +165,9 @@ class WanDenoiser(nn.Module):
                 tapped = x
         shift, scale = (model.scale_shift_table.unsqueeze(0) + at.temb_BFD.unsqueeze(2)).float().unbind(2)
         x = _modulate(model.norm_out(x.float()), shift, scale).type_as(x)
-        velocity = model.proj_out(x).transpose(1, 2).unflatten(2, (frames, height, width))
-        return velocity, tapped
+        patches = model.proj_out(x).unflatten(1, (frames, height // rows, width // columns))
+        velocity_BCFhywx = patches.unflatten(-1, (rows, columns, -1)).permute(0, 6, 1, 2, 4, 3, 5)
+        return velocity_BCFhywx.flatten(5, 6).flatten(3, 4), tapped
 
 
 @dataclass(slots=True, kw_only=True)
