@@ -12,6 +12,7 @@ cells plan in the same frozen scenes with the same noise seeds: candidate 0 of N
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def results(cell: Cell, arguments: argparse.Namespace) -> CellResult:
     """What is there of a cell, whole or in part."""
     config = cell_config(cell, arguments)
     plan = _Plan(config)
-    path = Path(config.output) / "results.jsonl"
+    path, about = Path(config.output) / "results.jsonl", Path(config.output) / "provenance.json"
     rows: list[dict[str, Any]] = []
     if path.is_file():
         found = ResultsFile(path)
@@ -100,6 +101,7 @@ def results(cell: Cell, arguments: argparse.Namespace) -> CellResult:
         wanted=len(plan.jobs),
         rows=rows,
         manifests=plan.scenes.manifests,
+        provenance=json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {},
     )
 
 

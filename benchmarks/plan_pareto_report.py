@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ MARKERS = {1: "o", 4: "s", 16: "D"}
 
 @dataclass(slots=True, kw_only=True)
 class CellResult:
-    """A cell and its episodes (lines of ``results.jsonl``); errors stand in no denominator."""
+    """A cell and its episodes (lines of ``results.jsonl``); errors stand in no denominator. ``provenance``: of the run, which may have
+    been on another machine than the report."""
 
     name: str
     steps: int
@@ -36,6 +37,7 @@ class CellResult:
     wanted: int
     rows: list[dict[str, Any]]
     manifests: Mapping[str, str]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def finished(self, task: str = "") -> list[dict[str, Any]]:
         return [row for row in self.rows if row["status"] != "error" and task in ("", row["task"])]
@@ -128,14 +130,13 @@ def write_report(
     """``results/plan_pareto.md`` and ``.json``, ``images/plan_pareto.png`` below ``docs``; returns the page. Cells without a finished
     episode are listed as missing."""
     known = [cell for cell in cells if cell.finished()]
-    provenance = machine_provenance()
     folder = docs / "results"
     folder.mkdir(parents=True, exist_ok=True)
     (docs / "images").mkdir(parents=True, exist_ok=True)
     plot(known, docs / "images" / "plan_pareto.png")
-    write_measurements(folder / "plan_pareto.json", _lines(known, command, provenance))
+    write_measurements(folder / "plan_pareto.json", _lines(known, command))
     page = folder / "plan_pareto.md"
-    replace_text(page, _page(cells, known, command, settings, provenance, rehearsal))
+    replace_text(page, _page(cells, known, command, settings, rehearsal))
     return page
 
 
@@ -186,11 +187,12 @@ def plot(cells: Sequence[CellResult], path: Path) -> None:
     plt.close(figure)
 
 
-def _lines(cells: Sequence[CellResult], command: str, provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _lines(cells: Sequence[CellResult], command: str) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     compared = {comparison.cell.name: comparison for comparison in compare(cells)}
-    shared: dict[str, Any] = {"command": command, "provenance": provenance}
+    here = machine_provenance()
     for cell in cells:
+        shared: dict[str, Any] = {"command": command, "provenance": cell.provenance or here}
         path, tasks = f"planner/pareto/{cell.name}", sorted({row["task"] for row in cell.rows})
         for task in tasks:
             n = len(cell.finished(task))
@@ -215,6 +217,7 @@ def _lines(cells: Sequence[CellResult], command: str, provenance: Mapping[str, A
             )
         n = len(cell.finished())
         low, high = wilson(cell.successes(), n)
+        shared["seeds"] = sorted({row["seed"] for row in cell.finished()})
         lines.append(measurement(f"{path}/success", _rate(cell), unit="share", n=n, low=low, high=high, **shared))
         lines.append(measurement(f"{path}/denoiser_calls", cell.evaluations, unit="calls a plan", n=n, **shared))
         lines.append(measurement(f"{path}/plan_s", cell.seconds, unit="s a plan", n=n, **shared))
@@ -234,12 +237,20 @@ def _lines(cells: Sequence[CellResult], command: str, provenance: Mapping[str, A
     return lines
 
 
+def _runs(cells: Sequence[CellResult]) -> list[str]:
+    """On what machine and commit which cells ran."""
+    found: dict[str, list[str]] = {}
+    for cell in cells:
+        about = cell.provenance or machine_provenance()
+        found.setdefault(f"{about['hardware']}; commit {about['commit']}; {about['date'][:10]}", []).append(cell.name)
+    return [f"- {where}: {', '.join(names)}." for where, names in found.items()]
+
+
 def _page(
     cells: Sequence[CellResult],
     known: Sequence[CellResult],
     command: str,
     settings: Mapping[str, Any],
-    provenance: Mapping[str, Any],
     rehearsal: bool,
 ) -> str:
     tasks = sorted({row["task"] for cell in known for row in cell.rows})
@@ -249,8 +260,8 @@ def _page(
         lines += ["**A rehearsal with a handful of episodes: it shows that the benchmark runs, and nothing else.**", ""]
     lines += [
         "Measurements: [plan_pareto.json](plan_pareto.json), written by the command below. Denoising steps x candidates a plan; a",
-        "verifier chooses among candidates. All cells plan in the same frozen scenes with the same noise seeds, so that the candidate of",
-        "N = 1 is among those of N = 4 and N = 16.",
+        "verifier chooses among candidates. All cells plan in the same frozen scenes with the same noise seeds: from one state the candidate",
+        "of N = 1 is among those of N = 4 and N = 16; once other actions were chosen, the states differ.",
         "",
         "![success against denoiser calls a plan](../images/plan_pareto.png)",
         "",
@@ -272,7 +283,7 @@ def _page(
         "- s a plan: what a simulator waits for, with all of them sharing one world model; it depends on their number.",
         f"- {settings['workers']} simulator processes, device {settings['device']}, scenes `manifest={settings['manifest']}`,"
         f" weights {settings['world_model']}; one training seed of each network.",
-        f"- {provenance['hardware']}; commit {provenance['commit']}; {provenance['date']}.",
+        *_runs(known),
         f"- `{command}`",
     ]
     return "\n".join(lines) + "\n"

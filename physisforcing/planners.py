@@ -250,7 +250,9 @@ def served_on(settings: PlannerSettings, server: ServerAddress | None, threads: 
     if settings.server == "auto":
         from physisforcing.planner.train import choose_device
 
-        device, batch, others = choose_device(settings.device), GPU_BATCH, threads
+        # A named device is taken at its word: results of a GPU can be read, and reported, where there is none.
+        device = choose_device("auto") if settings.device == "auto" else settings.device
+        batch, others = GPU_BATCH, threads
     else:
         from physisforcing.planner.model_client import SocketWorldModel
 

@@ -17,7 +17,10 @@ PAGES = {
     README: ("planner/",),
     FOLDER / "robotwin.md": ("expert/", "env/replay/"),
     FOLDER.parent / "perfect_model.md": ("env/perfect/",),
+    FOLDER.parent / "worldarena.md": ("planner/worldarena",),
 }
+#: What has a page of its own and is left out of the README.
+APART = ("planner/worldarena", "planner/pareto/")
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
 NOTHING = "No measurement has been recorded yet.\n"
 HEAD = "| claim | success | 95 % interval | episodes | p against no-op, random |\n|---|---|---|---|---|\n"
@@ -63,6 +66,8 @@ def why(line: dict[str, Any]) -> str:
 
 def table(page: Path) -> str:
     lines = success_lines(PAGES[page])
+    if page == README:
+        lines = [line for line in lines if not line["claim"].startswith(APART)]
     if not lines:
         return NOTHING
     if page == README:
