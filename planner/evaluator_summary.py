@@ -47,7 +47,8 @@ def _judge(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _policy(rows: Sequence[Mapping[str, Any]], real: tuple[int, int] | None) -> dict[str, Any]:
     count = {status: sum(row["status"] == status for row in rows) for status in ("success", "failure", "error")}
-    entry: dict[str, Any] = {"errors": count["error"]}
+    seeds = sorted({int(row["seed"]) for row in rows if "seed" in row})
+    entry: dict[str, Any] = {"errors": count["error"], "seeds": seeds}
     for counting in COUNTINGS:
         n = count["success"] + count["failure"] + (count["error"] if counting == "errors_as_failures" else 0)
         entry[counting] = _rate(count["success"], n)
@@ -188,7 +189,7 @@ def measurements(
         rate = entry["valid_only"]
         if rate["n"]:
             against = {"errors": entry["errors"], "simulator": None if entry["real"] is None else entry["real"]["rate"]}
-            interval = {"low": rate["low"], "high": rate["high"], "n": rate["n"]}
+            interval = {"low": rate["low"], "high": rate["high"], "n": rate["n"], "seeds": entry["seeds"]}
             claim = f"planner/evaluator/{model}/{name}/success"
             lines.append(measurement(claim, rate["rate"], unit="share", against=against, **interval, **shared))
     for counting, found in summary["correlation"].items():
@@ -197,7 +198,8 @@ def measurements(
             names = ("permutation_p", "kendall_tau", "bootstrap_policies", "bootstrap_episodes", "mean_bias")
             against = {name: found[name] for name in names}
             claim = f"planner/evaluator/{model}/{counting}/pearson_r"
-            interval = {"low": low, "high": high, "n": found["n"]}
+            seeds = sorted({seed for entry in summary["policies"].values() for seed in entry["seeds"]})
+            interval = {"low": low, "high": high, "n": found["n"], "seeds": seeds}
             lines.append(measurement(claim, found["pearson_r"], unit="1", against=against, **interval, **shared))
     return lines
 

@@ -40,9 +40,10 @@ def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             plain = hydra_compose(config_name=config_name, overrides=checked)
     except HydraException as error:
-        raise UserError(
-            "override", got=" ".join(overrides), wanted="valid Hydra overrides", fix=_first(error)
-        ) from error
+        fix = (
+            f"put values with spaces, commas or braces in quotes of their own, as in \"field='a, b'\" ({_first(error)})"
+        )
+        raise UserError("override", got=" ".join(overrides), wanted="valid Hydra overrides", fix=fix) from error
     assert isinstance(plain, DictConfig)
     OmegaConf.set_struct(plain, False)
     return build(schema, OmegaConf.to_container(plain, resolve=True))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from physisforcing.planner.evaluator_summary import markdown, measurements, publ
 
 def rows(policy: str, success: int, failure: int, error: int = 0) -> list[dict[str, Any]]:
     kinds = ["success"] * success + ["failure"] * failure + ["error"] * error
-    return [{"policy": policy, "status": kind} for kind in kinds]
+    return [{"policy": policy, "status": kind, "seed": 100_000 + k} for k, kind in enumerate(kinds)]
 
 
 FIVE = [*rows("a", 1, 9), *rows("b", 3, 7), *rows("c", 4, 6), *rows("d", 8, 2), *rows("e", 9, 1)]
@@ -85,6 +85,7 @@ def test_lines_and_tables() -> None:
     assert (
         (r["low"], r["high"]) == pearson_interval(r["value"], 5) and r["n"] == 5 and r["against"]["kendall_tau"] == 1.0
     )
+    assert {line["seeds"] for line in lines.values()} == {"100000-100009"}
     assert lines["planner/evaluator/meter/b/success"]["against"] == {"errors": 0, "simulator": 0.25}
     text = markdown(found, title="Policies", notes=["a note"])
     assert "| b | 3/10 = 30 % | 11-60 % | 0 | 5/20 = 25 % | 11-47 % | +5 |" in text and "- a note" in text
