@@ -124,18 +124,24 @@ def _rate(cell: CellResult) -> float:
     return cell.successes() / max(1, len(cell.finished()))
 
 
+def report_name(manifest: str) -> str:
+    """Of the files of a report; other scenes than the test set's have reports, and claims, of their own."""
+    return "plan_pareto" if manifest in ("auto", "test") else f"plan_pareto_{Path(manifest).stem}"
+
+
 def write_report(
     cells: Sequence[CellResult], docs: Path, *, command: str, settings: Mapping[str, Any], rehearsal: bool
 ) -> Path:
-    """``results/plan_pareto.md`` and ``.json``, ``images/plan_pareto.png`` below ``docs``; returns the page. Cells without a finished
+    """``results/<report_name>.md`` and ``.json``, ``images/<report_name>.png`` below ``docs``; returns the page. Cells without a finished
     episode are listed as missing."""
     known = [cell for cell in cells if cell.finished()]
     folder = docs / "results"
     folder.mkdir(parents=True, exist_ok=True)
     (docs / "images").mkdir(parents=True, exist_ok=True)
-    plot(known, docs / "images" / "plan_pareto.png")
-    write_measurements(folder / "plan_pareto.json", _lines(known, command))
-    page = folder / "plan_pareto.md"
+    name = report_name(str(settings["manifest"]))
+    plot(known, docs / "images" / f"{name}.png")
+    write_measurements(folder / f"{name}.json", _lines(known, command, name))
+    page = folder / f"{name}.md"
     replace_text(page, _page(cells, known, command, settings, rehearsal))
     return page
 
@@ -187,13 +193,13 @@ def plot(cells: Sequence[CellResult], path: Path) -> None:
     plt.close(figure)
 
 
-def _lines(cells: Sequence[CellResult], command: str) -> list[dict[str, Any]]:
+def _lines(cells: Sequence[CellResult], command: str, name: str) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     compared = {comparison.cell.name: comparison for comparison in compare(cells)}
     here = machine_provenance()
     for cell in cells:
         shared: dict[str, Any] = {"command": command, "provenance": cell.provenance or here}
-        path, tasks = f"planner/pareto/{cell.name}", sorted({row["task"] for row in cell.rows})
+        path, tasks = f"planner/{name.removeprefix('plan_')}/{cell.name}", sorted({row["task"] for row in cell.rows})
         for task in tasks:
             n = len(cell.finished(task))
             if not n:
@@ -253,17 +259,17 @@ def _page(
     settings: Mapping[str, Any],
     rehearsal: bool,
 ) -> str:
-    tasks = sorted({row["task"] for cell in known for row in cell.rows})
+    tasks, name = sorted({row["task"] for cell in known for row in cell.rows}), report_name(str(settings["manifest"]))
     best = {cell.name for cell in front(known)}
     lines = ["# Success against compute", ""]
     if rehearsal:
         lines += ["**A rehearsal with a handful of episodes: it shows that the benchmark runs, and nothing else.**", ""]
     lines += [
-        "Measurements: [plan_pareto.json](plan_pareto.json), written by the command below. Denoising steps x candidates a plan; a",
+        f"Measurements: [{name}.json]({name}.json), written by the command below. Denoising steps x candidates a plan; a",
         "verifier chooses among candidates. All cells plan in the same frozen scenes with the same noise seeds: from one state the candidate",
         "of N = 1 is among those of N = 4 and N = 16; once other actions were chosen, the states differ.",
         "",
-        "![success against denoiser calls a plan](../images/plan_pareto.png)",
+        f"![success against denoiser calls a plan](../images/{name}.png)",
         "",
         f"| steps | N | verifier | {' | '.join(tasks)} | all | 95 % | denoiser calls a plan | s a plan | front |",
         "|" + " --- |" * (8 + len(tasks)),

@@ -20,7 +20,7 @@ PAGES = {
     FOLDER.parent / "worldarena.md": ("planner/worldarena",),
 }
 #: What has a page of its own and is left out of the README.
-APART = ("planner/worldarena", "planner/pareto/")
+APART = ("planner/worldarena", "planner/pareto")
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
 NOTHING = "No measurement has been recorded yet.\n"
 HEAD = "| claim | success | 95 % interval | episodes | p against no-op, random |\n|---|---|---|---|---|\n"

@@ -99,6 +99,26 @@ def test_the_report_holds_table_plot_and_measurements(report: Any, tmp_path: Pat
     assert lines["planner/pareto/steps1-n1/denoiser_calls"]["value"] == 1.0
     assert (tmp_path / "images/plan_pareto.png").stat().st_size > 5000
     assert "](../images/plan_pareto.png)" in text
+    assert {line["seeds"] for claim, line in lines.items() if claim.endswith("n4-spread/success")} != {""}
+    harder = report.write_report(
+        cells, tmp_path, command="x", settings=settings | {"manifest": "test_ood"}, rehearsal=True
+    )
+    assert harder.name == "plan_pareto_test_ood.md" and page.read_text() == text, (
+        "other scenes have a report of their own"
+    )
+    other = {line["claim"] for line in json.loads(harder.with_suffix(".json").read_text())}
+    assert not other & lines.keys() and "planner/pareto_test_ood/steps1-n1/success" in other
+
+
+def test_a_cell_keeps_where_it_ran(report: Any, tmp_path: Path) -> None:
+    """Results of a GPU are reported as such also where the report is written."""
+    there = {"commit": "c0ffee", "hardware": "a GPU", "versions": {}, "date": "2026-01-02T03:04:05Z"}
+    ran = cell(report, 1, 1, "", [1, 0])
+    ran.provenance = there
+    settings = {"workers": 2, "device": "cuda", "manifest": "auto", "world_model": "shipped"}
+    page = report.write_report([ran], tmp_path, command="x", settings=settings, rehearsal=False)
+    assert "- a GPU; commit c0ffee; 2026-01-02: steps1-n1." in page.read_text()
+    assert {line["hardware"] for line in json.loads(page.with_suffix(".json").read_text())} == {"a GPU"}
 
 
 def test_cells_share_scenes_and_differ_in_their_keys(report: Any, repository: Path) -> None:
