@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from chromium import BROWSER, Chromium
 
 if (
     "PYTEST_XDIST_WORKER" in os.environ
@@ -137,3 +139,13 @@ def write_black_episodes() -> Callable[..., Path]:
         return writer.finalize()
 
     return write
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    """One browser for all tests of pages; ``chromium.needs_browser`` marks them."""
+    if BROWSER is None:
+        pytest.skip("no browser (chromium, chromium-browser, google-chrome) on the path")
+    found = Chromium(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()

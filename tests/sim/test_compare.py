@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from chromium import needs_browser
 from physisforcing.compare import CompareConfig
 from physisforcing.core.errors import UserError
 from physisforcing.core.results import ResultsFile
@@ -51,6 +52,21 @@ def test_a_comparison_ends_with_a_report(compared):
     assert "data-players" in page and "click_bell, scene 100000" in page
     claims = {line["claim"] for line in json.loads((output / "measurements.json").read_text())}
     assert f"compare/interpolated/still/{TASK}/success" in claims
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "mobile"), [(1280, False), (390, True)])
+def test_its_report_plays_in_a_browser(compared, browser, width, mobile):
+    """The page that a comparison wrote, at desktop and phone width: nothing sticks out, videos play, the console stays empty."""
+    browser.events.clear()
+    browser.open(compared[0] / "report.html", width, 900, mobile=mobile)
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    group = "document.querySelector('[data-players]')"
+    browser.run(f"{group}.scrollIntoView()")
+    browser.wait(f"[...{group}.querySelectorAll('video')].every(v => v.readyState >= 2)")
+    browser.run(f"{group}.querySelector('button').click()")
+    browser.wait(f"[...{group}.querySelectorAll('video')].every(v => v.currentTime > 0.3)")
+    assert browser.complaints() == []
 
 
 def test_imaginations_are_held_against_what_happened(compared):
