@@ -33,7 +33,7 @@ from physisforcing.envs.manifest import load_manifest
 from physisforcing.envs.perfect_planner import PerfectPlanner, SmoothErrors
 from physisforcing.envs.rollout import run_episode
 from physisforcing.envs.seeds import Job, Outcome
-from physisforcing.envs.simulator_world_model import SimulatorConfig, SimulatorWorldModel
+from physisforcing.envs.simulator_world_model import VERSION, SimulatorConfig, SimulatorWorldModel
 from physisforcing.episode_jobs import run_jobs
 from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
 from physisforcing.planner.decoder_files import load_decoder
@@ -85,6 +85,7 @@ class Episodes:
     """Runs episodes in one process (``envs.seeds.Handler``); keeps one task's environment and model."""
 
     def __init__(self, settings: Settings) -> None:
+        self.provenance = machine_provenance()
         self.settings, self._task, self._env, self._model, self._policy = settings, "", None, None, None
         self._readout: ReadOut | None = None
 
@@ -95,6 +96,7 @@ class Episodes:
         entry = next(entry for entry in _manifest(task).entries if entry.seed == job.seed)
         result = run_episode(self._env, self._policy, seed=entry.seed, expect=entry)
         row: dict[str, Any] = {"status": result.status, "success": result.success, "steps": result.steps}
+        row["provenance"] = self.provenance  # an episode may have run elsewhere, and before, the report
         row |= {"error": result.error} if result.error else {"assets": result.info["assets"]}
         row["reason"] = _reason(result.telemetry) if result.status == "failure" else ""
         if self._readout is not None and self._readout.errors:
@@ -137,18 +139,26 @@ def _decoder(folder: str, device: str) -> Any:
 
 
 def run_all(
-    tasks: Sequence[str], episodes: int, settings: Settings, name: str, workers: int, output: Path
+    tasks: Sequence[str],
+    episodes: int,
+    settings: Settings,
+    name: str,
+    workers: int,
+    output: Path,
+    retry_errors: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows by task; those that ``output`` already holds are not run again. ``workers``: processes; 0: here."""
     reads = _decoder(settings.decoder, "cpu").fingerprint if settings.decoder else name
-    hashed = config_hash({"error": settings.error, "execute": settings.execute, "device": settings.device})
+    about = {"error": settings.error, "execute": settings.execute, "device": settings.device, "simulator": VERSION}
+    hashed = config_hash(about)
 
     def key(job: Job) -> ResultKey:
         task = job.task.split("/")[0]
         return ResultKey(manifest=_manifest(task).key, episode=f"{task}/{job.seed}", fingerprint=reads, config=hashed)
 
     jobs = [Job(task=f"{task}/{name}", seed=e.seed) for task in tasks for e in _manifest(task).entries[:episodes]]
-    rows = run_jobs(jobs, key, output, functools.partial(Episodes, settings), workers=workers)
+    make = functools.partial(Episodes, settings)
+    rows = run_jobs(jobs, key, output, make, workers=workers, retry_errors=retry_errors)
     return {task: [row for row in rows if row["task"] == task] for task in tasks}
 
 
@@ -164,7 +174,8 @@ def squares(errors_PA: NDArray[np.float64]) -> dict[str, Any]:
 
 def decoded_errors(rows: list[dict[str, Any]]) -> dict[str, float]:
     """RMSE over all executed rows: joints in degrees, grippers as share of their opening."""
-    sums = {name: np.sum([row[name] for row in rows if name in row], axis=0) for name in ("deg", "gripper")}
+    read = [row for row in rows if "deg" in row]
+    sums = {name: np.sum([row[name] for row in read], axis=0) for name in ("deg", "gripper") if read}
     return {f"decoded_{name}": float(np.sqrt(total / count)) for name, (total, count) in sums.items()}
 
 
@@ -230,10 +241,14 @@ def time_all(options: argparse.Namespace, command: str, provenance: Any) -> list
 
 
 def success_line(
-    task: str, rows: list[dict[str, Any]], settings: Settings, name: str, command: str, provenance: Any
-) -> dict[str, Any]:
+    task: str, rows: list[dict[str, Any]], settings: Settings, name: str, command: str
+) -> dict[str, Any] | None:
+    """The measurement of a task; None where no episode was finished. Crashed episodes stand in no denominator."""
     crashed = [row["seed"] for row in rows if row["status"] == "error"]
     rows = [row for row in rows if row["status"] != "error"]
+    if not rows:
+        print(f"{task:26} skipped: no finished episode, {len(crashed)} crashed", flush=True)
+        return None
     n, k = len(rows), sum(row["success"] for row in rows)
     low, high = wilson(k, n)
     failed = dict(Counter(row["reason"] for row in rows if not row["success"]))
@@ -242,6 +257,8 @@ def success_line(
     about |= {"crashed, in no denominator": crashed} if crashed else {}
     if settings.decoder:
         about |= decoded_errors(rows) | {"decoder": _decoder(settings.decoder, "cpu").fingerprint}
+    if len(commits := sorted({row["provenance"]["commit"] for row in rows})) > 1:
+        about["commits"] = commits
     words = " ".join(f"{key} {value:.3g}" for key, value in about.items() if key.startswith("decoded"))
     print(
         f"{task:26} {k}/{n} [{low:.2f}, {high:.2f}]  steps {[row['steps'] for row in rows]}  {words} {failed}",
@@ -249,7 +266,7 @@ def success_line(
     )
     return measurement(
         f"env/perfect/{name}/{task}/success", k / n, unit="rate", low=low, high=high, n=n,
-        seeds=[row["seed"] for row in rows], against=about, command=command, provenance=provenance,
+        seeds=[row["seed"] for row in rows], against=about, command=command, provenance=rows[-1]["provenance"],
     )  # fmt: skip
 
 
@@ -264,26 +281,29 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes")
     parser.add_argument("--execute", type=int, default=32, help="control steps of a plan that are executed")
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--retry-errors", action="store_true", help="run crashed episodes again")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/perfect_model"), help="finished episodes: continues there"
     )
     parser.add_argument("--json", type=Path, help="merge measurements into this file")
     options = parser.parse_args()
-    provenance = machine_provenance()
     command = f"python benchmarks/perfect_model.py --episodes {options.episodes} --execute {options.execute}"
     command += f" --tasks {' '.join(options.tasks)}" if options.tasks != TASKS else ""
     command += f" --error {options.error:g}" if options.error else ""
     if options.decoder:
         command += f" --decoder {Path(options.decoder).name} --name {options.name} --device {options.device}"
     if options.time:
-        lines = time_all(options, command, provenance)
+        lines = time_all(options, command, machine_provenance())
     else:
         settings = Settings(
             error=options.error, execute=options.execute, decoder=options.decoder, device=options.device
         )
         name = f"error_{options.error:g}deg" if options.error else options.name if options.decoder else "exact"
-        found = run_all(options.tasks, options.episodes, settings, name, options.workers, options.output)
-        lines = [success_line(task, rows, settings, name, command, provenance) for task, rows in found.items()]
+        found = run_all(
+            options.tasks, options.episodes, settings, name, options.workers, options.output, options.retry_errors
+        )
+        told = [success_line(task, rows, settings, name, command) for task, rows in found.items()]
+        lines = [line for line in told if line is not None]
     if options.json:
         write_measurements(options.json, lines)
 

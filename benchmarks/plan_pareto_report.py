@@ -12,7 +12,7 @@ import numpy as np
 from physisforcing.core.files import replace_text
 from physisforcing.core.paired_stats import paired_proportions
 from physisforcing.core.stats import holm, mcnemar, wilson
-from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
+from physisforcing.planner.measurements import measurement, write_measurements
 
 COLOURS = {
     "": "#444444",
@@ -22,6 +22,8 @@ COLOURS = {
     "track_consistency": "#009e73",
 }
 COLOURS |= {"combined": "#d55e00", "success": "#cc79a7"}
+#: Of a cell that was cut off: an evaluation writes where it ran when it ends.
+UNKNOWN = dict.fromkeys(("commit", "hardware", "date"), "not recorded") | {"versions": {}}
 MARKERS = {1: "o", 4: "s", 16: "D"}
 
 
@@ -196,9 +198,8 @@ def plot(cells: Sequence[CellResult], path: Path) -> None:
 def _lines(cells: Sequence[CellResult], command: str, name: str) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     compared = {comparison.cell.name: comparison for comparison in compare(cells)}
-    here = machine_provenance()
     for cell in cells:
-        shared: dict[str, Any] = {"command": command, "provenance": cell.provenance or here}
+        shared: dict[str, Any] = {"command": command, "provenance": cell.provenance or UNKNOWN}
         path, tasks = f"planner/{name.removeprefix('plan_')}/{cell.name}", sorted({row["task"] for row in cell.rows})
         for task in tasks:
             n = len(cell.finished(task))
@@ -226,7 +227,6 @@ def _lines(cells: Sequence[CellResult], command: str, name: str) -> list[dict[st
         shared["seeds"] = sorted({row["seed"] for row in cell.finished()})
         lines.append(measurement(f"{path}/success", _rate(cell), unit="share", n=n, low=low, high=high, **shared))
         lines.append(measurement(f"{path}/denoiser_calls", cell.evaluations, unit="calls a plan", n=n, **shared))
-        lines.append(measurement(f"{path}/plan_s", cell.seconds, unit="s a plan", n=n, **shared))
         if cell.name in compared:
             c = compared[cell.name]
             against = {
@@ -244,11 +244,13 @@ def _lines(cells: Sequence[CellResult], command: str, name: str) -> list[dict[st
 
 
 def _runs(cells: Sequence[CellResult]) -> list[str]:
-    """On what machine and commit which cells ran."""
+    """On what machine and commit which cells ran: of a cell that was continued, the last run."""
     found: dict[str, list[str]] = {}
     for cell in cells:
-        about = cell.provenance or machine_provenance()
-        found.setdefault(f"{about['hardware']}; commit {about['commit']}; {about['date'][:10]}", []).append(cell.name)
+        about = cell.provenance or UNKNOWN
+        found.setdefault(
+            f"{about['hardware']}; commit {about['commit']}; {about['date'].partition('T')[0]}", []
+        ).append(cell.name)
     return [f"- {where}: {', '.join(names)}." for where, names in found.items()]
 
 
@@ -286,8 +288,9 @@ def _page(
     missing = [cell.name for cell in cells if len(cell.rows) < cell.wanted]
     lines += [
         f"- Errors, in no denominator: {errors}. Cells that are not complete: {', '.join(missing) if missing else 'none'}.",
-        "- s a plan: what a simulator waits for, with all of them sharing one world model; it depends on their number.",
-        f"- {settings['workers']} simulator processes, device {settings['device']}, scenes `manifest={settings['manifest']}`,"
+        "- s a plan: what a simulator waited for. It depends on how many simulators share the world model and on what else the machine",
+        "  did, other cells included, which is not recorded: no measurement of speed.",
+        f"- The report was written for device {settings['device']}, scenes `manifest={settings['manifest']}`,"
         f" weights {settings['world_model']}; one training seed of each network.",
         *_runs(known),
         f"- `{command}`",

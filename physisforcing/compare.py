@@ -45,7 +45,7 @@ settings (field=value):
   classifier=FOLDER      success classifier (physis train success): imagined against true success
   output=PATH            the same command again continues; results.jsonl, report.html, report.md, summary.json, videos/
   protocol=worldarena    adjust_bottle and click_bell, 100 frozen episodes, limit 400, control=topp, 45 executed rows a plan
-                         (docs/worldarena.md); anything else given wins, and the report names it
+                         (docs/worldarena.md); other settings given with it win, and the report names what differs
   paired_seeds=false     true where one training seed fixes what two recipes share (the initial weights and the batches, say)
   workers=0  threads=2  videos=2 (filmed scenes a task)  control=interpolated  max_steps=null  retry_errors=false
 
@@ -102,10 +102,10 @@ class CompareConfig:
 
     @property
     def claims(self) -> str:
-        """What measurements call these episodes: the protocol, or the control mode."""
-        from physisforcing.planner import worldarena
+        """What measurements call these episodes."""
+        from physisforcing.planner.worldarena import claims_of
 
-        return worldarena.claims(self.control) if self.protocol == worldarena.NAME else self.control
+        return claims_of(self)
 
     @property
     def oracle(self) -> bool:
@@ -118,7 +118,7 @@ class CompareConfig:
         from physisforcing.planner.worldarena import NAME as WORLDARENA
         from physisforcing.planner.worldarena import PROTOCOLS
 
-        from .planners import check_control, check_planner
+        from .planners import check_control, check_device, check_planner
 
         if self.protocol not in PROTOCOLS:
             raise unknown_name("protocol", self.protocol, PROTOCOLS, see="physis compare --help")
@@ -136,6 +136,7 @@ class CompareConfig:
         if self.max_steps is not None:
             check_at_least(self, max_steps=1)
         check_control(self.control)
+        check_device(self.planner.device, self.workers, self.output)
         check_planner(self.planner)
         if self.planner.oracle != "none":
             fix = "leave it out; controls=[oracle] decodes the real future"

@@ -34,6 +34,7 @@ def identify(
 ) -> dict[str, str]:
     """Fingerprints of the models and controls that act: weights, decoder and planner's settings."""
     from physisforcing.core.lerobot import LeRobotDataset
+    from physisforcing.envs.simulator_world_model import VERSION as SIMULATOR_VERSION
     from physisforcing.planner.train import weights_folder
     from physisforcing.planner.worldarena import read_template
     from physisforcing.worldmodel.storage import fingerprint
@@ -58,6 +59,8 @@ def identify(
         own: dict[str, Any] = {}
         if name in VIDEOS:
             own |= settings | {"decoder": pictures}
+        if name == "perfect" and SIMULATOR_VERSION != 1:  # with 1 the key is as it was before this was part of it
+            own["simulator"] = SIMULATOR_VERSION
         if name in VIDEOS and VIDEOS[name].needs_demos:
             own["demos"] = LeRobotDataset(config.demos).fingerprint()
         if name.startswith("retrieval"):

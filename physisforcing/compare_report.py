@@ -18,6 +18,7 @@ from physisforcing.planner.imagined_success import ImaginedSuccess, score_imagin
 
 if TYPE_CHECKING:
     from .compare import CompareConfig, ComparisonPlan
+    from .plan_scenes import Scenes
 
 #: What becomes of an episode, in words.
 WORDS = {"success": "succeeded", "failure": "did not succeed", "error": "crashed"}
@@ -74,7 +75,7 @@ def write_comparison(
     write_json(output / "summary.json", summary)
     write_json(output / "provenance.json", provenance | {"command": command})
     shared: dict[str, Any] = {"command": command, "provenance": provenance}
-    lines = measurement_lines(found, config, plan.scenes.seeds, **shared)
+    lines = measurement_lines(found, config, plan.scenes, **shared)
     lines += imagined_success_lines(success, config, plan.scenes.seeds, **shared)
     lines += compare_sensitivity.sensitivity_measurements(sensitivity, config, plan.scenes.seeds, **shared)
     write_json(output / "measurements.json", lines)
@@ -122,23 +123,31 @@ def imagined_success(rows: Sequence[Mapping[str, Any]]) -> dict[str, ImaginedSuc
 def measurement_lines(
     found: Comparison,
     config: CompareConfig,
-    scene_seeds: Mapping[str, Sequence[int]],
+    scenes: Scenes,
     *,
     command: str,
     provenance: Mapping[str, Any],
 ) -> list[Any]:
     """One line a success rate, a score, and a difference of either: between models on the same episodes, to the perfect model and to
-    baselines, between recipes. ``scene_seeds`` of the tasks."""
+    baselines, between recipes. Each says in which scenes, and what differs from a protocol that is named."""
+    from physisforcing.planner import worldarena
     from physisforcing.planner.measurements import measurement
 
     shared: dict[str, Any] = {"command": command, "provenance": provenance}
     lines = []
 
-    def add(task: str, claim: str, value: float | None, **more: Any) -> None:
+    everywhere = sorted({seed for seeds in scenes.seeds.values() for seed in seeds})
+    told = {}
+    if config.protocol == worldarena.NAME:
+        told["deviations"] = "; ".join(config.worldarena().deviations()) or "none"
+
+    def add(task: str, claim: str, value: float | None, *, against: Mapping[str, Any], **more: Any) -> None:
         if value is not None:
-            seeds = scene_seeds.get(task) or sorted({seed for seeds in scene_seeds.values() for seed in seeds})
+            where = {"scenes": scenes.manifests[task]} if task in scenes.manifests else {}
+            about = {**against, **where, **told}
             claim = f"compare/{config.claims}/{claim}"
-            lines.append(measurement(claim, value, seeds=seeds, **more, **shared))
+            seeds = scenes.seeds.get(task) or everywhere
+            lines.append(measurement(claim, value, seeds=seeds, against=about, **more, **shared))
 
     for cell in found.success:
         against: dict[str, Any] = {f"{name}_fisher_p_unadjusted": p for name, p in cell.against.items()}
@@ -148,19 +157,20 @@ def measurement_lines(
         claim, against = f"{mean.model}/{_word(mean.task)}/{mean.score}", {"missing": mean.missing}
         add(mean.task, claim, mean.mean, unit=unit(mean.score), n=mean.n, low=mean.low, high=mean.high, against=against)
     for row in [*found.paired, *found.gaps]:
-        claim = f"{row.a}-minus-{row.b}/{_word(row.task)}/success"
+        claim = f"{row.a}-minus-{row.b}/{_word(row.task)}/success_difference"
         against = {"only_a": row.only_a, "only_b": row.only_b, "dropped": row.dropped}
         against |= {"mcnemar_p": row.p, "p_holm": row.p_holm} if row.p is not None else {}
         add(row.task, claim, row.difference, unit="share", n=row.n, low=row.low, high=row.high, against=against)
     for score in found.score_differences:
-        claim = f"{score.a}-minus-{score.b}/{_word(score.task)}/{score.score}"
+        claim = f"{score.a}-minus-{score.b}/{_word(score.task)}/{score.score}_difference"
         against = {"missing": score.missing, "sign_flip_p": score.p, "p_holm": score.p_holm}
         interval = {"low": score.low, "high": score.high}
         add(score.task, claim, score.difference, unit=unit(score.score), n=score.n, against=against, **interval)
     for seed in found.seeds:
-        claim = f"recipes/{seed.a}-minus-{seed.b}/{_word(seed.task)}/{seed.measure}"
+        claim = f"recipes/{seed.a}-minus-{seed.b}/{_word(seed.task)}/{seed.measure}_difference"
         against = {"p": seed.p, "p_holm": seed.p_holm, "p_smallest": seed.p_smallest, "method": seed.method}
-        about = {"unit": "share" if seed.measure == "success" else unit(seed.measure), "n": seed.seeds_a + seed.seeds_b}
+        n = seed.seeds_a if seed.method.startswith("paired") else seed.seeds_a + seed.seeds_b
+        about = {"unit": "share" if seed.measure == "success" else unit(seed.measure), "n": n}
         add(seed.task, claim, seed.difference, low=seed.low, high=seed.high, against=against, **about)
     return lines
 

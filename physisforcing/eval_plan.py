@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HELP = """usage: physis eval plan [field=value ...] [--json]
 
-Closed-loop episodes with a world model and a decoder, with the no-op, random and retrieval baselines.
+Closed-loop episodes with a world model and a decoder, beside baselines and the perfect model under the same planner.
 
 settings (field=value):
   tasks=[click_bell] (task=NAME for one)   episodes=50   per task
@@ -38,7 +38,8 @@ settings (field=value):
                          model's own), planner.device=cpu; planner.picture_decoder (shipped) reads recorded video for retrieval
                          and the oracle where planner.decoder needs features or latents
   baselines=[noop,random,retrieval,perfect]    retrieval needs train_demos=FOLDER (a dataset with training seeds); perfect: the same
-                         planner with the simulator itself as world model; the report says how far the model stays behind it
+                         planner with the simulator itself as world model (about as slow as the model on a CPU); the report says
+                         how far the model stays behind it
   planner.oracle=video   the decoder reads held-out demonstrations instead: needs demos=FOLDER with seeds from 100000
   workers=0 (processes; 0: this one)  threads=2 (numeric threads; part of the result's key)  videos=3  control=interpolated
   max_steps=null (null: the task's own limit)  retry_errors=false
@@ -110,16 +111,10 @@ class EvalPlanConfig:
 
     @property
     def claims(self) -> str:
-        """What claims call these episodes: the control mode, and the set of scenes where it is not the test set."""
-        if self.oracle:
-            return "oracle"
-        if self.protocol == "worldarena":
-            from physisforcing.planner import worldarena
+        """What claims call these episodes."""
+        from physisforcing.planner.worldarena import claims_of
 
-            return worldarena.claims(self.control)
-        return (
-            self.control if self.manifest in ("auto", "none", "test") else f"{self.control}-{Path(self.manifest).stem}"
-        )
+        return "oracle" if self.oracle else claims_of(self)
 
     def worldarena(self) -> ProtocolSettings:
         """These settings as the protocol's report states them."""
@@ -132,7 +127,7 @@ class EvalPlanConfig:
         from physisforcing.envs.robotwin.tasks import task_info
         from physisforcing.planner.worldarena import PROTOCOLS
 
-        from .planners import check_control, check_planner
+        from .planners import check_control, check_device, check_planner
 
         check_control(self.control)
         check_planner(self.planner)
@@ -144,10 +139,7 @@ class EvalPlanConfig:
                 fix = "leave protocol=worldarena out"
                 raise UserError("planner.oracle", got=self.planner.oracle, wanted="none in this protocol", fix=fix)
 
-        if self.workers and ":" in self.planner.device:
-            fix = "planner.device=cuda; CUDA_VISIBLE_DEVICES chooses among GPUs, and processes share those in turn"
-            raise UserError("planner.device", got=self.planner.device, wanted="cuda or cpu with workers=", fix=fix)
-
+        check_device(self.planner.device, self.workers, self.output)
         for task in self.tasks:
             task_info(task)
         if self.planner.oracle not in ORACLES:
@@ -257,25 +249,28 @@ class _Plan:
     def _policies(self) -> list[str]:
         from physisforcing.planner.oracle import ORACLE_POLICIES
 
+        from .compare_models import picture_note, refused_controls
         from .planners import recorded_video_needs
 
         config = self.config
         retrieves = "retrieval" in config.baselines and config.train_demos
-        shows = config.oracle or retrieves or PERFECT in config.baselines
-        needed = recorded_video_needs(config.planner) if shows else ""
+        needed = recorded_video_needs(config.planner) if config.oracle or retrieves else ""
         if config.oracle:
             if needed:
                 fix = "planner.picture_decoder=shipped"
                 raise UserError("planner.picture_decoder", got=config.planner.picture_decoder, wanted=needed, fix=fix)
             return list(ORACLE_POLICIES)
         policies = [MODEL]
+        refused = refused_controls(config.planner, [PERFECT]) if PERFECT in config.baselines else {}
+        if PERFECT in config.baselines and not refused and (note := picture_note(config.planner)):
+            self.skipped.append(note)
         if needed and retrieves:
             self.skipped.append(f"retrieval_video skipped: needs {needed}")
         for name in config.baselines:
             if name == "retrieval" and not config.train_demos:
                 self.skipped.append("retrieval skipped: needs train_demos=FOLDER (demonstrations with training seeds)")
-            elif name == PERFECT and needed:
-                self.skipped.append(f"{PERFECT} skipped: needs {needed}")
+            elif name in refused:
+                self.skipped.append(f"{name} skipped: needs {refused[name]}")
             else:
                 policies += [name, "retrieval_video"] if name == "retrieval" and not needed else [name]
         return policies
@@ -299,8 +294,9 @@ class _Plan:
         settings |= {} if template == PlannerSettings().prompt_template else {"prompt_template": template}
         perfect = ""
         if PERFECT in self.policies:
+            planner = {name: value for name, value in settings.items() if name not in ("denoising_steps", "served")}
             shown = {"decoder": fingerprint(self._picture_decoder()), "simulator": SIMULATOR_VERSION}
-            perfect = f"{PERFECT}-{config_hash(settings | shown)}"
+            perfect = f"{PERFECT}-{config_hash(planner | shown)}"
         known = {
             PERFECT: perfect,
             MODEL: f"model-{config_hash(parts | settings)}",

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from physisforcing.core.errors import UserError
+from physisforcing.planner.summary import MODEL, PERFECT
 
 if TYPE_CHECKING:
     from .eval_plan import EvalPlanConfig, PlannerSettings
     from .model_process import ServerAddress
 
-#: Names in results: the planner itself, and the same planner with the simulator as its world model.
-MODEL, PERFECT = "model", "perfect"
 #: Control steps an oracle episode goes on after the last target, holding it: the recorded episodes end at rest, too.
 SETTLE = 10
 

@@ -23,7 +23,7 @@ GPU_BATCH = 16
 
 
 def check_planner(settings: PlannerSettings) -> None:
-    """``UserError`` for settings that would fail only once models are loaded; no file is looked at."""
+    """``UserError`` for settings that would fail only once models are loaded; no weights are looked at."""
     from physisforcing.core.errors import check_at_least
     from physisforcing.planner.model_client import parse_address
     from physisforcing.planner.success_classifier import SuccessClassifier, SuccessConfig
@@ -40,6 +40,18 @@ def check_planner(settings: PlannerSettings) -> None:
             raise UserError("planner.verifier", got="", wanted="a way to choose among candidates", fix=fix)
         named = SuccessClassifier(SuccessConfig(tasks=("any",))) if settings.success else None
         make_verifier(settings.verifier, classifier=named)
+
+
+def check_device(device: str, workers: int, output: str) -> None:
+    """``UserError`` for one of several GPUs where processes take them in turn, and for a device that is not there: but results that
+    ``output`` holds already can be reported without it."""
+    from physisforcing.planner.train import choose_device
+
+    if workers and ":" in device:
+        fix = "planner.device=cuda; CUDA_VISIBLE_DEVICES chooses among GPUs, and processes share those in turn"
+        raise UserError("planner.device", got=device, wanted="cuda or cpu with workers=", fix=fix)
+    if not (Path(output) / "results.jsonl").exists():
+        choose_device(device)
 
 
 def check_control(control: str) -> None:

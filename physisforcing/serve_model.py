@@ -95,9 +95,11 @@ def _about(config: ServeModelConfig, device: str, model: Any) -> dict[str, Any]:
         from physisforcing.core.paths import weights_root
         from physisforcing.worldmodel.storage import fingerprint
 
+        from .world_models import codec_folder
+
         folder = weights_root() / "worldmodel" if config.model == "shipped" else Path(config.model)
-        codec = Path(config.codec) if config.codec else folder.parent / "vae"
-        about |= {"world_model": fingerprint(folder), "codec": fingerprint(codec), "denoising_steps": model.steps}
+        codec = fingerprint(codec_folder(folder, config.codec))
+        about |= {"world_model": fingerprint(folder), "codec": codec, "denoising_steps": model.steps}
         about["state_dim"] = model.denoiser.conditioner.config.state_dim
     return about
 

@@ -60,8 +60,17 @@ def _ours(name: str, device: str, codec: str | None, steps: int | None) -> World
     from physisforcing.worldmodel.model import load_world_model
 
     folder = weights_root() / "worldmodel" if name == "shipped" else Path(name)
-    codec = str(weights_root() / "vae") if codec == "shipped" else codec
+    codec = str(codec_folder(folder, codec))
     return load_world_model(folder, device, codec=codec, steps=steps)
+
+
+def codec_folder(folder: Path, codec: str | None) -> Path:
+    """The codec of the world-model ``folder``: the one that is named, the packaged one for ``shipped``, ``vae`` beside it by default."""
+    from physisforcing.core.paths import weights_root
+
+    if codec == "shipped":
+        return weights_root() / "vae"
+    return Path(codec) if codec else folder.parent / "vae"
 
 
 def _videos(path: Path) -> WorldModel:

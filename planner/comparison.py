@@ -69,6 +69,11 @@ def compare(outcomes: Iterable[EpisodeOutcome], settings: ComparisonSettings | N
     ]
     unit, title, notes = _unit(recipes, checkpoints, settings)
     notes += _out_of_reach(seeds, tests)
+    if settings.paired_seeds and not (seeds and all(row.method.startswith("paired") for row in seeds)):
+        notes.append(
+            f"Pairs of training seeds were declared, but not every difference has them: that takes two recipes with the same "
+            f"{settings.min_training_seeds} seeds or more."
+        )
     return Comparison(
         title=title,
         unit=unit,

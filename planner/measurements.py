@@ -84,9 +84,10 @@ def from_summary(
                     measurement(f"{path}/success", entry["rate"], unit="share", against=against, **interval, **shared)
                 )
             if gap := entry.get("gap"):
-                claim = f"planner/{protocol}/perfect-minus-{name}/{task}/success"
+                claim = f"planner/{protocol}/perfect-minus-{name}/{task}/success_difference"
                 about = {word: gap[word] for word in ("only_perfect", "only_model")}
-                interval = {"low": gap["low"], "high": gap["high"], "n": gap["n"]}
+                about |= {"scenes": manifests[task]} if manifests and task in manifests else {}
+                interval = {word: gap[word] for word in ("low", "high", "n", "seeds")}
                 lines.append(measurement(claim, gap["difference"], unit="share", against=about, **(shared | interval)))
             lines += [measurement(f"{path}/{m}", entry[m], unit=MEANS[m], **shared) for m in MEANS if m in entry]
     return lines

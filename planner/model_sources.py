@@ -6,7 +6,6 @@ and otherwise says what it lacks. What others measured with these models stands 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,29 +114,39 @@ def _check_source(row: ModelSource) -> None:
     if not kind:
         fix = f"check the path, or leave it out: the row then says what it needs ({row.needs})"
         raise UserError(
-            f"rows.{row.name}", got=row.source, wanted="a folder, an http:// address or module:factory", fix=fix
+            f"rows.{row.name}",
+            got=row.source,
+            wanted="a world model's folder, an http:// address or module:factory",
+            fix=fix,
         )
     fix = "give this model's own weights; models={name:SOURCE} runs any other"
     if kind not in row.kinds:
         wanted = f"{row.title} as {' or '.join(row.kinds)}"
         raise UserError(f"rows.{row.name}", got=f"{row.source}, a {kind}", wanted=wanted, fix=fix)
     if kind == "diffusers_pipeline" and row.pipelines:
-        found = json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+        from physisforcing.worldmodel.adapters.diffusers_pipeline import pipeline_folder, read_class
+
+        found = read_class(pipeline_folder(path))
         if found not in row.pipelines:
             wanted = f"a {' or '.join(row.pipelines)} folder"
-            raise UserError(f"rows.{row.name}", got=str(found), wanted=wanted, fix=fix)
+            raise UserError(f"rows.{row.name}", got=found, wanted=wanted, fix=fix)
 
 
 def source_kind(source: str) -> str:
-    """Of ``KINDS``; empty where there is no such file or folder. A folder or settings file that says nothing else is a pipeline's."""
+    """Of ``KINDS``, as ``physisforcing.world_models.find_loader`` decides; empty for what is none of them."""
+    from physisforcing.worldmodel.adapters.diffusers_pipeline import is_pipeline
+    from physisforcing.worldmodel.adapters.factory import is_factory
+
     path = Path(source)
     if source.startswith(("http://", "https://")):
         return "service"
+    if is_factory(source) and not path.exists():
+        return "factory"
     if source == "shipped" or (path / "world_model.json").is_file():
         return "world_model"
-    if not path.exists():
-        return "factory" if ":" in source else ""
-    return "video_folder" if (path / "manifest.json").is_file() else "diffusers_pipeline"
+    if is_pipeline(path):
+        return "diffusers_pipeline"
+    return "video_folder" if (path / "manifest.json").is_file() else ""
 
 
 def _folder() -> Path:

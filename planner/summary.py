@@ -50,23 +50,21 @@ def summarise(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _gap(perfect: Sequence[Mapping[str, Any]], model: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Success of the perfect model minus the model's in the scenes that both finished, under the same planner."""
+    """Success of the perfect model minus the model's in the scenes that both finished; None where there are none."""
     won, other = (
-        {r["seed"]: r["status"] == "success" for r in rows if r["status"] != "error"} for rows in (perfect, model)
+        {int(row["seed"]): row["status"] == "success" for row in rows if row["status"] != "error"}
+        for rows in (perfect, model)
     )
-    pairs = [(won[seed], other[seed]) for seed in sorted(won.keys() & other.keys())]
+    seeds = sorted(won.keys() & other.keys())
+    pairs = [(won[seed], other[seed]) for seed in seeds]
     if not pairs:
         return None
-    counts = [pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
-    difference, low, high = paired_proportions(*counts)
-    return {
-        "difference": difference,
-        "low": low,
-        "high": high,
-        "n": len(pairs),
-        "only_perfect": counts[1],
-        "only_model": counts[2],
-    }
+    both, only_perfect, only_model, neither = (
+        pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))
+    )
+    difference, low, high = paired_proportions(both, only_perfect, only_model, neither)
+    counts = {"n": len(pairs), "only_perfect": only_perfect, "only_model": only_model, "seeds": seeds}
+    return {"difference": difference, "low": low, "high": high, **counts}
 
 
 def _policy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -124,10 +122,11 @@ def markdown(summary: Mapping[str, Any], *, title: str, notes: Sequence[str] = (
             lines.append("| " + " | ".join(cells) + " |")
         if gap := policies.get(MODEL, {}).get("gap"):
             difference, low, high = (f"{100 * gap[name]:+.0f}" for name in ("difference", "low", "high"))
-            lines += [
-                "",
-                f"Perfect model minus model in the same {gap['n']} scenes: {difference} % (95 % {low} to {high} %).",
-            ]
+            scenes = "the scene" if gap["n"] == 1 else f"the {gap['n']} scenes"
+            told = (
+                f"Perfect model minus model in {scenes} that both finished: {difference} points (95 % {low} to {high})."
+            )
+            lines += ["", told]
         lines.append("")
     lines += [f"- {note}" for note in notes]
     return "\n".join(lines).rstrip() + "\n"

@@ -180,6 +180,8 @@ def choose_device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+        raise UserError("device", got=name, wanted="cpu, cuda, cuda:N or auto", fix="device=auto")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("device", got=name, wanted="a device torch can use", fix="device=cpu")
     return name

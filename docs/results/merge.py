@@ -13,10 +13,21 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-#: A machine's own path as a setting's value (``http://...`` is none), and what is kept of it: the last part, two for RUN/export and RUN/model.
+#: A machine's own path in a command (absolute, from home, or above the repository; ``http://...`` is none), whatever stands round it.
 PLACE = re.compile(
-    r"(?<!http)(?<!https)([=:])/[^\s,:{}\[\]]*?((?:[^/\s,:{}\[\]]+/(?:export|model)|[^/\s,:{}\[\]]+))(?=[\s,:{}\[\]]|$)"
+    r"(?<![\w.:/~-])(?:~|\.\.|/)[^\s,:{}\[\]'\"=]*|(?<=[:=])(?<!http:)(?<!https:)(?:~|\.\.|/)[^\s,:{}\[\]'\"=]*"
 )
+
+
+def placeless(command: str) -> str:
+    """The command with ``runs/NAME`` for every path of one machine; of RUN/export and RUN/model both parts are kept."""
+
+    def short(found: re.Match[str]) -> str:
+        parts = [part for part in found[0].split("/") if part not in ("", "~", "..", ".")]
+        kept = parts[-2:] if parts[-1:] in (["export"], ["model"]) else parts[-1:]
+        return "/".join(["runs", *(part for part in kept if part != "runs")])
+
+    return PLACE.sub(short, command)
 
 
 def measured(run: str) -> list[dict]:
@@ -42,7 +53,7 @@ def main(topic: str, runs: list[str]) -> None:
     for run in runs:
         lines += repetition(run) if run.endswith("_again") else measured(run)
     for line in lines:
-        line["command"] = PLACE.sub(r"\1runs/\2", line["command"])
+        line["command"] = placeless(line["command"])
     lines.sort(key=lambda line: line["claim"])
     claims = [line["claim"] for line in lines]
     twice = {claim for claim in claims if claims.count(claim) > 1}

@@ -52,7 +52,7 @@ def row(line: dict[str, Any]) -> str:
 
 def rate(line: dict[str, Any]) -> str:
     interval = "" if line["low"] is None else f"{100 * line['low']:.0f} to {100 * line['high']:.0f} %"
-    return f"{100 * line['value']:.0f} % | {interval} | {line['n']}"
+    return f"{100 * line['value']:.3g} % | {interval} | {line['n']}"
 
 
 def why(line: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf import DictConfig, OmegaConf
 
     folder = config_dir()
@@ -40,9 +40,9 @@ def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             plain = hydra_compose(config_name=config_name, overrides=checked)
     except HydraException as error:
-        fix = (
-            f"put values with spaces, commas or braces in quotes of their own, as in \"field='a, b'\" ({_first(error)})"
-        )
+        fix = _first(error)
+        if isinstance(error, OverrideParseException):
+            fix = f"put values with spaces, commas or braces in quotes of their own, as in \"field='a, b'\" ({fix})"
         raise UserError("override", got=" ".join(overrides), wanted="valid Hydra overrides", fix=fix) from error
     assert isinstance(plain, DictConfig)
     OmegaConf.set_struct(plain, False)

@@ -109,6 +109,33 @@ def test_relative_links_exist(path: Path) -> None:
         assert file or anchor in anchors, target
 
 
+#: Folders of a machine, written so that this file names none.
+TEMPORARY, HOME = "/".join(("", "tmp")), "/".join(("", "home", "me"))
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        (f"x m={{a:{TEMPORARY}/r/a/export,b:runs/b/export}} n=3/4", "x m={a:runs/a/export,b:runs/b/export} n=3/4"),
+        (
+            f"x url=http://h:8000/v1 m={{s:https://h/x}} o={HOME}/c/",
+            "x url=http://h:8000/v1 m={s:https://h/x} o=runs/c",
+        ),
+        (f"x o=~/runs/a d=../../me/b data=[{HOME}/a,{TEMPORARY}/b]", "x o=runs/a d=runs/b data=[runs/a,runs/b]"),
+        (
+            f"python b.py --decoder {HOME}/d/model --output '{HOME}/o'",
+            "python b.py --decoder runs/d/model --output 'runs/o'",
+        ),
+    ],
+)
+def test_commands_of_results_keep_no_path_of_one_machine(command: str, kept: str) -> None:
+    spec = importlib.util.spec_from_file_location("merge", ROOT / "docs" / "results" / "merge.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.placeless(command) == kept
+
+
 def test_tables_of_results_are_what_the_measurements_say() -> None:
     """``python docs/results/result_tables.py`` writes them."""
     spec = importlib.util.spec_from_file_location("result_tables", ROOT / "docs" / "results" / "result_tables.py")

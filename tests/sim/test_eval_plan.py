@@ -122,9 +122,12 @@ def test_the_gap_to_the_perfect_model_stands_in_the_report(weights, tmp_path):
     assert policies["perfect"]["telemetry"]["plans"] == 2, "planned again after 32 steps"
     gap = policies["model"]["gap"]
     assert (gap["difference"], gap["n"], gap["only_perfect"]) == (1.0, 1, 1) and gap["low"] < 1
-    assert "Perfect model minus model in the same 1 scenes: +100 %" in (tmp_path / "summary.md").read_text()
+    assert (
+        "Perfect model minus model in the scene that both finished: +100 points"
+        in (tmp_path / "summary.md").read_text()
+    )
     lines = {line["claim"]: line for line in json.loads((tmp_path / "measurements.json").read_text())}
-    assert lines[f"planner/topp/perfect-minus-model/{TASK}/success"]["value"] == 1.0
+    assert lines[f"planner/topp/perfect-minus-model/{TASK}/success_difference"]["value"] == 1.0
 
 
 def test_closed_loop_repeats_and_continues(weights, demonstrations, tmp_path):

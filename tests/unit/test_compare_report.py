@@ -181,13 +181,14 @@ def test_every_finding_is_a_measurement_with_its_scenes(tmp_path) -> None:
     write_comparison(config, plan, rows, command="physis compare")  # type: ignore[arg-type]
     lines = {line["claim"]: line for line in json.loads((tmp_path / "measurements.json").read_text())}
     assert {line["seeds"] for line in lines.values()} == {"100000-100005"}
-    success = lines["compare/interpolated/a-minus-b/click_bell/success"]
+    assert CompareConfig(manifest="test_ood").claims == "interpolated-test_ood", "other scenes have claims of their own"
+    success = lines["compare/interpolated/a-minus-b/click_bell/success_difference"]
     assert success["value"] == pytest.approx(3 / 6) and success["n"] == 6 and success["low"] < 0.5 < success["high"]
     assert success["against"]["only_a"] == 3 and success["against"]["mcnemar_p"] == 0.25  # 3 of 3: 2 / 2**3
     assert success["against"]["p_holm"] >= success["against"]["mcnemar_p"]
-    gap = lines["compare/interpolated/perfect-minus-b/click_bell/success"]
+    gap = lines["compare/interpolated/perfect-minus-b/click_bell/success_difference"]
     assert gap["value"] == pytest.approx(4 / 6) and "mcnemar_p" not in gap["against"]
-    score = lines["compare/interpolated/a-minus-b/click_bell/object_px_0.96s"]
+    score = lines["compare/interpolated/a-minus-b/click_bell/object_px_0.96s_difference"]
     assert score["value"] == pytest.approx(-2) and score["unit"] == PX and score["against"]["sign_flip_p"] is not None
     imagined = lines["compare/interpolated/a/imagined_success/balanced_accuracy"]
     assert imagined["value"] == pytest.approx(0.5) and imagined["n"] == 6  # every one is called success
@@ -225,6 +226,7 @@ def test_worldarenas_protocol_is_named_with_what_differs(tmp_path) -> None:
     assert "WorldArena's protocol; differs from it: episodes 2, not 100." in summary["notes"]
     claims = {line["claim"]: line for line in json.loads((tmp_path / "measurements.json").read_text())}
     mean = next(line for claim, line in claims.items() if claim.startswith("compare/worldarena/a/") and line["n"] == 4)
+    assert mean["against"]["deviations"] == "episodes 2, not 100"
     assert mean["value"] == 0.5 and all(claim.startswith("compare/worldarena/") for claim in claims)
     once_more = compose("compare", [*words, "control=interpolated"], CompareConfig)
     assert once_more.claims == "worldarena-interpolated" and CompareConfig().claims == "interpolated"
@@ -246,12 +248,21 @@ def test_seeds_are_paired_where_the_command_says_so(tmp_path) -> None:
     plan = SimpleNamespace(
         models=models, names=names, skipped={}, note="", filmed=set(), scenes=Scenes(manifests={"click_bell": "m"})
     )  # fmt: skip
-    methods = {}
+    methods, notes = {}, {}
     for paired in (False, True):
         config = CompareConfig(models=dict.fromkeys(names, "shipped"), output=str(tmp_path), paired_seeds=paired)
         summary = write_comparison(config, plan, rows, command="physis compare")  # type: ignore[arg-type]
         methods[paired] = next(row["method"] for row in summary["seeds"] if row["measure"] == "success")
+        lines = {line["claim"]: line for line in json.loads((tmp_path / "measurements.json").read_text())}
+        assert lines["compare/interpolated/recipes/flow-minus-physis/click_bell/success_difference"]["n"] == (
+            5 if paired else 10
+        )
+        plan.models = {name: model for name, model in models.items() if name != "physis4"}
+        few = [row for row in rows if row["policy"] != "physis4"]
+        notes[paired] = " ".join(write_comparison(config, plan, few, command="x")["notes"])  # type: ignore[arg-type]
+        plan.models = models
     assert "not paired" in methods[False] and "as declared" in methods[True]
+    assert "Pairs of training seeds were declared, but" in notes[True] and "Pairs of" not in notes[False]
 
 
 @pytest.mark.parametrize("name", TESTED_SCORES)

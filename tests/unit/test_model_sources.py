@@ -59,14 +59,27 @@ def test_what_cannot_be_the_row_is_refused(tmp_path: Path) -> None:
 
 def test_another_model_does_not_run_under_a_rows_name(tmp_path: Path) -> None:
     """A source of another kind than a model can be given as: ours, or a pipeline of a model that is none."""
-    ours, videos = tmp_path / "ours", tmp_path / "videos"
+    ours, videos, empty = (tmp_path / name for name in ("ours", "videos", "empty"))
+    empty.mkdir()
     for folder, name in ((ours, "world_model.json"), (videos, "manifest.json")):
         folder.mkdir()
         (folder / name).write_text("{}", encoding="utf-8")
-    for row, source in (("tesseract", "shipped"), ("wow", ours), ("robomaster", tmp_path)):
+    for row, source in (("tesseract", "shipped"), ("wow", ours)):
         with pytest.raises(UserError, match=rf"rows\.{row}: got '?{source}.*models={{name:SOURCE}} runs any other"):
             load_rows([f"{row}:{source}"])
     assert load_rows([f"wow:{videos}"])[0].source == str(videos)
+    with pytest.raises(UserError, match="wanted a world model's folder"):
+        load_rows([f"wan22_ti2v_5b:{empty}"])
+    # A pipeline of any class is no folder of recorded videos, whatever else lies in it; and a settings file leads to its pipeline.
+    pipeline, settings = tmp_path / "pipeline", tmp_path / "settings.json"
+    pipeline.mkdir()
+    (pipeline / "manifest.json").write_text("{}", encoding="utf-8")
+    (pipeline / "model_index.json").write_text(json.dumps({"_class_name": "LTXImageToVideoPipeline"}), encoding="utf-8")
+    with pytest.raises(UserError, match="a diffusers_pipeline"):
+        load_rows([f"wow:{pipeline}"])
+    settings.write_text(json.dumps({"pipeline": "pipeline"}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"LTXImageToVideoPipeline.*WanImageToVideoPipeline"):
+        load_rows([f"wan22_ti2v_5b:{settings}"])
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,19 @@ def settings(**changes: Any) -> PlannerSettings:
     [
         ({"max_steps": 0}, r"max_steps: got '?0"),
         ({"control": "toop"}, "did you mean 'topp'"),
+        ({"planner": PlannerSettings(device="gpu")}, "device: got 'gpu'"),
+        ({"planner": PlannerSettings(device="cuda:1"), "workers": 2}, r"planner\.device: got 'cuda:1'"),
         ({"planner": PlannerSettings(max_resamples=-1)}, r"max_resamples: got '?-1"),
         ({"planner": PlannerSettings(execute_horizon=0)}, r"execute_horizon: got '?0"),
         ({"planner": PlannerSettings(denoising_steps=-2)}, r"denoising_steps: got '?-2"),
         ({"planner": PlannerSettings(prompt_template="no place")}, "prompt_template"),
     ],
 )
-def test_what_cannot_run_is_refused_before_the_simulator_starts(command: Any, changes: Any, told: str) -> None:
+def test_what_cannot_run_is_refused_before_the_simulator_starts(
+    command: Any, changes: Any, told: str, tmp_path: Path
+) -> None:
     models: dict[str, Any] = {"models": {"a": "shipped"}} if command is CompareConfig else {}
+    changes = {"output": str(tmp_path), **changes}
     with pytest.raises(UserError, match=told):
         command(**models, **changes).check()
 
@@ -43,6 +48,15 @@ def test_a_comparison_takes_no_oracle_and_a_classifier_that_is_there(tmp_path: P
         CompareConfig(models={"a": "shipped"}, planner=PlannerSettings(oracle="video")).check()
     with pytest.raises(UserError, match=r"classifier: got .*physis train success"):
         CompareConfig(models={"a": "shipped"}, classifier=str(tmp_path)).check()
+
+
+def test_results_of_a_gpu_can_be_reported_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = EvalPlanConfig(planner=PlannerSettings(device="cuda"), output=str(tmp_path))
+    with pytest.raises(UserError, match="a device torch can use"):
+        config.check()
+    (tmp_path / "results.jsonl").touch()
+    config.check()
 
 
 def test_what_is_not_used_does_not_change_the_key() -> None:

@@ -242,10 +242,21 @@ def is_pipeline(path: Path) -> bool:
     return (path.is_file() and path.suffix == ".json") or (path / "model_index.json").is_file()
 
 
+def pipeline_folder(path: Path) -> Path:
+    """The diffusers folder of what ``open_pipeline`` opens: ``path`` itself, or what a settings file names. ``UserError`` for no settings."""
+    return _settings(path)[0] if path.is_file() else path
+
+
 def open_pipeline(path: Path, device: str) -> PipelineWorldModel:
     """A pipeline folder with ``physis_pipeline.json`` in it, or such a file that says ``pipeline: FOLDER``. ``UserError`` without one."""
     from physisforcing.core.config import build
 
+    folder, values = _settings(path)
+    return load_pipeline(folder, build(PipelineConfig, values), device)
+
+
+def _settings(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The diffusers folder and the settings of a pipeline."""
     file = path if path.is_file() else path / SETTINGS_NAME
     if not file.is_file():
         fix = f"write {file} with height, width, frames, fps and steps: docs/bring_your_world_model.md"
@@ -257,8 +268,7 @@ def open_pipeline(path: Path, device: str) -> PipelineWorldModel:
     if not isinstance(values, dict):
         fix = '{"height": 480, "width": 640, ...}'
         raise UserError("world_model", got=str(file), wanted="a JSON object of settings", fix=fix)
-    folder = file.parent / str(values.pop("pipeline", "."))
-    return load_pipeline(folder, build(PipelineConfig, values), device)
+    return file.parent / str(values.pop("pipeline", ".")), values
 
 
 def offers_features(pipeline: Any) -> bool:
