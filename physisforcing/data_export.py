@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,8 @@ examples:
 
 LAYOUTS = ("worldarena", "worldarena_chunks", "worldarena_track2")
 SOURCES = ("recorded", "imagined")
+#: What of the planner's settings an export reads.
+READ = ("world_model", "codec", "decoder", "denoising_steps", "device")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +81,11 @@ class DataExportConfig:
         check_at_least(self, episodes=0, first=0, stride=1, rows=0, min_rows=1, seed=0)
         state_names(self.states)
         read_template(self.prompt_template)
+        for name, usual in dataclasses.asdict(PlannerSettings()).items():
+            if name not in READ and getattr(self.planner, name) != usual:
+                fix = "prompt_template=" if name == "prompt_template" else "leave it out"
+                wanted = f"{usual!r}: an export imagines once and plans nothing"
+                raise UserError(f"planner.{name}", got=getattr(self.planner, name), wanted=wanted, fix=fix)
         if self.source == "imagined" and self.layout == "worldarena" and self.states != "joint14":
             fix = "states=joint14"
             raise UserError("states", got=self.states, wanted="joints: imagined arms have no measured poses", fix=fix)

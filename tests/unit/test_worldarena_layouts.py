@@ -110,6 +110,16 @@ def exported(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 # ------------------------------------------------------------------------------------------------------------ whole episodes
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("candidates", 4), ("server", "auto"), ("prompt_template", "{instruction}!")]
+)
+def test_settings_of_a_planner_that_an_export_does_not_read_are_refused(name: str, value: object) -> None:
+    config = DataExportConfig(input="x", output="y", source="imagined", states="joint14")
+    setattr(config.planner, name, value)
+    with pytest.raises(UserError, match=rf"planner\.{name}: got .*plans nothing"):
+        config.check()
+
+
 def test_demonstrations_come_back(demonstrations: Path, exported: tuple[Path, dict]) -> None:
     root, about = exported
     source = LeRobotDataset(demonstrations)
