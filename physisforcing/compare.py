@@ -136,7 +136,7 @@ class CompareConfig:
         if self.max_steps is not None:
             check_at_least(self, max_steps=1)
         check_control(self.control)
-        check_device(self.planner.device, self.workers, self.output)
+        check_device(self.planner.device, self.workers)
         check_planner(self.planner)
         if self.planner.oracle != "none":
             fix = "leave it out; controls=[oracle] decodes the real future"
@@ -219,7 +219,10 @@ class ComparisonPlan:
     def __init__(self, config: CompareConfig, *, progress: bool = True) -> None:
         from physisforcing.envs.seeds import Job
 
+        from .planners import require_device
+
         self.config, given = config, config.check()
+        require_device(config.planner.device, config.output)
         #: name -> what it lacks.
         self.skipped: dict[str, str] = {}
         self._look_at(given)

@@ -139,7 +139,7 @@ class EvalPlanConfig:
                 fix = "leave protocol=worldarena out"
                 raise UserError("planner.oracle", got=self.planner.oracle, wanted="none in this protocol", fix=fix)
 
-        check_device(self.planner.device, self.workers, self.output)
+        check_device(self.planner.device, self.workers)
         for task in self.tasks:
             task_info(task)
         if self.planner.oracle not in ORACLES:
@@ -181,8 +181,10 @@ def evaluate(config: EvalPlanConfig, *, command: str = "physis eval plan", progr
     """Run or continue an evaluation; returns the summary that ``summary.json`` holds."""
     from .episode_jobs import run_jobs
     from .model_process import model_server
+    from .planners import require_device
 
     config.check()
+    require_device(config.planner.device, config.output)
     output = Path(config.output)
     with model_server(config) as server:
         plan = _Plan(config, server)

@@ -174,14 +174,19 @@ def model_folders(command: TrainIdmCommand) -> dict[str, Path]:
     }
 
 
+def check_device_name(name: str) -> None:
+    """``UserError`` for a word that names no device, whether it is there or not."""
+    if name.partition(":")[0] not in ("auto", "cpu", "cuda", "mps", "xpu"):
+        raise UserError("device", got=name, wanted="cpu, cuda, cuda:N or auto", fix="device=auto")
+
+
 def choose_device(name: str) -> str:
     """'auto' is the GPU where torch sees one. Raises ``UserError`` for a device that is not there."""
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
-        raise UserError("device", got=name, wanted="cpu, cuda, cuda:N or auto", fix="device=auto")
+    check_device_name(name)
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("device", got=name, wanted="a device torch can use", fix="device=cpu")
     return name

@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 
-from physisforcing.compare import CompareConfig
+from physisforcing.compare import CompareConfig, ComparisonPlan
 from physisforcing.core.errors import UserError
-from physisforcing.eval_plan import EvalPlanConfig, PlannerSettings
+from physisforcing.eval_plan import EvalPlanConfig, PlannerSettings, evaluate
 from physisforcing.model_process import ServerAddress, model_server
 from physisforcing.planner.success_classifier import SuccessClassifier, SuccessConfig, save_success_classifier
-from physisforcing.planners import check_planner, open_world_model, planner_config, planner_verifier, result_settings
+from physisforcing.planners import (
+    check_planner,
+    open_world_model,
+    planner_config,
+    planner_verifier,
+    require_device,
+    result_settings,
+)
 
 
 def settings(**changes: Any) -> PlannerSettings:
@@ -52,11 +59,13 @@ def test_a_comparison_takes_no_oracle_and_a_classifier_that_is_there(tmp_path: P
 
 def test_results_of_a_gpu_can_be_reported_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    config = EvalPlanConfig(planner=PlannerSettings(device="cuda"), output=str(tmp_path))
+    planner = PlannerSettings(device="cuda")
     with pytest.raises(UserError, match="a device torch can use"):
-        config.check()
+        evaluate(EvalPlanConfig(planner=planner, output=str(tmp_path)))
+    with pytest.raises(UserError, match="a device torch can use"):
+        ComparisonPlan(CompareConfig(models={"a": "shipped"}, planner=planner, output=str(tmp_path)))
     (tmp_path / "results.jsonl").touch()
-    config.check()
+    require_device("cuda", str(tmp_path))
 
 
 def test_what_is_not_used_does_not_change_the_key() -> None:
