@@ -38,8 +38,7 @@ settings (field=value):
                          model's own), planner.device=cpu; planner.picture_decoder (shipped) reads recorded video for retrieval
                          and the oracle where planner.decoder needs features or latents
   baselines=[noop,random,retrieval,perfect]    retrieval needs train_demos=FOLDER (a dataset with training seeds); perfect: the same
-                         planner with the simulator itself as world model (about as slow as the model on a CPU); the report says
-                         how far the model stays behind it
+                         planner with the simulator itself as world model; the report says how far the model stays behind it
   planner.oracle=video   the decoder reads held-out demonstrations instead: needs demos=FOLDER with seeds from 100000
   workers=0 (processes; 0: this one)  threads=2 (numeric threads; part of the result's key)  videos=3  control=interpolated
   max_steps=null (null: the task's own limit)  retry_errors=false

@@ -35,20 +35,22 @@ def find_loader(
     name: str, device: str = "cpu", *, codec: str | None = None, steps: int | None = None
 ) -> Callable[[], WorldModel]:
     """What makes the model called ``name``, each time it is called; the name is checked here, nothing is loaded yet."""
-    if name.startswith(("http://", "https://")):
+    from physisforcing.planner.model_sources import source_kind
+
+    path, kind = Path(name), source_kind(name)
+    if kind == "service":
         return lambda: _served(name)
-    from physisforcing.worldmodel.adapters.factory import find_factory, is_factory
+    if kind == "factory":
+        from physisforcing.worldmodel.adapters.factory import find_factory
 
-    path = Path(name)
-    if is_factory(name) and not path.exists():
         return find_factory(name)
-    if name == "shipped" or (path / "world_model.json").is_file():
+    if kind == "world_model":
         return lambda: _ours(name, device, codec, steps)
-    from physisforcing.worldmodel.adapters.diffusers_pipeline import is_pipeline, open_pipeline
+    if kind == "diffusers_pipeline":
+        from physisforcing.worldmodel.adapters.diffusers_pipeline import open_pipeline
 
-    if is_pipeline(path):
         return lambda: open_pipeline(path, device)
-    if (path / "manifest.json").is_file():
+    if kind == "video_folder":
         return lambda: _videos(path)
     got = f"{name} ({'holds none of the files below' if path.exists() else 'no such file or folder'})"
     wanted = "world_model.json, model_index.json or manifest.json in a folder, shipped, module:function or a URL"

@@ -133,8 +133,7 @@ def _check_source(row: ModelSource) -> None:
 
 
 def source_kind(source: str) -> str:
-    """Of ``KINDS``, as ``physisforcing.world_models.find_loader`` decides; empty for what is none of them."""
-    from physisforcing.worldmodel.adapters.diffusers_pipeline import is_pipeline
+    """What a world model called ``source`` is, of ``KINDS``; empty for none of them. Nothing is opened."""
     from physisforcing.worldmodel.adapters.factory import is_factory
 
     path = Path(source)
@@ -144,6 +143,8 @@ def source_kind(source: str) -> str:
         return "factory"
     if source == "shipped" or (path / "world_model.json").is_file():
         return "world_model"
+    from physisforcing.worldmodel.adapters.diffusers_pipeline import is_pipeline  # here: it brings torch, seconds
+
     if is_pipeline(path):
         return "diffusers_pipeline"
     return "video_folder" if (path / "manifest.json").is_file() else ""
