@@ -2,128 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from physisforcing.core.errors import DatasetError, UserError
-from physisforcing.core.executed import ExecutedChunk, load_executed, roles_by_name, save_executed
+from drawn_scene import (
+    DEPTH,
+    FINGER,
+    FOCAL,
+    HALF,
+    OBJECT,
+    STEPS,
+    TIMES,
+    TRUE,
+    execute,
+    finger,
+    pushed,
+    ramp,
+    rests,
+    truth,
+    video,
+)
+from physisforcing.core.errors import UserError
 from physisforcing.core.types import DT
-from physisforcing.core.video import probe_mp4, read_mp4
 from physisforcing.planner.comparison import EpisodeOutcome, compare
 from physisforcing.planner.imagination_fit import fit_similarity
-from physisforcing.planner.imagination_media import SHOWN, ImaginedChunk, film_label, write_panels
 from physisforcing.planner.imagination_objects import Limits, ObjectMotion, onset_scores
 from physisforcing.planner.imagination_rows import merge_rows
-from physisforcing.planner.imagination_scores import (
-    ImaginationScoring,
-    _track_scores,
-    own_and_other,
-    score_chunk,
-    score_imagination,
-)
+from physisforcing.planner.imagination_scores import ImaginationScoring, _track_scores, own_and_other, score_imagination
 from physisforcing.planner.imagination_tracks import BodyPoints, TimedTracks, sample_points, true_tracks
-
-SIZE, FOCAL, STEPS = (240, 320), 300.0, 32
-TABLE, OBJECT, FINGER = 1, 35, 27
-#: Metres from the camera, and half a side in pixels.
-DEPTH = {OBJECT: 0.9, FINGER: 0.8}
-HALF = {OBJECT: 24, FINGER: 24}
-#: Pixel (x, y) and turn in degrees of a body after k control steps.
-Motion = Callable[[float], tuple[float, float, float]]
-
-
-def ramp(k: float, start: float, speed: float) -> float:
-    return max(k - start, 0.0) * speed
-
-
-def rests(k: float) -> tuple[float, float, float]:
-    return 150.0, 120.0, 0.0
-
-
-def pushed(k: float) -> tuple[float, float, float]:
-    """From step 8 on to the right and slightly down, turning."""
-    return 150.0 + ramp(k, 8, 1.5), 120.0 + ramp(k, 8, 0.4), ramp(k, 8, 0.8)
-
-
-def finger(k: float) -> tuple[float, float, float]:
-    return 60.0 + 1.2 * k, 50.0, 0.0
-
-
-@cache
-def texture(seed: int, height: int, width: int) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    coarse = generator.integers(30, 226, (height // 8, width // 8, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
-def draw(motions: dict[int, Motion], k: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Picture, body ids and depth: the nearest body is drawn last."""
-    picture, ids = texture(0, *SIZE).copy(), np.full(SIZE, TABLE, np.uint16)
-    depth = np.ones(SIZE, np.float32)
-    for body in sorted(motions, key=lambda b: -DEPTH[b]):
-        x, y, degrees = motions[body](k)
-        half = HALF[body]
-        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-        middle = half - 0.5
-        matrix = np.array([[c, -s, x - c * middle + s * middle], [s, c, y - s * middle - c * middle]])
-        skin = texture(body, 2 * half, 2 * half)
-        cover = cv2.warpAffine(np.ones(skin.shape[:2], np.float32), matrix, SIZE[::-1], flags=cv2.INTER_LINEAR)[
-            ..., None
-        ]
-        moved = cv2.warpAffine(skin, matrix, SIZE[::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        picture = np.rint(picture * (1 - cover) + moved * cover).astype(np.uint8)
-        inside = cover[..., 0] > 0.5
-        ids[inside], depth[inside] = body, DEPTH[body]
-    return picture, ids, depth
-
-
-def video(motions: dict[int, Motion], times: np.ndarray) -> np.ndarray:
-    """Pictures at half size, as a world model gives them."""
-    frames = [draw(motions, t / DT)[0] for t in times]
-    return np.stack([cv2.resize(f, (160, 120), interpolation=cv2.INTER_AREA) for f in frames])
-
-
-def pose(body: int, motion: Motion, k: float) -> list[float]:
-    x, y, degrees = motion(k)
-    z, half = DEPTH[body], math.radians(degrees) / 2
-    return [(x - 159.5) / FOCAL * z, (y - 119.5) / FOCAL * z, z, math.cos(half), 0, 0, math.sin(half)]
-
-
-def execute(motions: dict[int, Motion], *, contact: int | None = None, steps: int = STEPS) -> ExecutedChunk:
-    _, ids, depth = draw(motions, 0)
-    still = [0.0, 0, 1, 1, 0, 0, 0]
-    poses = [[still, *(pose(b, motions[b], k) for b in (FINGER, OBJECT))] for k in range(steps + 1)]
-    rows = [] if contact is None else list(range(contact, steps + 1))
-    return ExecutedChunk(
-        poses_TK7=np.array(poses, np.float32),
-        body_ids_K=np.array([TABLE, FINGER, OBJECT], np.uint16),
-        body_names={TABLE: "table", FINGER: "fr_link8", OBJECT: "050_bell"},
-        contact_step_M=np.array(rows, np.int32),
-        contact_pair_M2=np.array([[FINGER, OBJECT]] * len(rows), np.uint16).reshape(-1, 2),
-        contact_impulse_M=np.ones(len(rows), np.float32),
-        intrinsics_33=np.array([[FOCAL, 0, 159.5], [0, FOCAL, 119.5], [0, 0, 1]]),
-        world_to_camera_44=np.eye(4),
-        depth_HW=depth,
-        body_HW=ids,
-        success_T=np.zeros(steps + 1, bool),
-        start_step=0,
-    )
-
-
-TIMES = np.arange(9) * 0.24
-TRUE = {OBJECT: pushed, FINGER: finger}
-
-
-@cache
-def truth() -> tuple[ExecutedChunk, np.ndarray]:
-    return execute(TRUE, contact=6), video(TRUE, TIMES)
 
 
 def scores(imagined: np.ndarray, times: np.ndarray = TIMES) -> dict:
@@ -416,100 +326,6 @@ def test_similarity_survives_outliers_and_needs_two_points() -> None:
     one[3] = True
     assert fit_similarity(before, after, one, tolerance_px=2) is None
     assert fit_similarity(before[:1].repeat(5, 0), after[:5], np.ones(5, bool), tolerance_px=2) is None
-
-
-def test_executed_chunks_come_back_and_damage_is_named(tmp_path: Path) -> None:
-    chunk = truth()[0]
-    save_executed(tmp_path / "a.safetensors", chunk)
-    again = load_executed(tmp_path / "a.safetensors")
-    for field in dataclasses.fields(ExecutedChunk):
-        before, after = getattr(chunk, field.name), getattr(again, field.name)
-        assert np.array_equal(before, after) if isinstance(before, np.ndarray) else before == after, field.name
-    assert again.first_contact(OBJECT, [FINGER]) == 6 and again.first_contact(OBJECT, [TABLE]) is None
-    blob = (tmp_path / "a.safetensors").read_bytes()
-    (tmp_path / "b.safetensors").write_bytes(blob[: len(blob) // 2])
-    with pytest.raises(DatasetError, match=r"b\.safetensors"):
-        load_executed(tmp_path / "b.safetensors")
-    with pytest.raises(UserError, match="success_T"):
-        save_executed(tmp_path / "c.safetensors", dataclasses.replace(chunk, success_T=np.zeros(3, bool)))
-    assert not (tmp_path / "c.safetensors").exists()
-
-
-def test_films_of_an_episode(tmp_path: Path) -> None:
-    """Two chunks, the second imagined as standing still: each film shows what was imagined for that moment, at one length."""
-    executed, real = truth()
-    scored = score_chunk(real, TIMES, executed, real, TIMES)
-    still = np.repeat(real[:1], 3, 0)
-    chunks = [
-        ImaginedChunk(step=STEPS, frames_THWC=still, times_T=np.arange(3) * 0.12),
-        ImaginedChunk(step=0, frames_THWC=real, times_T=TIMES, scored=scored),
-    ]
-    pictures = {k: draw(TRUE, k)[0] for k in range(0, STEPS + 5, 2)}
-    panels = write_panels(tmp_path, "a", pictures, chunks, model="m", label="generated by m, seed 3")
-    assert [p.path for p in panels] == ["media/a-executed.mp4", "media/a-imagined.mp4", "media/a-tracks.mp4"]
-    films = [read_mp4(tmp_path / p.path) for p in panels]
-    assert {film.shape for film in films} == {(STEPS // 2 + 3, *SIZE, 3)}
-    comments = [probe_mp4(tmp_path / p.path).metadata["comment"] for p in panels]
-    assert "not generated" in comments[0] and comments[1] == comments[2] == "generated by m, seed 3"
-    happened, imagined, tracks = (film.astype(int) for film in films)
-    assert np.abs(happened[12] - imagined[12]).mean() < 6  # real pictures at half size and back
-    assert np.abs(imagined[17] - imagined[0]).mean() < 4 < np.abs(imagined[15] - imagined[0]).mean()
-    dimmed = 0.8 * imagined[12]
-    assert (np.abs(tracks[12] - dimmed).max(-1) > 60).sum() > 100  # dots on dimmed pictures
-    x, y, _ = pushed(24)
-    changed = np.argwhere(np.abs(tracks[12] - dimmed).max(-1) > 90)[:, ::-1]
-    assert (
-        np.abs(changed - (x, y)).max(-1) < HALF[OBJECT] + 4
-    ).sum() > 30  # many of them on the object, where it is then
-    assert np.abs(tracks[18] - imagined[18]).mean() < 4  # a chunk that was not scored has no dots
-
-
-@pytest.mark.parametrize("name", ["m", "oracle", "other", "objects_erased", "perfect", "frozen", "noise"])
-def test_films_say_who_made_the_pictures(tmp_path: Path, name: str) -> None:
-    """Only a model imagines and generates; a control shows something, and its films say what."""
-    executed, real = truth()
-    scored = score_chunk(real[:3], TIMES[:3], executed, real[:3], TIMES[:3])
-    chunks = [ImaginedChunk(step=0, frames_THWC=real[:3], times_T=TIMES[:3], scored=scored)]
-    label = film_label(name, f"{name}-1f", 3)
-    panels = write_panels(tmp_path, "a", {0: real[0], 2: real[0]}, chunks, model=name, label=label)
-    told = " ".join([label, *(f"{p.label} {p.description}" for p in panels)])
-    assert f"{name}-1f" in label and "seed 3" in label and len(panels) == 3
-    if name == "m":
-        assert label.startswith("generated by m-1f") and "m: imagined" in told and "m imagined" in told
-    else:
-        assert (
-            "generated by m" not in told and "not generated by a model" in label and "not imagined by a model" in told
-        )
-        assert f"{name}: imagined" not in told and f"{name} imagined" not in told and SHOWN[name] in label
-
-
-def test_films_of_noise_leave_room_for_the_others(tmp_path: Path) -> None:
-    """Nothing compresses random pictures: at the quality of the other films a control that shows them filled the whole report."""
-    frames = np.random.default_rng(0).integers(0, 256, (17, 120, 160, 3), dtype=np.uint8)
-    executed = {step: np.zeros((*SIZE, 3), np.uint8) for step in range(0, 33, 2)}
-    sizes = {}
-    for name in ("noise", "m"):
-        chunks = [ImaginedChunk(step=0, frames_THWC=frames, times_T=np.arange(17) * 2 * DT)]
-        shown = write_panels(tmp_path, name, executed, chunks, model=name, label="l")[1]
-        sizes[name] = (tmp_path / shown.path).stat().st_size
-    assert sizes["noise"] < 20_000 and sizes["m"] > 10 * sizes["noise"]
-
-
-def test_roles_follow_the_names() -> None:
-    names = [
-        "table",
-        "footprint",
-        "fl_link2",
-        "fl_link7",
-        "left_camera",
-        "hand",
-        "left_finger",
-        "link3",
-        "021_cup",
-        "box",
-    ]
-    roles = ("scenery", "robot", "robot", "gripper", "robot", "gripper", "gripper", "robot", "object", "object")
-    assert roles_by_name(names) == roles
 
 
 def test_true_tracks_of_no_points() -> None:
