@@ -74,6 +74,7 @@ def test_training_with_teachers_that_look_at_each_batch(root: Path, tmp_path: Pa
             "teacher=permissive",
             "data.targets=online",
             "run.batch=2",
+            "heldout_windows=4",
             "run.log_every=2",
             "backbone.num_layers=2",
             "backbone.tap=1",
