@@ -3,6 +3,8 @@
 Each run folder holds the ``measurements.json`` that ``physis eval plan`` wrote. Folders named in a command are written as
 ``runs/<name>``, so that no path of one machine is kept. Then run ``result_tables.py``. A folder that ends in ``_again`` is a repetition of
 the folder without that ending: its episodes are compared one by one, and the number of equal ones is the measurement.
+
+Of a comparison's hundreds of scores those are kept that ``physis compare`` tests, with their floors; its ``measurements.json`` has them all.
 """
 
 from __future__ import annotations
@@ -30,8 +32,19 @@ def placeless(command: str) -> str:
     return PLACE.sub(short, command)
 
 
+def kept(claim: str) -> bool:
+    """False for the scores of a comparison (``compare/<protocol>/<model>/<task>/<score>``) that are not tested."""
+    from physisforcing.planner.comparison import TESTED_SCORES
+
+    family, *_, task, last = claim.split("/")
+    if family != "compare" or claim.count("/") != 4 or task == "imagined_success":
+        return True
+    return last.removesuffix("_floor").removesuffix("_difference") in ("success", *TESTED_SCORES)
+
+
 def measured(run: str) -> list[dict]:
-    return json.loads((Path(run) / "measurements.json").read_text(encoding="utf-8"))
+    lines = json.loads((Path(run) / "measurements.json").read_text(encoding="utf-8"))
+    return [line for line in lines if kept(line["claim"])]
 
 
 def repetition(run: str) -> list[dict]:

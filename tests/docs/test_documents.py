@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -109,6 +110,15 @@ def test_relative_links_exist(path: Path) -> None:
         assert file or anchor in anchors, target
 
 
+def _script(place: str) -> ModuleType:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(place).stem, ROOT / place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 #: Folders of a machine, written so that this file names none.
 TEMPORARY, HOME = "/".join(("", "tmp")), "/".join(("", "home", "me"))
 
@@ -129,19 +139,31 @@ TEMPORARY, HOME = "/".join(("", "tmp")), "/".join(("", "home", "me"))
     ],
 )
 def test_commands_of_results_keep_no_path_of_one_machine(command: str, kept: str) -> None:
-    spec = importlib.util.spec_from_file_location("merge", ROOT / "docs" / "results" / "merge.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.placeless(command) == kept
+    assert _script("docs/results/merge.py").placeless(command) == kept
+
+
+@pytest.mark.parametrize(
+    ("claim", "stays"),
+    [
+        ("planner/interpolated/model/click_bell/success", True),
+        ("compare/interpolated/flow/click_bell/success", True),
+        ("compare/interpolated/flow-minus-physis/click_bell/success_difference", True),
+        ("compare/interpolated/flow/click_bell/object_px_0.96s", True),
+        ("compare/interpolated/flow/click_bell/object_px_0.96s_floor", True),
+        ("compare/interpolated/flow/imagined_success/ece", True),
+        ("compare/interpolated/flow/every_chunk/imagined_success/balanced_accuracy", True),
+        ("compare/interpolated/flow/click_bell/instruction/arm", True),
+        ("compare/interpolated/flow/click_bell/object_px_0.24s", False),
+        ("compare/interpolated/flow/click_bell/scenery_lost_1.92s_floor", False),
+    ],
+)
+def test_of_the_scores_of_a_comparison_the_tested_ones_are_kept(claim: str, stays: bool) -> None:
+    assert _script("docs/results/merge.py").kept(claim) is stays
 
 
 def test_tables_of_results_are_what_the_measurements_say() -> None:
     """``python docs/results/result_tables.py`` writes them."""
-    spec = importlib.util.spec_from_file_location("result_tables", ROOT / "docs" / "results" / "result_tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _script("docs/results/result_tables.py")
     for page in module.PAGES:
         assert page.read_text(encoding="utf-8") == module.filled(page), page.name
     line = {
@@ -158,10 +180,7 @@ def test_tables_of_results_are_what_the_measurements_say() -> None:
 
 def test_file_map_is_what_the_modules_say() -> None:
     """``python docs/file_map.py`` writes it."""
-    spec = importlib.util.spec_from_file_location("file_map", ROOT / "docs" / "file_map.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _script("docs/file_map.py")
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert "](../envs/robotwin/env.py)" in page and module.written(page) == page
 
