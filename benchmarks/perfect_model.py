@@ -5,7 +5,7 @@ its own drive targets are executed until the next plan: the ceiling for every wo
 adds smooth errors to the targets, as a decoder makes them: normal with this standard deviation in degrees, correlated over about five
 control steps, on grippers the same number in percent of their opening. ``--decoder FOLDER`` (or ``shipped``): the targets are read out of
 the pictures of that future instead; ``decoded_deg`` and ``decoded_gripper`` are the RMSE over all plans' executed rows against the
-expert's own targets. The same command continues where it was stopped. ``--time``: milliseconds of a rollout and of its parts instead, by
+expert's own targets, of all episodes and of those that succeeded and failed. The same command continues where it was stopped. ``--time``: milliseconds of a rollout and of its parts instead, by
 the clock; say so if the machine does other work.
 """
 
@@ -257,6 +257,9 @@ def success_line(
     about |= {"crashed, in no denominator": crashed} if crashed else {}
     if settings.decoder:
         about |= decoded_errors(rows) | {"decoder": _decoder(settings.decoder, "cpu").fingerprint}
+        for outcome in (True, False) if 0 < k < n else ():
+            found = decoded_errors([row for row in rows if row["success"] is outcome])
+            about |= {f"{name} where it {'succeeded' if outcome else 'failed'}": value for name, value in found.items()}
     if len(commits := sorted({row["provenance"]["commit"] for row in rows})) > 1:
         about["commits"] = commits
     words = " ".join(f"{key} {value:.3g}" for key, value in about.items() if key.startswith("decoded"))

@@ -52,3 +52,16 @@ def test_errors_of_decoded_rows_add_up(benchmark_module: Any) -> None:
     assert found["decoded_deg"] == pytest.approx(np.sqrt((joints**2).mean()))
     assert found["decoded_gripper"] == pytest.approx(np.sqrt((every[:, [6, 13]] ** 2).mean()))
     assert benchmark_module.decoded_errors([{}]) == {}
+
+
+def test_errors_are_told_apart_by_outcome(benchmark_module: Any) -> None:
+    settings = benchmark_module.Settings(error=0.0, execute=32, decoder="shipped", device="cpu")
+    errors = {"success": {"deg": [4.0, 4], "gripper": [0.01, 1]}, "failure": {"deg": [36.0, 4], "gripper": [0.25, 1]}}
+    rows = [row(seed, outcome, **errors[outcome]) for seed, outcome in enumerate(("success", "failure", "failure"))]
+    about = benchmark_module.success_line("t", rows, settings, "decoder", "x")["against"]
+    assert about["decoded_deg where it succeeded"] == 1 and about["decoded_deg where it failed"] == 3
+    assert about["decoded_gripper where it succeeded"] == pytest.approx(0.1)
+    assert about["decoded_gripper where it failed"] == 0.5
+    assert about["decoded_deg"] == pytest.approx(np.sqrt(76 / 12))
+    alone = benchmark_module.success_line("t", rows[1:], settings, "decoder", "x")["against"]
+    assert "decoded_deg" in alone and not any("where it" in name for name in alone)
