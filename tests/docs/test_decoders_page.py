@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from physisforcing.core.config import compose
+from physisforcing.envs.collect import CollectConfig, expand_lists
 from physisforcing.eval_plan import EvalPlanConfig
 from physisforcing.planner.decoder_files import KINDS, PICTURE_KINDS
 from physisforcing.planner.feature_decoder.config import FeatureDecoderConfig, check_config
@@ -36,7 +37,8 @@ def test_the_table_says_what_each_decoder_reads() -> None:
 
 
 def test_its_commands_are_settings_that_exist() -> None:
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.strip().splitlines()]
+    blocks = [block.replace("\\\n", " ").strip() for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)]
+    lines = [line for block in blocks for line in block.splitlines()]
     kinds = []
     for line in lines:
         words = shlex.split(line)
@@ -44,10 +46,14 @@ def test_its_commands_are_settings_that_exist() -> None:
             made = compose("train_idm", words[3:], TrainIdmCommand)
             check_config(made.feature.model)
             kinds.append(made.decoder)
+        elif words[1:3] == ["data", "collect"]:
+            compose("collect", expand_lists(words[3:], {"tasks": "tasks"}), CollectConfig).check()
         else:
             assert words[1:3] == ["eval", "plan"]
             planner = compose("eval_plan", words[3:], EvalPlanConfig).planner
-            assert planner.decoder == "runs/feature/model" and planner.picture_decoder == "shipped"
+            folder = Path(__file__).parents[2] / planner.decoder
+            assert planner.decoder == "runs/feature/model" or (folder / "config.json").is_file()
+            assert planner.picture_decoder == "shipped"
     assert set(kinds) == set(KINDS)
 
 
