@@ -5,8 +5,8 @@ its own drive targets are executed until the next plan: the ceiling for every wo
 adds smooth errors to the targets, as a decoder makes them: normal with this standard deviation in degrees, correlated over about five
 control steps, on grippers the same number in percent of their opening. ``--decoder FOLDER`` (or ``shipped``): the targets are read out of
 the pictures of that future instead; ``decoded_deg`` and ``decoded_gripper`` are the RMSE over all plans' executed rows against the
-expert's own targets, of all episodes and of those that succeeded and failed. The same command continues where it was stopped. ``--time``: milliseconds of a rollout and of its parts instead, by
-the clock; say so if the machine does other work.
+expert's own targets, of all episodes and of those that succeeded and failed. The same command continues where it was stopped, also on
+another machine. ``--time``: milliseconds of a rollout and of its parts instead, by the clock; say so if the machine does other work.
 """
 
 from __future__ import annotations
@@ -260,8 +260,9 @@ def success_line(
         for outcome in (True, False) if 0 < k < n else ():
             found = decoded_errors([row for row in rows if row["success"] is outcome])
             about |= {f"{name} where it {'succeeded' if outcome else 'failed'}": value for name, value in found.items()}
-    if len(commits := sorted({row["provenance"]["commit"] for row in rows})) > 1:
-        about["commits"] = commits
+    for fact in ("commit", "hardware"):
+        if len(counts := Counter(row["provenance"][fact] for row in rows)) > 1:
+            about[f"episodes by {fact}"] = dict(counts)
     words = " ".join(f"{key} {value:.3g}" for key, value in about.items() if key.startswith("decoded"))
     print(
         f"{task:26} {k}/{n} [{low:.2f}, {high:.2f}]  steps {[row['steps'] for row in rows]}  {words} {failed}",
@@ -294,7 +295,10 @@ def main() -> None:
     command += f" --tasks {' '.join(options.tasks)}" if options.tasks != TASKS else ""
     command += f" --error {options.error:g}" if options.error else ""
     if options.decoder:
-        command += f" --decoder {Path(options.decoder).name} --name {options.name} --device {options.device}"
+        # one inside this folder as it was given; of others the name, since their place is this machine's alone
+        folder = Path(options.decoder)
+        command += f" --decoder {folder.name if folder.is_absolute() or '..' in folder.parts else folder}"
+        command += f" --name {options.name} --device {options.device}"
     if options.time:
         lines = time_all(options, command, machine_provenance())
     else:

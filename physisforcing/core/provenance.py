@@ -15,7 +15,8 @@ def git_commit(folder: Path) -> str | None:
     """
     head = _git(folder, "rev-parse", "--short=12", "HEAD")
     if not head:
-        return os.environ.get("PHYSIS_COMMIT") or None
+        told = os.environ.get("PHYSIS_COMMIT", "").strip()
+        return (told.rstrip("+")[:12] + ("+" if told.endswith("+") else "")) or None
     return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
 
 

@@ -25,10 +25,6 @@ def ramp(k: float, start: float, speed: float) -> float:
     return max(k - start, 0.0) * speed
 
 
-def rests(k: float) -> tuple[float, float, float]:
-    return 150.0, 120.0, 0.0
-
-
 def pushed(k: float) -> tuple[float, float, float]:
     """From step 8 on to the right and slightly down, turning."""
     return 150.0 + ramp(k, 8, 1.5), 120.0 + ramp(k, 8, 0.4), ramp(k, 8, 0.8)

@@ -1,11 +1,9 @@
-"""A text model and an action model small enough to run in tests, with a codec, and requests for both."""
+"""A text model and an action model small enough to run in tests, with a codec."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from physisforcing.core.types import RolloutRequest
 from physisforcing.worldmodel.autoencoder import CausalVideoAutoencoder
 from physisforcing.worldmodel.backbones.actions import ActionConfig
 from physisforcing.worldmodel.backbones.wan import ConditionerConfig, WanConfig, build_denoiser
@@ -40,14 +38,6 @@ def inputs(batch: int = 2):
     return x, timesteps, text, state, actions
 
 
-class MeanCodec:
-    latent_channels = 1
-
-    def encode(self, frames):
-        groups = [frames[:, :1], *[frames[:, 4 * k - 3 : 4 * k + 1] for k in range(1, 5)]]
-        return torch.stack([g.float().mean((1, 2, 3, 4)) for g in groups], 1)[:, None, :, None, None]
-
-
 class FixedText:
     def batch(self, sentences):
         rows = [torch.full((32, 384), 0.01 * len(sentence)) for sentence in sentences]
@@ -69,23 +59,3 @@ def world_model(denoiser, codec):
         "name": "x", "frames": 17, "frame_stride": 2, "sample_shift": 3.0, "denoising_steps": 2, "home_state": [0.0] * 14
     }  # fmt: skip
     return FlowWorldModel(denoiser, codec, settings, weights_fingerprint="w", text=FixedText())
-
-
-def request(actions, **changes):
-    batch = 1 if actions is None else len(actions)
-    samples = 1 if actions is None else actions.shape[1]
-    context = np.random.default_rng(0).integers(0, 256, (batch, 1, 1, 120, 160, 3), dtype=np.uint8)
-    values = {
-        "context_BVTHWC": context,
-        "instructions": ["click the bell"] * batch,
-        "seeds_BS": np.full((batch, samples), 7, dtype=np.int64),
-        "horizon": 17,
-        "proprioception_BKA": np.random.default_rng(1).normal(size=(batch, 3, 14)).astype(np.float32),
-        "actions_BSPA": actions,
-        "returns": frozenset({"latents"}),
-    }
-    return RolloutRequest(**{**values, **changes})
-
-
-def chunks(batch, samples):
-    return np.random.default_rng(5).normal(size=(batch, samples, 32, 14)).astype(np.float32)

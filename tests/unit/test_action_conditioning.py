@@ -8,7 +8,7 @@ from physisforcing.worldmodel.backbones.actions import JOINTS, ActionConditioner
 from physisforcing.worldmodel.backbones.wan import ConditionerConfig, WanConfig, build_denoiser, embed
 from physisforcing.worldmodel.data.batches import build_bank
 from physisforcing.worldmodel.data.windows import Episode, FrameStore, WindowTable, kept_steps, window_actions
-from tiny_actions import FRAMES, ROWS, MeanCodec, action_denoiser, inputs, text_denoiser
+from tiny_actions import FRAMES, ROWS, action_denoiser, inputs, text_denoiser
 
 
 def test_the_conditioner_is_what_a_loop_over_frames_computes():
@@ -114,6 +114,14 @@ def test_window_actions_lead_up_to_the_pictures(length):
         np.testing.assert_array_equal(rows, np.stack(wanted))
         for k in range(1, 5):  # the last picture of latent k is window picture 4k, at stride 2
             assert rows[8 * k - 1, 0] == min(start + 2 * 4 * k, length - 1)
+
+
+class MeanCodec:
+    latent_channels = 1
+
+    def encode(self, frames):
+        groups = [frames[:, :1], *[frames[:, 4 * k - 3 : 4 * k + 1] for k in range(1, 5)]]
+        return torch.stack([g.float().mean((1, 2, 3, 4)) for g in groups], 1)[:, None, :, None, None]
 
 
 def test_a_bank_holds_the_actions_of_its_windows(tmp_path):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
-from physisforcing.core.types import FeatureRequest
+from physisforcing.core.types import FeatureRequest, RolloutRequest
 from physisforcing.worldmodel.backbones.actions import JOINTS
 from physisforcing.worldmodel.backbones.wan import load_denoiser, save_denoiser
 from physisforcing.worldmodel.data.windows import Episode, kept_steps, window_actions
-from tiny_actions import action_denoiser, chunks, inputs, request, text_denoiser, tiny_codec, world_model
+from tiny_actions import action_denoiser, inputs, text_denoiser, tiny_codec, world_model
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,26 @@ def test_the_conditioner_is_saved_beside_a_stock_transformer(tmp_path):
         torch.testing.assert_close(velocity(half), velocity(action), atol=0.05, rtol=0.05)
     assert half.actions.config == action.actions.config
     assert torch.equal(half.actions.low, action.actions.low), "the limits are kept as they are"
+
+
+def request(actions, **changes):
+    batch = 1 if actions is None else len(actions)
+    samples = 1 if actions is None else actions.shape[1]
+    context = np.random.default_rng(0).integers(0, 256, (batch, 1, 1, 120, 160, 3), dtype=np.uint8)
+    values = {
+        "context_BVTHWC": context,
+        "instructions": ["click the bell"] * batch,
+        "seeds_BS": np.full((batch, samples), 7, dtype=np.int64),
+        "horizon": 17,
+        "proprioception_BKA": np.random.default_rng(1).normal(size=(batch, 3, 14)).astype(np.float32),
+        "actions_BSPA": actions,
+        "returns": frozenset({"latents"}),
+    }
+    return RolloutRequest(**{**values, **changes})
+
+
+def chunks(batch, samples):
+    return np.random.default_rng(5).normal(size=(batch, samples, 32, 14)).astype(np.float32)
 
 
 def test_rollouts_take_actions_of_every_sample(codec):

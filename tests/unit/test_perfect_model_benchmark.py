@@ -37,7 +37,8 @@ def test_crashed_episodes_stand_in_no_denominator(benchmark_module: Any) -> None
     assert line["against"]["crashed, in no denominator"] == [100_002] and line["against"]["failures"] == {
         "still trying": 1
     }
-    assert line["hardware"] == "a GPU" and line["against"]["commits"] == ["c1", "c2"]
+    assert line["hardware"] == "a GPU" and line["against"]["episodes by commit"] == {"c1": 1, "c2": 1}
+    assert "episodes by hardware" not in line["against"]
     assert benchmark_module.success_line("t", [row(1, "error")], settings, "exact", "x") is None
     assert benchmark_module.success_line("t", [], settings, "exact", "x") is None
 

@@ -41,3 +41,13 @@ def test_without_git_a_run_is_recorded_all_the_same(tmp_path: Path, monkeypatch:
     write_provenance(tmp_path / "run", TrainVaeConfig())
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["commit"] is None
     assert machine_provenance()["commit"] == "not a git checkout"
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"), [("0123456789abcdef", "0123456789ab"), ("0123456789abcdef+", "0123456789ab+"), (" ", None)]
+)
+def test_a_commit_that_is_told_has_twelve_digits_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, kept: str | None
+) -> None:
+    monkeypatch.setenv("PHYSIS_COMMIT", told)
+    assert git_commit(tmp_path) == kept
