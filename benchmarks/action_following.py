@@ -35,7 +35,7 @@ from physisforcing.core.errors import UserError
 from physisforcing.core.paths import weights_root
 from physisforcing.core.stats import wilson
 from physisforcing.core.types import RolloutRequest
-from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
+from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
 from physisforcing.worldmodel.model import FlowWorldModel, load_world_model
 from physisforcing.worldmodel.teachers.classical import ClassicalTracker
 from physisforcing.worldmodel.training.runtime import pick_device
@@ -222,10 +222,8 @@ def of_group(found: Distances, group: int) -> dict[str, float]:
 
 
 def command(options: argparse.Namespace, name: str) -> str:
-    """The command, with folders as runs/<name>, so that no path of one machine is kept."""
-    model = "shipped" if str(options.model) == "shipped" else f"runs/{name}"
-    said = f"python benchmarks/action_following.py --measure runs/{options.measure.name} --model {model}"
-    return said + " --no-sentence" * options.no_sentence
+    said = f"python benchmarks/action_following.py --measure {options.measure} --model {options.model} --name {name}"
+    return placeless(said + " --no-sentence" * options.no_sentence)
 
 
 if __name__ == "__main__":

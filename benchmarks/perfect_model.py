@@ -37,7 +37,7 @@ from physisforcing.envs.simulator_world_model import VERSION, SimulatorConfig, S
 from physisforcing.episode_jobs import run_jobs
 from physisforcing.planner.action_planner import ActionPlanner, ActionPlannerConfig
 from physisforcing.planner.decoder_files import load_decoder
-from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
+from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
 
 GRIPPERS = [6, 13]
 TASKS = ("adjust_bottle", "click_bell", "place_empty_cup", "grab_roller", "stack_blocks_two", "stack_bowls_two")
@@ -101,6 +101,7 @@ class Episodes:
         row["reason"] = _reason(result.telemetry) if result.status == "failure" else ""
         if self._readout is not None and self._readout.errors:
             row |= squares(np.concatenate(self._readout.errors))
+            row["plans_deg"] = [rmse(squares(errors_PA)["deg"]) for errors_PA in self._readout.errors]
             self._readout.errors.clear()
         return Outcome(task=job.task, seed=job.seed, kind="recorded", details=row)
 
@@ -176,7 +177,20 @@ def decoded_errors(rows: list[dict[str, Any]]) -> dict[str, float]:
     """RMSE over all executed rows: joints in degrees, grippers as share of their opening."""
     read = [row for row in rows if "deg" in row]
     sums = {name: np.sum([row[name] for row in read], axis=0) for name in ("deg", "gripper") if read}
-    return {f"decoded_{name}": float(np.sqrt(total / count)) for name, (total, count) in sums.items()}
+    return {f"decoded_{name}": rmse(total) for name, total in sums.items()}
+
+
+def rmse(total: Sequence[float]) -> float:
+    """Of a sum of squares and a count."""
+    return float(np.sqrt(total[0] / total[1]))
+
+
+def typical_errors(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians over episodes of the joints' RMSE in degrees: of the whole episode, and of its first plan, before any error had led the robot
+    anywhere. A long failed episode weighs no more than another."""
+    found = {"decoded_deg, median of episodes": [rmse(row["deg"]) for row in rows if "deg" in row]}
+    found["decoded_deg, median of first plans"] = [row["plans_deg"][0] for row in rows if "plans_deg" in row]
+    return {name: statistics.median(values) for name, values in found.items() if values}
 
 
 def _reason(telemetry: dict[str, float]) -> str:
@@ -258,7 +272,8 @@ def success_line(
     if settings.decoder:
         about |= decoded_errors(rows) | {"decoder": _decoder(settings.decoder, "cpu").fingerprint}
         for outcome in (True, False) if 0 < k < n else ():
-            found = decoded_errors([row for row in rows if row["success"] is outcome])
+            alike = [row for row in rows if row["success"] is outcome]
+            found = decoded_errors(alike) | typical_errors(alike)
             about |= {f"{name} where it {'succeeded' if outcome else 'failed'}": value for name, value in found.items()}
     for fact in ("commit", "hardware"):
         if len(counts := Counter(row["provenance"][fact] for row in rows)) > 1:
@@ -295,10 +310,7 @@ def main() -> None:
     command += f" --tasks {' '.join(options.tasks)}" if options.tasks != TASKS else ""
     command += f" --error {options.error:g}" if options.error else ""
     if options.decoder:
-        # one inside this folder as it was given; of others the name, since their place is this machine's alone
-        folder = Path(options.decoder)
-        command += f" --decoder {folder.name if folder.is_absolute() or '..' in folder.parts else folder}"
-        command += f" --name {options.name} --device {options.device}"
+        command += f" --decoder {placeless(options.decoder)} --name {options.name} --device {options.device}"
     if options.time:
         lines = time_all(options, command, machine_provenance())
     else:

@@ -133,6 +133,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of what is there")
     parser.add_argument("--output", default="runs/plan_pareto")
     parser.add_argument("--docs", default=str(DOCS))
+    parser.add_argument("--name", default="", help="of the report, plan_pareto_<name>; as a rule its scenes")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--episodes", type=int, default=50, help="of each task")
     parser.add_argument("--manifest", default="auto", help="frozen scenes, as in physis eval plan")

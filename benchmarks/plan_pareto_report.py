@@ -60,11 +60,6 @@ class CellResult:
         imagined = self.total("candidates") if self.candidates > 1 else self.total("plans") + self.total("resampled")
         return self.steps * imagined / self.plans
 
-    @property
-    def seconds(self) -> float:
-        """Waiting for a plan in seconds: imagination, also for its turn among the simulators, decoding and ranking."""
-        return sum(self.total(name) for name in ("imagination_s", "decoding_s", "verifying_s")) / self.plans
-
 
 @dataclass(slots=True, kw_only=True)
 class Comparison:
@@ -126,9 +121,12 @@ def _rate(cell: CellResult) -> float:
     return cell.successes() / max(1, len(cell.finished()))
 
 
-def report_name(manifest: str) -> str:
-    """Of the files of a report; other scenes than the test set's have reports, and claims, of their own."""
-    return "plan_pareto" if manifest in ("auto", "test") else f"plan_pareto_{Path(manifest).stem}"
+def report_name(settings: Mapping[str, Any]) -> str:
+    """Of the files of a report: ``plan_pareto`` and what ``--name`` says, else the scenes where they are not the test set's. Each has
+    claims of its own."""
+    manifest = str(settings["manifest"])
+    name = settings.get("name") or ("" if manifest in ("auto", "test") else Path(manifest).stem)
+    return f"plan_pareto_{name}" if name else "plan_pareto"
 
 
 def write_report(
@@ -140,7 +138,7 @@ def write_report(
     folder = docs / "results"
     folder.mkdir(parents=True, exist_ok=True)
     (docs / "images").mkdir(parents=True, exist_ok=True)
-    name = report_name(str(settings["manifest"]))
+    name = report_name(settings)
     plot(known, docs / "images" / f"{name}.png")
     write_measurements(folder / f"{name}.json", _lines(known, command, name))
     page = folder / f"{name}.md"
@@ -161,7 +159,8 @@ def plot(cells: Sequence[CellResult], path: Path) -> None:
     for cell in cells:
         n, rate = len(cell.finished()), _rate(cell)
         low, high = wilson(cell.successes(), n)
-        place = cell.evaluations * 1.04 ** verifiers.index(cell.verifier)  # side by side where they cost the same
+        beside = sorted({c.verifier for c in cells if (c.steps, c.candidates) == (cell.steps, cell.candidates)})
+        place = cell.evaluations * 1.04 ** (beside.index(cell.verifier) - (len(beside) - 1) / 2)  # they cost the same
         axes.errorbar(
             place,
             100 * rate,
@@ -263,7 +262,7 @@ def _page(
     settings: Mapping[str, Any],
     rehearsal: bool,
 ) -> str:
-    tasks, name = sorted({row["task"] for cell in known for row in cell.rows}), report_name(str(settings["manifest"]))
+    tasks, name = sorted({row["task"] for cell in known for row in cell.rows}), report_name(settings)
     best = {cell.name for cell in front(known)}
     lines = ["# Success against compute", ""]
     if rehearsal:
@@ -275,23 +274,21 @@ def _page(
         "",
         f"![success against denoiser calls a plan](../images/{name}.png)",
         "",
-        f"| steps | N | verifier | {' | '.join(tasks)} | all | 95 % | denoiser calls a plan | s a plan | front |",
-        "|" + " --- |" * (8 + len(tasks)),
+        f"| steps | N | verifier | {' | '.join(tasks)} | all | 95 % | denoiser calls a plan | front |",
+        "|" + " --- |" * (7 + len(tasks)),
     ]
     for cell in known:
         n = len(cell.finished())
         low, high = wilson(cell.successes(), n)
         each = [f"{cell.successes(task)}/{len(cell.finished(task))}" for task in tasks]
         row = [str(cell.steps), str(cell.candidates), cell.verifier or "-", *each, f"{100 * _rate(cell):.0f} %"]
-        row += [f"{100 * low:.0f}-{100 * high:.0f} %", f"{cell.evaluations:.1f}", f"{cell.seconds:.2f}"]
+        row += [f"{100 * low:.0f}-{100 * high:.0f} %", f"{cell.evaluations:.1f}"]
         lines.append("| " + " | ".join([*row, "yes" if cell.name in best else ""]) + " |")
     lines += ["", *_compared(known)]
     errors = sum(row["status"] == "error" for cell in known for row in cell.rows)
     missing = [cell.name for cell in cells if len(cell.rows) < cell.wanted]
     lines += [
         f"- Errors, in no denominator: {errors}. Cells that are not complete: {', '.join(missing) if missing else 'none'}.",
-        "- s a plan: what a simulator waited for. It depends on how many simulators share the world model and on what else the machine",
-        "  did, other cells included, which is not recorded: no measurement of speed.",
         f"- The report was written for device {settings['device']}, scenes `manifest={settings['manifest']}`,"
         f" weights {settings['world_model']}; one training seed of each network.",
         *_runs(known),

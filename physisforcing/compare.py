@@ -103,9 +103,9 @@ class CompareConfig:
     @property
     def claims(self) -> str:
         """What measurements call these episodes."""
-        from physisforcing.planner.worldarena import claims_of
+        from physisforcing.planner.measurements import claims_of
 
-        return claims_of(self)
+        return claims_of(protocol=self.protocol, control=self.control, manifest=self.manifest)
 
     @property
     def oracle(self) -> bool:

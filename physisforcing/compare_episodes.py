@@ -59,7 +59,7 @@ def identify(
         own: dict[str, Any] = {}
         if name in VIDEOS:
             own |= settings | {"decoder": pictures}
-        if name == "perfect" and SIMULATOR_VERSION != 1:  # with 1 the key is as it was before this was part of it
+        if name == "perfect" and SIMULATOR_VERSION != 1:  # version 1 is not part of the key
             own["simulator"] = SIMULATOR_VERSION
         if name in VIDEOS and VIDEOS[name].needs_demos:
             own["demos"] = LeRobotDataset(config.demos).fingerprint()

@@ -111,9 +111,10 @@ class EvalPlanConfig:
     @property
     def claims(self) -> str:
         """What claims call these episodes."""
-        from physisforcing.planner.worldarena import claims_of
+        from physisforcing.planner.measurements import claims_of
 
-        return "oracle" if self.oracle else claims_of(self)
+        named = claims_of(protocol=self.protocol, control=self.control, manifest=self.manifest)
+        return "oracle" if self.oracle else named
 
     def worldarena(self) -> ProtocolSettings:
         """These settings as the protocol's report states them."""

@@ -46,7 +46,7 @@ def check_device(device: str, workers: int) -> None:
     """``UserError`` for a word that names no device, and for one of several GPUs where processes take them in turn."""
     from physisforcing.planner.train import check_device_name
 
-    check_device_name(device)
+    check_device_name(device, field="planner.device")
     if workers and ":" in device:
         fix = "planner.device=cuda; CUDA_VISIBLE_DEVICES chooses among GPUs, and processes share those in turn"
         raise UserError("planner.device", got=device, wanted="cuda or cpu with workers=", fix=fix)
@@ -56,8 +56,9 @@ def require_device(device: str, output: str) -> None:
     """``UserError`` for a device that is not there. Results that ``output`` holds already can be reported without it."""
     from physisforcing.planner.train import choose_device
 
-    if not (Path(output) / "results.jsonl").exists():
-        choose_device(device)
+    results = Path(output) / "results.jsonl"
+    if not results.exists() or not results.stat().st_size:
+        choose_device(device, field="planner.device")
 
 
 def check_control(control: str) -> None:

@@ -67,6 +67,8 @@ def compare(outcomes: Iterable[EpisodeOutcome], settings: ComparisonSettings | N
         for task in table.scopes
         for m in table.models
     ]
+    if {"oracle", "objects_erased"} <= set(table.controls):
+        gaps += [table.paired(task, "oracle", "objects_erased", test=False) for task in table.scopes]
     unit, title, notes = _unit(recipes, checkpoints, settings)
     notes += _out_of_reach(seeds, tests)
     if settings.paired_seeds and not (seeds and all(row.method.startswith("paired") for row in seeds)):

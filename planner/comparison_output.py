@@ -24,7 +24,8 @@ SEEDS = (
     "A training seed counts once, with its mean over episodes. Seeds of two recipes are no pairs unless that was declared. Smallest p: "
     "what this many seeds can give at best. "
 ) + HOLM
-GAP = "How far a model stays behind under the same planner: first minus second on the same episodes. Not tested."
+GAP = "How far a model stays behind under the same planner, and the real future without objects behind itself: first minus second on the same "
+GAP += "episodes. Not tested."
 MEANS = (
     "Mean over episodes with its bootstrap interval (95 %; none for fewer than three episodes or equal values); missing: finished episodes "
     "in which it could not be measured; floor: the same score of the video that was really rendered, which is what the measuring itself costs."

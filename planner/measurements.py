@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,6 +19,10 @@ FIELDS = (
     "claim", "value", "unit", "low", "high", "n", "seeds", "against", "command", "commit", "hardware", "versions", "date",
 )  # fmt: skip
 PACKAGES = ("torch", "diffusers", "sapien", "numpy", "gymnasium")
+#: A machine's own path in a command (absolute, from home, or above the repository; ``http://...`` is none), whatever stands round it.
+PLACE = re.compile(
+    r"(?<![\w.:/~-])(?:~|\.\.|/)[^\s,:{}\[\]'\"=]*|(?<=[:=])(?<!http:)(?<!https:)(?:~|\.\.|/)[^\s,:{}\[\]'\"=]*"
+)
 
 
 def measurement(
@@ -52,6 +57,28 @@ def measurement(
     }
     assert tuple(line) == FIELDS
     return line
+
+
+def placeless(command: str) -> str:
+    """The command with ``runs/NAME`` for every path of one machine; of RUN/export and RUN/model both parts are kept."""
+
+    def short(found: re.Match[str]) -> str:
+        parts = [part for part in found[0].split("/") if part not in ("", "~", "..", ".")]
+        kept = parts[-2:] if parts[-1:] in (["export"], ["model"]) else parts[-1:]
+        return "/".join(["runs", *(part for part in kept if part != "runs")])
+
+    return PLACE.sub(short, command)
+
+
+def claims_of(*, protocol: str, control: str, manifest: str) -> str:
+    """What measurements call the episodes of a command: the protocol it follows, or its control mode and its set of scenes where that is
+    not the test set."""
+    from . import worldarena
+
+    if protocol == worldarena.NAME:
+        return worldarena.claims(control)
+    usual = manifest in ("auto", "none", "test")
+    return control if usual else f"{control}-{Path(manifest).stem}"
 
 
 def from_summary(

@@ -174,21 +174,22 @@ def model_folders(command: TrainIdmCommand) -> dict[str, Path]:
     }
 
 
-def check_device_name(name: str) -> None:
-    """``UserError`` for a word that names no device, whether it is there or not."""
+def check_device_name(name: str, *, field: str = "device") -> None:
+    """``UserError`` for a word that names no device, whether it is there or not. ``field``: the setting that says it."""
     if name.partition(":")[0] not in ("auto", "cpu", "cuda", "mps", "xpu"):
-        raise UserError("device", got=name, wanted="cpu, cuda, cuda:N or auto", fix="device=auto")
+        raise UserError(field, got=name, wanted="auto, cpu, cuda, cuda:N, mps or xpu", fix=f"{field}=auto")
 
 
-def choose_device(name: str) -> str:
-    """'auto' is the GPU where torch sees one. Raises ``UserError`` for a device that is not there."""
+def choose_device(name: str, *, field: str = "device") -> str:
+    """'auto' is the GPU where torch sees one. Raises ``UserError`` for a device that is not there. ``field``: the setting that says it."""
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    check_device_name(name)
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("device", got=name, wanted="a device torch can use", fix="device=cpu")
+    check_device_name(name, field=field)
+    kind = name.partition(":")[0]
+    if kind != "cpu" and not getattr(torch, kind).is_available():
+        raise UserError(field, got=name, wanted="a device torch can use", fix=f"{field}=cpu")
     return name
 
 

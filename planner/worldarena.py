@@ -99,15 +99,6 @@ def claims(control: str) -> str:
     return NAME if control == "topp" else f"{NAME}-{control}"
 
 
-def claims_of(config: Any) -> str:
-    """What measurements call the episodes of a command's settings: the protocol, or the control mode and the set of scenes where it is not
-    the test set."""
-    if config.protocol == NAME:
-        return claims(config.control)
-    usual = config.manifest in ("auto", "none", "test")
-    return str(config.control) if usual else f"{config.control}-{Path(config.manifest).stem}"
-
-
 # ---------------------------------------------------------------------------------------------------------------- prompts
 
 

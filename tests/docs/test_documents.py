@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from physisforcing import cli
 from physisforcing.core.config import compose
+from physisforcing.planner.measurements import placeless
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -139,7 +141,7 @@ TEMPORARY, HOME = "/".join(("", "tmp")), "/".join(("", "home", "me"))
     ],
 )
 def test_commands_of_results_keep_no_path_of_one_machine(command: str, kept: str) -> None:
-    assert _script("docs/results/merge.py").placeless(command) == kept
+    assert placeless(command) == kept
 
 
 @pytest.mark.parametrize(
@@ -154,11 +156,37 @@ def test_commands_of_results_keep_no_path_of_one_machine(command: str, kept: str
         ("compare/interpolated/flow/every_chunk/imagined_success/balanced_accuracy", True),
         ("compare/interpolated/flow/click_bell/instruction/arm", True),
         ("compare/interpolated/flow/click_bell/object_px_0.24s", False),
+        ("compare/interpolated/other/click_bell/joint_deg_to_other", True),
+        ("compare/interpolated/retrieval_video/click_bell/joint_deg", False),
+        ("a/b/success", True),
         ("compare/interpolated/flow/click_bell/scenery_lost_1.92s_floor", False),
     ],
 )
 def test_of_the_scores_of_a_comparison_the_tested_ones_are_kept(claim: str, stays: bool) -> None:
     assert _script("docs/results/merge.py").kept(claim) is stays
+
+
+def test_a_repeated_comparison_is_equal_in_all_but_clocks(tmp_path: Path) -> None:
+    row = {
+        "policy": "flow",
+        "episode": "bell/1",
+        "status": "success",
+        "scores": {"px": 1.5},
+        "seconds": 3.0,
+        "policy_s": 1.0,
+    }
+    row |= {"telemetry": {"plans": 2.0, "decoding_s": 0.4}, "panels": ["a.mp4"]}
+    line = {"claim": "compare/interpolated/flow/bell/success", "value": 1.0, "command": "c"}
+    again = row | {"seconds": 9.0, "policy_s": 2.0, "telemetry": {"plans": 2.0, "decoding_s": 0.9}}
+    del again["panels"]
+    other = again | {"episode": "bell/2"}
+    rows = {"x": [row, row | {"episode": "bell/2"}], "x_again": [again, other | {"scores": {"px": 1.6}}]}
+    for name, told in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told))
+        (tmp_path / name / "measurements.json").write_text(json.dumps([line]))
+    (found,) = _script("docs/results/merge.py").repetition(str(tmp_path / "x_again"))
+    assert (found["claim"], found["value"], found["n"]) == ("compare/interpolated/repeated/equal_rows", 1, 2)
 
 
 def test_tables_of_results_are_what_the_measurements_say() -> None:

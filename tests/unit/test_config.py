@@ -35,6 +35,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("tasks=[a, b", "in quotes of their own"), ("experiment=huge", "experiment")],
+)
+def test_what_hydra_cannot_compose_says_how_to_write_it(folder: Path, override: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        config_module.compose("collect", ["output=here", override], Command)
+
+
 def test_order_is_dataclass_then_yaml_then_experiment_then_command_line(folder: Path) -> None:
     made = config_module.compose("collect", ["output=here", "experiment=pico", "tasks=[a,b]", "seed=3"], Command)
     assert (made.episodes, made.tasks, made.seed, made.output) == (20, ["a", "b"], 3, "here")

@@ -64,5 +64,11 @@ def test_errors_are_told_apart_by_outcome(benchmark_module: Any) -> None:
     assert about["decoded_gripper where it succeeded"] == pytest.approx(0.1)
     assert about["decoded_gripper where it failed"] == 0.5
     assert about["decoded_deg"] == pytest.approx(np.sqrt(76 / 12))
+    rows[1] |= {"plans_deg": [5.0, 9.0]}
+    rows[2] |= {"plans_deg": [2.0], "deg": [4.0, 4]}
+    about = benchmark_module.success_line("t", rows, settings, "decoder", "x")["against"]
+    assert about["decoded_deg, median of first plans where it failed"] == 3.5
+    assert about["decoded_deg, median of episodes where it failed"] == 2.0
+    assert about["decoded_deg, median of episodes where it succeeded"] == 1.0
     alone = benchmark_module.success_line("t", rows[1:], settings, "decoder", "x")["against"]
     assert "decoded_deg" in alone and not any("where it" in name for name in alone)

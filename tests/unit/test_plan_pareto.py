@@ -91,7 +91,7 @@ def test_the_report_holds_table_plot_and_measurements(report: Any, tmp_path: Pat
     assert "rehearsal" in text and "Cells that are not complete: steps20-n16-spread" in text
     assert "no denominator: 1" in text
     low, high = wilson(3, 4)
-    assert f"| 1 | 4 | spread | 3/4 | 75 % | {100 * low:.0f}-{100 * high:.0f} % | 4.0 | 1.00 | yes |" in text
+    assert f"| 1 | 4 | spread | 3/4 | 75 % | {100 * low:.0f}-{100 * high:.0f} % | 4.0 | yes |" in text
     assert "| 1 | 4 | spread | 4 | +25 % |" in text and "`random` gains +0 %" in text
     lines = {line["claim"]: line for line in json.loads((tmp_path / "results/plan_pareto.json").read_text())}
     assert lines["planner/pareto/steps1-n4-spread/bell/success"]["value"] == 0.75
@@ -108,6 +108,8 @@ def test_the_report_holds_table_plot_and_measurements(report: Any, tmp_path: Pat
     )
     other = {line["claim"] for line in json.loads(harder.with_suffix(".json").read_text())}
     assert not other & lines.keys() and "planner/pareto_test_ood/steps1-n1/success" in other
+    named = report.write_report(cells, tmp_path, command="x", settings=settings | {"name": "short"}, rehearsal=True)
+    assert named.name == "plan_pareto_short.md" and "plan_pareto_short.json" in named.read_text()
 
 
 def test_a_cell_keeps_where_it_ran(report: Any, tmp_path: Path) -> None:

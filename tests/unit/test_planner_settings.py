@@ -65,6 +65,9 @@ def test_results_of_a_gpu_can_be_reported_without_one(tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="a device torch can use"):
         ComparisonPlan(CompareConfig(models={"a": "shipped"}, planner=planner, output=str(tmp_path)))
     (tmp_path / "results.jsonl").touch()
+    with pytest.raises(UserError, match=r"planner\.device.*a device torch can use"):
+        require_device("cuda", str(tmp_path))
+    (tmp_path / "results.jsonl").write_text('{"episode": "x"}\n')
     require_device("cuda", str(tmp_path))
 
 
