@@ -44,11 +44,13 @@ from physisforcing.worldmodel.training.runtime import pick_device
 @dataclass(slots=True, kw_only=True)
 class Distances:
     """Mean distances in pixels of 120x160 of each of S states' two imaginations to its own execution and to the other one, by group;
-    NaN where there is nothing to follow. ``points``: how many points and pictures they are means of."""
+    NaN where there is nothing to follow. ``points``: how many points and pictures they are means of. ``toward``: how far the points lie
+    on the way from their own execution (0) to the other one (1)."""
 
     own_SG2: NDArray[np.float64]
     other_SG2: NDArray[np.float64]
     points_SG2: NDArray[np.int64]
+    toward_SG2: NDArray[np.float64]
 
     @property
     def nearer_SG2(self) -> NDArray[np.bool_]:
@@ -149,10 +151,12 @@ def distances(states: States, points_S2TN2: NDArray[np.float32], seen_S2TN: NDAr
     true, count = states.points_S2TN2, (len(states), len(GROUPS), 2)
     both_STN = states.visible_S2TN.all(1)
     both_STN[:, 0] = False  # all begin alike
-    own, other = np.full(count, np.nan), np.full(count, np.nan)
+    own, other, toward = (np.full(count, np.nan) for _ in range(3))
     number = np.zeros(count, np.int64)
     for chunk in range(2):
         apart = [np.linalg.norm(points_S2TN2[:, chunk] - true[:, c], axis=-1) for c in (chunk, 1 - chunk)]
+        way_STN2 = (true[:, 1 - chunk] - true[:, chunk]).astype(np.float64)
+        along_STN = ((points_S2TN2[:, chunk] - true[:, chunk]) * way_STN2).sum(-1)
         for group in range(len(GROUPS)):
             use_STN = both_STN & seen_S2TN[:, chunk] & (states.group_SN == group)[:, None]
             for place in range(len(states)):
@@ -161,7 +165,8 @@ def distances(states: States, points_S2TN2: NDArray[np.float32], seen_S2TN: NDAr
                 if use_TN.any():
                     own[place, group, chunk] = apart[0][place][use_TN].mean()
                     other[place, group, chunk] = apart[1][place][use_TN].mean()
-    return Distances(own_SG2=own, other_SG2=other, points_SG2=number)
+                    toward[place, group, chunk] = along_STN[place][use_TN].sum() / (way_STN2[place][use_TN] ** 2).sum()
+    return Distances(own_SG2=own, other_SG2=other, points_SG2=number, toward_SG2=toward)
 
 
 def report(states: States, found: Distances, ceiling: Distances, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -197,6 +202,45 @@ def report(states: States, found: Distances, ceiling: Distances, options: argpar
             claim, unit = f"{path}/{group}_{kind}", "px of 120x160, median" if kind.endswith("px") else "1"
             lines.append(measurement(claim, value, unit=unit, n=2 * len(states), against=against, **shared))
             print(f"{group}_{kind}: {value:.4g} (executed video {against['executed_video']:.4g})")
+    return lines + [measurement(**line, **shared) for line in causes(path, found)]
+
+
+def causes(path: str, found: Distances) -> list[dict[str, Any]]:
+    """Where imaginations go instead: by executed chunk the median place between the own (0) and the other execution (1), and among the
+    imaginations whose objects are not nearer to their own execution the share whose arms are."""
+    lines: list[dict[str, Any]] = []
+    arm, thing = (GROUPS.index(name) for name in ("arm", "object"))
+    for chunk, executed in enumerate(CHUNKS):
+        for place, group in enumerate(GROUPS):
+            known = found.toward_SG2[:, place, chunk]
+            known = known[~np.isnan(known)]
+            if len(known):
+                claim = f"{path}/{group}_toward_other/{executed}_executed"
+                low, value, high = np.percentile(known, (25, 50, 75))
+                about = {"low and high": "quartiles"}
+                lines.append(
+                    {
+                        "claim": claim,
+                        "value": float(value),
+                        "low": float(low),
+                        "high": float(high),
+                        "unit": "1",
+                        "n": len(known),
+                        "against": about,
+                    }
+                )
+        near = found.nearer_SG2[:, :, chunk]
+        wrong = ~near[:, thing]
+        if wrong.any():
+            hits = int(near[wrong, arm].sum())
+            low, high = wilson(hits, int(wrong.sum()))
+            claim = f"{path}/arm_right_where_object_is_wrong/{executed}_executed"
+            value = hits / int(wrong.sum())
+            lines.append(
+                {"claim": claim, "value": value, "low": low, "high": high, "unit": "share", "n": int(wrong.sum())}
+            )
+    for line in lines:
+        print(f"{line['claim']}: {line['value']:.3f} ({line['low']:.3f}..{line['high']:.3f}), n={line['n']}")
     return lines
 
 

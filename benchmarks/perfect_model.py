@@ -270,7 +270,9 @@ def success_line(
     about |= {"assets": rows[0]["assets"], "execute_horizon": settings.execute, "error_deg": settings.error}
     about |= {"crashed, in no denominator": crashed} if crashed else {}
     if settings.decoder:
-        about |= decoded_errors(rows) | {"decoder": _decoder(settings.decoder, "cpu").fingerprint}
+        about |= (
+            decoded_errors(rows) | typical_errors(rows) | {"decoder": _decoder(settings.decoder, "cpu").fingerprint}
+        )
         for outcome in (True, False) if 0 < k < n else ():
             alike = [row for row in rows if row["success"] is outcome]
             found = decoded_errors(alike) | typical_errors(alike)

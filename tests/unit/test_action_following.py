@@ -173,7 +173,11 @@ def test_the_report_counts_pairs_and_imaginations(modules, capsys):
     options = argparse.Namespace(
         name="x", model=Path("/m/x/export"), measure=Path("/m/states.safetensors"), no_sentence=False
     )
-    lines = {line["claim"].rsplit("/", 1)[1]: line for line in benchmark.report(made, found, ceiling, options)}
+    reported = {
+        line["claim"].removeprefix("video/action_following/x/"): line
+        for line in benchmark.report(made, found, ceiling, options)
+    }
+    lines = {claim: line for claim, line in reported.items() if "/" not in claim}
     values = {name: (line["value"], line["n"]) for name, line in lines.items() if line["unit"] == "share"}
     third = pytest.approx(1 / 3)
     assert values == {
@@ -188,6 +192,19 @@ def test_the_report_counts_pairs_and_imaginations(modules, capsys):
     assert lines["arm_imagination"]["against"]["random executed"] == pytest.approx(2 / 3)
     assert "/m/" not in line["command"] and line["seeds"] == "100000-100002"
     assert "2/3" in capsys.readouterr().out
+    causes = {claim: (line["value"], line["n"]) for claim, line in reported.items() if "/" in claim}
+    assert causes == {
+        "arm_toward_other/expert_executed": (0.0, 3),
+        "object_toward_other/expert_executed": (0.0, 3),
+        "arm_right_where_object_is_wrong/expert_executed": (1.0, 1),
+        "arm_toward_other/random_executed": (0.0, 3),
+        "object_toward_other/random_executed": (0.0, 3),
+        "arm_right_where_object_is_wrong/random_executed": (0.0, 1),
+    }
+    half = (made.points_S2TN2 + made.points_S2TN2[:, ::-1]) / 2
+    np.testing.assert_allclose(benchmark.distances(made, half, made.seen_S2TN).toward_SG2, 0.5, atol=1e-6)
     options.no_sentence = True
     line = benchmark.report(made, found, ceiling, options)[0]
-    assert "/x_without_sentence/" in line["claim"] and line["command"].endswith("--model runs/x --no-sentence")
+    assert "/x_without_sentence/" in line["claim"] and line["command"].endswith(
+        "--model runs/x/export --name x --no-sentence"
+    )

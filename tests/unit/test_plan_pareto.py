@@ -49,10 +49,10 @@ def cell(
 
 def test_compute_counts_what_was_imagined(report: Any) -> None:
     single = cell(report, 4, 1, "", [1, 0, 1])
-    assert single.evaluations == 4 and single.seconds == pytest.approx(0.75)
+    assert single.evaluations == 4
     assert cell(report, 4, 1, "", [1], resampled=1).evaluations == 4 * 1.5
     several = cell(report, 2, 16, "spread", [1, 0], resampled=1, errors=3)
-    assert several.evaluations == 2 * 16 * 1.5 and several.seconds == pytest.approx(1.0)
+    assert several.evaluations == 2 * 16 * 1.5
     assert len(several.finished()) == 2 and several.successes() == 1 and several.successes("other") == 0
 
 
