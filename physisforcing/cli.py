@@ -40,6 +40,7 @@ VERBS: dict[str, Verb] = {
     ),
     "train idm": Verb("physisforcing.planner.train", "train the inverse dynamics model"),
     "train success": Verb("physisforcing.planner.train_success", "train the judge of whether a task is done"),
+    "convert": Verb("physisforcing.convert", "released checkpoints to plain diffusers folders, or check one"),
     "generate": Verb("physisforcing.generate", "imagine a video from a first frame and an instruction"),
     "check worldmodel": Verb("physisforcing.check", "whether anyone's world model keeps the contract"),
     "eval plan": Verb("physisforcing.eval_plan", "plan in closed loop and count successes, with baselines"),

@@ -1,0 +1,63 @@
+"""``physis convert``: checkpoints as others release them -> a plain diffusers folder, every tensor accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+HELP = """Convert a released checkpoint to a plain diffusers folder, or check one.
+
+  physis convert source=PATH output=FOLDER [field=value ...]
+
+source=PATH      Wan2.2-TI2V-5B, Wan2.2-I2V-A14B or Wan2.2-T2V-A14B as Wan-AI releases them, one of their files (transformer,
+                 Wan2.1_VAE.pth, Wan2.2_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth), the authors' PF_Wan and PF_Cosmos, or a diffusers
+                 folder, which is checked and left as it is
+output=FOLDER    must not exist; a killed conversion leaves none, and the same command continues it
+kind=auto        or wan | pf_wan | pf_cosmos | diffusers
+dtype=bf16       of the transformers: bf16 | fp16 | fp32 | keep; autoencoder and text encoder keep the type of their files
+config=null      JSON with what the tensors' shapes do not say (docs/convert.md)
+sha256={}        file name -> checksum: sha256.'Wan2.1_VAE\\.pth'=38071ab5...
+flags: --json prints the report that is also in FOLDER/conversion.json
+
+Nothing is downloaded. A missing shard, a file that was cut off, and a tensor that is missing, unknown, of another shape or quantised are
+errors that name file and tensor, before anything is written.
+
+examples:
+  physis convert source=Wan2.2-TI2V-5B output=models/wan22_5b
+  physis convert source=Wan2.2-I2V-A14B output=models/wan22_a14b dtype=bf16
+  physis convert source=PF_Wan output=models/pf_wan
+  physis convert source=models/wan22_5b"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of ``physis convert``."""
+    if not argv or "-h" in argv or "--help" in argv:
+        print(HELP)
+        return 0 if argv else 2
+    from physisforcing.core.config import compose
+    from physisforcing.worldmodel.convert.command import ConvertConfig, run
+
+    words = [word for word in argv if word != "--json"]
+    report = run(compose("convert", words, ConvertConfig))
+    print(json.dumps(report, indent=2) if "--json" in argv else told(report))
+    return 0
+
+
+def told(report: dict[str, Any]) -> str:
+    """The report in lines for people."""
+    lines = [f"{report['source']}: {report['kind']}"]
+    for name, part in report["parts"].items():
+        what = (
+            f"{part['tensors']} tensors"
+            if "tensors" in part
+            else "not checked: another class than those of the backbones"
+        )
+        if "parameters" in part:
+            what += f", {part['parameters'] / 1e9:.3f} B parameters, {', '.join(part['dtypes'])}"
+        lines.append(f"  {name}: {part['class']}, {what}")
+        lines += [f"    left out: {count} tensors of {why}" for why, count in part.get("left_out", {}).items()]
+    lines += [f"  note: {note}" for note in report["notes"]]
+    if "output" in report:
+        lines.append(f"  written: {report['output']}, {report['bytes'] / 1e9:.2f} GB")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Checkpoints as others release them -> plain diffusers folders."""
