@@ -17,7 +17,7 @@ output=FOLDER    must not exist; a killed conversion leaves none, and the same c
 kind=auto        or wan | pf_wan | pf_cosmos | diffusers
 dtype=bf16       of the transformers: bf16 | fp16 | fp32 | keep; autoencoder and text encoder keep the type of their files
 config=null      JSON with what the tensors' shapes do not say (docs/convert.md)
-sha256={}        file name -> checksum: sha256.'Wan2.1_VAE\\.pth'=38071ab5...
+sha256={}        checksums that files must have: sha256={Wan2.1_VAE.pth:38071ab5...}
 flags: --json prints the report that is also in FOLDER/conversion.json
 
 Nothing is downloaded. A missing shard, a file that was cut off, and a tensor that is missing, unknown, of another shape or quantised are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -178,8 +179,9 @@ def test_sources_that_cannot_be_converted(release: Path, tmp_path: Path) -> None
     wrong = {"models_t5.pth": "0" * 64}
     with pytest.raises(UserError, match=r"sha256 of models_t5\.pth"):
         run(ConvertConfig(source=str(tmp_path / "models_t5.pth"), output=str(tmp_path / "out"), sha256=wrong))
-    import hashlib
-
+    for unread, words in (({"model_t5.pth": "0" * 64}, "did you mean 'models_t5.pth'"), ({"a": "12"}, "hexadecimal")):
+        with pytest.raises(UserError, match=words):
+            run(ConvertConfig(source=str(tmp_path / "models_t5.pth"), output=str(tmp_path / "out"), sha256=unread))
     right = {"models_t5.pth": hashlib.sha256((tmp_path / "models_t5.pth").read_bytes()).hexdigest().upper()}
     run(ConvertConfig(source=str(tmp_path / "models_t5.pth"), output=str(tmp_path / "out"), sha256=right))
     assert (tmp_path / "out" / "text_encoder" / "model.safetensors").is_file()

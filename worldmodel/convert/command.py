@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,10 @@ class ConvertConfig:
             raise unknown_name("kind", self.kind, ("auto", *find.KINDS), see="physis convert --help")
         if self.dtype not in DTYPES:
             raise unknown_name("dtype", self.dtype, DTYPES, see="physis convert --help")
+        for name, digest in self.sha256.items():
+            if not re.fullmatch("[0-9a-fA-F]{64}", digest):
+                fix = f"run sha256sum {name}"
+                raise UserError(f"sha256 of {name}", got=digest, wanted="64 hexadecimal digits", fix=fix)
 
 
 def run(config: ConvertConfig, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
@@ -66,6 +71,10 @@ def run(config: ConvertConfig, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]
     if not source.exists():
         raise UserError("source", got=str(source), wanted="a folder or file on this disk", fix="download it first")
     found = find.find(source, kind, find.asked(config.config, config.sha256, DTYPES[config.dtype]))
+    read = {name for part in found.parts for name in part.source.digests}
+    for name in config.sha256:
+        if name not in read:
+            raise unknown_name("sha256", name, read, see="the files of the source")
     return _write(found, source, Path(config.output).expanduser(), shard_bytes)
 
 
