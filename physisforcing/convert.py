@@ -14,7 +14,7 @@ source=PATH      Wan2.2-TI2V-5B, Wan2.2-I2V-A14B or Wan2.2-T2V-A14B as Wan-AI re
                  Wan2.1_VAE.pth, Wan2.2_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth), the authors' PF_Wan and PF_Cosmos, or a diffusers
                  folder, which is checked and left as it is
 output=FOLDER    must not exist; a killed conversion leaves none, and the same command continues it
-kind=auto        or wan | pf_wan | pf_cosmos | diffusers
+kind=auto        or wan | pf_wan | pf_cosmos | diffusers; to_wan: the transformers of a diffusers folder under Wan's own names
 dtype=bf16       of the transformers: bf16 | fp16 | fp32 | keep; autoencoder and text encoder keep the type of their files
 config=null      JSON with what the tensors' shapes do not say (docs/convert.md)
 sha256={}        checksums that files must have: sha256={Wan2.1_VAE.pth:38071ab5...}

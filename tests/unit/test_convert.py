@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from physisforcing import cli
 from physisforcing.core.errors import UserError
@@ -223,6 +224,25 @@ def test_a_converted_folder_is_checked_by_the_same_command(converted: Path, caps
     assert cli.main(["convert", f"source={converted}", f"output={converted}2"]) == 2
 
 
+def test_the_way_back_gives_the_original_tensors(
+    converted: Path, release: Path, settings: Path, tmp_path: Path
+) -> None:
+    config = ConvertConfig(source=str(converted), output=str(tmp_path / "back"), kind="to_wan", dtype="keep")
+    report = run(config, shard_bytes=20_000)
+    back, began = (
+        {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+        for folder in (tmp_path / "back", release)
+    )
+    assert back.keys() == began.keys() and all(torch.equal(back[name], began[name]) for name in began)
+    told = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert told == {**TINY_WAN, "_class_name": "WanModel", "model_type": "t2v", "text_len": 512, "text_dim": 16}
+    assert report["notes"] == [] and not (tmp_path / "back" / "scheduler").exists()
+    config = ConvertConfig(source=str(tmp_path / "back"), output=str(tmp_path / "again"), dtype="keep")
+    run(config, shard_bytes=20_000)
+    again, first = tree(tmp_path / "again" / "transformer"), tree(converted / "transformer")
+    assert again == first
+
+
 def test_two_experts_become_one_pipeline(settings: Path, tmp_path: Path) -> None:
     from diffusers import WanTransformer3DModel
 
@@ -242,6 +262,10 @@ def test_two_experts_become_one_pipeline(settings: Path, tmp_path: Path) -> None
         assert torch.equal(model.blocks[1].ffn.net[2].weight, state["blocks.1.ffn.2.weight"].bfloat16())
         # what diffusers computes in float32 has lost no digits
         assert torch.equal(model.blocks[1].scale_shift_table, state["blocks.1.modulation"])
+    run(ConvertConfig(source=str(tmp_path / "out"), output=str(tmp_path / "back"), kind="to_wan"))
+    low = load_file(tmp_path / "back" / "low_noise_model" / f"{WAN_WEIGHTS}.safetensors")
+    assert torch.equal(low["blocks.1.modulation"], state["blocks.1.modulation"])
+    assert torch.equal(low["head.head.weight"], state["head.head.weight"].bfloat16())
     shutil.rmtree(tmp_path / "A14B" / "low_noise_model")
     with pytest.raises(UserError, match="low_noise_model"):
         run(ConvertConfig(source=str(tmp_path / "A14B"), output=str(tmp_path / "other")))

@@ -101,9 +101,10 @@ def test_cosmos3_nano_maps_one_to_one_without_its_vision_tower() -> None:
     )
     original = shapes(original_cosmos(nano.state_dict()))
     tower = {f"model.net.language_model.visual.blocks.{k}.norm1.weight": (1152,) for k in range(27)}
+    tower |= {"model.visual.patch_embed.proj.bias": (1152,)}  # exports of some versions
     part = parts.cosmos3_transformer(source(original | tower, torch.bfloat16), {}, "config", torch.bfloat16)
     assert part.origin == dict(zip(nano.state_dict(), original, strict=True))
-    assert list(part.left_out.values()) == [27]
+    assert list(part.left_out.values()) == [28]
     assert {key: part.config[key] for key in nano.config if key[0] != "_"} == {
         key: value for key, value in nano.config.items() if key[0] != "_"
     }

@@ -13,7 +13,7 @@ import torch
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.results import config_hash
 
-from . import find, sources, writing
+from . import find, parts, sources, writing
 from .parts import Part
 from .pipeline import write_pipeline
 from .verify import verify
@@ -28,7 +28,7 @@ class ConvertConfig:
     """Settings of ``physis convert``.
 
     ``source``: folder or file of a release. ``output``: folder to write; not for ``kind=diffusers``, which is checked alone. ``kind``:
-    auto, wan, pf_wan, pf_cosmos or diffusers. ``dtype``: of the transformers: bf16, fp16, fp32 or keep; modules that diffusers keeps
+    auto, wan, pf_wan, pf_cosmos, diffusers, or to_wan for the way back. ``dtype``: of the transformers: bf16, fp16, fp32 or keep; modules that diffusers keeps
     in float32 stay so, autoencoder and text encoder have the type of their files. ``config``: JSON with what the tensors' shapes do
     not say. ``sha256``: file name -> checksum that the file must have.
     """
@@ -70,12 +70,26 @@ def run(config: ConvertConfig, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]
         raise UserError("output", got=config.output, wanted="a folder to write", fix="output=models/wan")
     if not source.exists():
         raise UserError("source", got=str(source), wanted="a folder or file on this disk", fix="download it first")
+    if kind == "to_wan":
+        return _write(_to_wan(source, DTYPES[config.dtype]), source, Path(config.output).expanduser(), shard_bytes)
     found = find.find(source, kind, find.asked(config.config, config.sha256, DTYPES[config.dtype]))
     read = {name for part in found.parts for name in part.source.digests}
     for name in config.sha256:
         if name not in read:
             raise unknown_name("sha256", name, read, see="the files of the source")
     return _write(found, source, Path(config.output).expanduser(), shard_bytes)
+
+
+def _to_wan(source: Path, dtype: torch.dtype | None) -> find.Found:
+    """The transformers of a diffusers folder under Wan's own names: two experts in a folder each, one in the output itself."""
+    if (source / "config.json").is_file():
+        folders = {"": source}
+    elif (source / "transformer_2").is_dir():
+        folders = {folder: source / name for name, folder in find.EXPERTS.items()}
+    else:
+        folders = {"": source / "transformer"}
+    made = [parts.original_transformer(name, folder, dtype) for name, folder in folders.items()]
+    return find.Found(kind="to_wan", parts=made, index={}, shift=0.0, needed=())
 
 
 def _write(found: find.Found, source: Path, output: Path, shard_bytes: int) -> dict[str, Any]:
@@ -89,7 +103,9 @@ def _write(found: find.Found, source: Path, output: Path, shard_bytes: int) -> d
         with tqdm(total=needed, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
             for part, shards in plans:
                 writing.write_part(part, shards, folder / part.name, bar.update)
-        missing = write_pipeline(folder, found.index, found.parts, found.tokenizer, found.shift, found.needed)
+        missing = []
+        if found.index:
+            missing = write_pipeline(folder, found.index, found.parts, found.tokenizer, found.shift, found.needed)
     if missing:
         report["notes"].append(f"no model_index.json: the source has no {', '.join(missing)}")
     return report | {"output": str(output), "bytes": needed}
@@ -108,8 +124,8 @@ def _report(found: find.Found, source: Path) -> dict[str, Any]:
             {"name": path.name, "bytes": path.stat().st_size, "sha256": digests.get(path.name)}
             for path in sorted(files)
         ],
-        "parts": {part.name: _told(part) for part in found.parts},
-        "shift": found.shift,
+        "parts": {part.name or "transformer": _told(part) for part in found.parts},
+        **({"shift": found.shift} if found.index else {}),
         **found.facts,
         "notes": sources.notes(digests.items()),
         "versions": {"diffusers": diffusers.__version__, "transformers": transformers.__version__},

@@ -65,7 +65,7 @@ def merged(inferred: dict[str, Any], given: Mapping[str, Any], where: str, known
     for name, value in given.items():
         if name not in known:
             raise unknown_name(f"{where}: {name}", name, known, see="docs/convert.md")
-        value = list(value) if isinstance(value, tuple) else value
+        value = list_of(value)
         if name in inferred and inferred[name] != value:
             fix = "use the config that belongs to these weights"
             wanted = f"{inferred[name]}, as the tensors' shapes say"
@@ -102,6 +102,22 @@ def wan_transformer(look: Look, given: Mapping[str, Any], where: str) -> dict[st
         wanted, fix = f"a number that divides the width {dim}", "config=FILE with the model's own num_heads"
         raise UserError(f"{where}: num_heads", got=config.get("num_attention_heads"), wanted=wanted, fix=fix)
     return config | {"num_attention_heads": heads, "attention_head_dim": dim // heads}
+
+
+def wan_original(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``WanModel``'s config.json from that of a ``WanTransformer3DModel``."""
+    into, out = config["in_channels"], config["out_channels"]
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    told = {"_class_name": "WanModel", "model_type": "i2v" if into > out else "ti2v" if out == 48 else "t2v"}
+    told |= {"dim": dim, "in_dim": into, "out_dim": out, "num_heads": config["num_attention_heads"], "text_len": 512}
+    told |= {name: config[name] for name in ("ffn_dim", "freq_dim", "num_layers", "eps")}
+    usual = {"patch_size": [1, 2, 2], "text_dim": 4096}
+    return told | {name: config[name] for name, value in usual.items() if list_of(config[name]) != list_of(value)}
+
+
+def list_of(value: Any) -> Any:
+    """A tuple as the list that JSON makes of it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def wan_autoencoder(look: Look, given: Mapping[str, Any], where: str) -> dict[str, Any]:

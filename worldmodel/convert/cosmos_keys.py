@@ -6,13 +6,15 @@ from .keys import KeyMap, Pairs
 
 #: The framework's exports put the first before every name, its network alone has none.
 PREFIXES = ("model.net.", "net.", "")
+#: The vision tower has a name in the network and Qwen's own, which exports of some versions keep.
+TOWERS = ("language_model.visual.", "model.visual.", "visual.")
 VISION = "the reasoner's vision tower, which generation does not use"
 
 
 def cosmos3_keys() -> KeyMap:
     """``Cosmos3VFMNetwork`` -> ``Cosmos3OmniTransformer``: Qwen's names with ``_moe_gen`` for the generation stream -> diffusers' own.
 
-    The tower ``language_model.visual`` reads pictures for the reasoner and is no part of the stock transformer.
+    The tower (``TOWERS``) reads pictures for the reasoner and is no part of the stock transformer.
     """
     model, layer = "language_model.model", "language_model.model.layers.{i}"
     pairs: Pairs = [
@@ -47,4 +49,4 @@ def cosmos3_keys() -> KeyMap:
         same += [f"input_layernorm{stream}.weight", f"post_attention_layernorm{stream}.weight"]
         same += [f"mlp{stream}.{part}_proj.weight" for part in ("gate", "up", "down")]
     pairs += [(f"{layer}.{name}", f"layers.{{i}}.{name}") for name in same]
-    return KeyMap(pairs, PREFIXES, {"language_model.visual.": VISION})
+    return KeyMap(pairs, PREFIXES, dict.fromkeys(TOWERS, VISION))

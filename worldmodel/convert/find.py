@@ -18,7 +18,7 @@ from .configs import cosmos3_said, read_jsonc
 from .parts import Part
 from .sources import PICKLED, Source, open_source
 
-KINDS = ("wan", "pf_wan", "pf_cosmos", "diffusers")
+KINDS = ("wan", "pf_wan", "pf_cosmos", "diffusers", "to_wan")
 #: Wan2.2-*-A14B's two experts, in the order of diffusers' ``transformer`` and ``transformer_2``.
 EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 PF_BACKBONE, ROOT_WEIGHTS, WAN22_VAE = "backbone.pth", "model.safetensors", "Wan2.2_VAE.pth"

@@ -29,6 +29,9 @@ from .wan_keys import autoencoder_keys, text_encoder_keys, transformer_keys
 #: transformers' name for a model's weights.
 TEXT_WEIGHTS_NAME = "model.safetensors"
 
+#: What diffusers keeps in float32, in Wan's names.
+ORIGINAL_FLOAT32 = ("time_embedding", "modulation", "norm3")
+
 
 @dataclass(slots=True, kw_only=True)
 class Part:
@@ -165,6 +168,26 @@ def stock_folder(name: str, folder: Path, kind: Any) -> Part:
         origin={key: key for key in shapes},
         shapes=shapes,
         config=json.loads(model.to_json_string()),
+    )
+
+
+def original_transformer(name: str, folder: Path, dtype: torch.dtype | None) -> Part:
+    """The way back: a stock Wan transformer in ``folder`` as a ``WanModel`` with its own names, in the folder ``name``."""
+    from diffusers import WanTransformer3DModel
+
+    stock, keys = stock_folder(name, folder, WanTransformer3DModel), transformer_keys()
+    origin = {keys.original(key) or "": key for key in stock.shapes}
+    assert len(origin) == len(stock.shapes) and "" not in origin, "each tensor of the stock model has a rule"
+    return Part(
+        name=name,
+        library="wan",
+        class_name="WanModel",
+        source=stock.source,
+        origin=origin,
+        shapes={new: stock.shapes[old] for new, old in origin.items()},
+        config=configs.wan_original(stock.config),
+        dtype=dtype,
+        float32=ORIGINAL_FLOAT32,
     )
 
 
