@@ -50,22 +50,12 @@ def save_diffusers(model: Any, folder: Path, dtype: torch.dtype | None = None) -
 def load_diffusers(kind: Any, folder: Path) -> Any:
     """A ``ModelMixin`` from its folder, float32. Every key must fit (``from_pretrained`` only logs those that do not).
 
-    Raises ``UserError`` naming the first tensor that is missing, unknown or of another shape.
+    Raises ``UserError`` naming file and tensor, as ``backbones.loading`` does.
     """
-    from safetensors.torch import load_file
+    from .backbones.loading import load_weights
 
     model = kind.from_config(kind.load_config(folder, local_files_only=True))
-    state = {name: value.float() for name, value in load_file(folder / WEIGHTS_NAME).items()}
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    wrong = sorted(name for name in {*state, *shapes} if name not in state or shapes.get(name) != state[name].shape)
-    if wrong:
-        raise UserError(
-            str(folder / WEIGHTS_NAME),
-            got=f"{len(wrong)} tensors that do not fit, such as {wrong[0]}",
-            wanted=f"the weights of a {kind.__name__} with this config",
-            fix="use weights and config of the same training",
-        )
-    model.load_state_dict(state)
+    load_weights(model, folder, dtype=torch.float32)
     return model
 
 

@@ -222,6 +222,9 @@ def test_a_converted_folder_is_checked_by_the_same_command(converted: Path, caps
     assert report["kind"] == "diffusers" and not report["notes"]
     assert {name for name, part in report["parts"].items() if part["checked"]} == {"transformer", "vae", "text_encoder"}
     assert cli.main(["convert", f"source={converted}", f"output={converted}2"]) == 2
+    for part in ("transformer", "vae", "text_encoder"):
+        assert cli.main(["convert", f"source={converted / part}"]) == 0
+        assert f"{part}: " in capsys.readouterr().out
 
 
 def test_the_way_back_gives_the_original_tensors(

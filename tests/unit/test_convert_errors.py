@@ -166,13 +166,21 @@ def test_sources_that_cannot_be_converted(release: Path, tmp_path: Path) -> None
     torch.save({**state, "step": 3}, tmp_path / "more.pth")
     torch.save(state, tmp_path / "tar.pth", _use_new_zipfile_serialization=False)
     torch.save(state, tmp_path / "models_t5.pth")
+    whole = (tmp_path / "models_t5.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "folder").mkdir()
     (tmp_path / "raw" / "model").mkdir(parents=True)
     (tmp_path / "raw" / ".metadata").touch()
     (tmp_path / "two").mkdir()
     for name in ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth"):
         (tmp_path / "two" / name).touch()
-    cases = {"more.pth": "tensors by name", "tar.pth": "a zip file", "folder": "models_t5", "raw": "export_model"}
+    cases = {
+        "more.pth": "tensors by name",
+        "cut.pth": "a zip file",
+        "tar.pth": "a zip file",
+        "folder": "models_t5",
+        "raw": "export_model",
+    }
     for name, words in {**cases, "two": "one autoencoder"}.items():
         with pytest.raises(UserError, match=words):
             run(ConvertConfig(source=str(tmp_path / name), output=str(tmp_path / "out")))

@@ -125,14 +125,14 @@ def check_entries(entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple
     """
     if missing := [name for name in shapes if name not in entries]:
         wanted = f"{len(shapes)} tensors"
-        fix = "use weights and config of the same model"
+        fix = "use weights and config of one model; these do not fit together"
         raise UserError(str(where), got=f"no {_some(missing)}", wanted=wanted, fix=fix)
     if unknown := [name for name in entries if name not in shapes]:
         raise UserError(
             str(entries[unknown[0]].file),
             got=f"{_some(unknown)} too many",
             wanted=f"the {len(shapes)} tensors of the model that config.json describes",
-            fix="use weights and config of the same model; merge adapters before saving",
+            fix="use weights and config of one model, these do not fit together; merge adapters before saving",
         )
     for name, entry in entries.items():
         check_entry(entry, name, shapes[name])
@@ -142,7 +142,7 @@ def check_entry(entry: TensorEntry, name: str, shape: tuple[int, ...]) -> None:
     """``UserError`` for a tensor of another shape or not of a floating type."""
     if entry.shape != tuple(shape):
         wanted = f"{list(shape)}, as the config says"
-        fix = "use weights and config of the same model"
+        fix = "use weights and config of one model; these do not fit together"
         raise UserError(f"{entry.file}: {name}", got=list(entry.shape), wanted=wanted, fix=fix)
     if entry.dtype not in FLOATING:
         raise _wrong_dtype(entry.file, name, str(entry.dtype).removeprefix("torch."))

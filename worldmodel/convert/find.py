@@ -230,13 +230,14 @@ def _cosmos(place: Path, wanted: Asked) -> Found:
 
 
 def _stock_class(folder: Path) -> str | None:
-    """The diffusers class that a folder's ``config.json`` names; None for other configs, Wan's own included."""
+    """The stock class that a folder's ``config.json`` names; None for other configs, Wan's own included."""
     path = folder / "config.json"
     try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("_class_name")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        name = content.get("_class_name") or (content.get("architectures") or [None])[0]
     except (OSError, ValueError, AttributeError):
         return None
-    return name if name in STOCK else None
+    return name if name in (*STOCK, "UMT5EncoderModel") else None
 
 
 #: diffusers classes whose folders can be checked.
