@@ -341,14 +341,15 @@ def tiny_cosmos() -> Any:
     return stock(Cosmos3OmniTransformer, **sizes, **heads, rope_axes_dim=[2, 1, 1], base_fps=16)
 
 
-def test_the_authors_cosmos_bundle(tmp_path: Path) -> None:
-    from diffusers import AutoencoderKLWan, Cosmos3OmniTransformer
+def test_the_authors_cosmos_bundle(tmp_path: Path, tiny_wan_folder: Path) -> None:
+    from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer
 
     bundle, began = tmp_path / "PF_Cosmos", tiny_cosmos()
     state = original_cosmos(began.state_dict()) | {
         "model.net.language_model.visual.patch_embed.proj.bias": torch.zeros(3)
     }
     save_shards(bundle, state, "model", shards=3)
+    shutil.copytree(tiny_wan_folder / "tokenizer", bundle, dirs_exist_ok=True)
     (bundle / "assets").mkdir()
     torch.save(original_vae(wan_vae(nested=True), nested=True), bundle / "assets" / "Wan2.2_VAE.pth")
     expert = {"base_fps": 16, "patch_spatial": 2, "max_vae_latent_side_after_patchify": 20}
@@ -362,6 +363,12 @@ def test_the_authors_cosmos_bundle(tmp_path: Path) -> None:
     loaded = Cosmos3OmniTransformer.from_pretrained(tmp_path / "out" / "transformer")
     assert same(began, loaded) and settings_of(began) == settings_of(loaded)
     assert same(wan_vae(nested=True), AutoencoderKLWan.from_pretrained(tmp_path / "out" / "vae"))
+    pipeline = Cosmos3OmniPipeline.from_pretrained(tmp_path / "out", enable_safety_checker=False, local_files_only=True)
+    assert same(began, pipeline.transformer) and pipeline.text_tokenizer.pad_token == "<pad>"
+    assert (pipeline.scheduler.config.flow_shift, pipeline.scheduler.config.use_karras_sigmas) == (10.0, False)
+    assert sorted(path.name for path in (tmp_path / "out" / "text_tokenizer").iterdir()) == sorted(
+        path.name for path in (tiny_wan_folder / "tokenizer").iterdir()
+    )
     note = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert list(note["parts"]["transformer"]["left_out"].values()) == [1] and note["shift"] == 10.0
 
