@@ -8,8 +8,7 @@ from typing import Any
 
 HELP = """Convert a released checkpoint to a plain diffusers folder, or check one.
 
-  physis convert source=PATH output=FOLDER [field=value ...]
-
+settings (field=value):
 source=PATH      Wan2.2-TI2V-5B, Wan2.2-I2V-A14B or Wan2.2-T2V-A14B as Wan-AI releases them, one of their files (transformer,
                  Wan2.1_VAE.pth, Wan2.2_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth), the authors' PF_Wan and PF_Cosmos, or a diffusers
                  folder, which is checked and left as it is
