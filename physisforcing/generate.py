@@ -1,7 +1,8 @@
-"""``physis generate``: a video from a first frame and an instruction, with our world models or anyone's."""
+"""``physis generate``: a video from a first frame and an instruction, with our world models, the large ones or anyone's."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,27 @@ if TYPE_CHECKING:
     from physisforcing.core.episodes import EpisodeSource
     from physisforcing.core.types import RolloutRequest, WorldModelSpec
     from physisforcing.worldmodel.generate import GenerateConfig
+    from physisforcing.worldmodel.paper_generate import PaperConfig
 
 OTHERS = """
 model=SOURCE: also a diffusers pipeline folder, module:factory or the address of a service (docs/bring_your_world_model.md). Pictures of any
 size are resized to its view; what it is conditioned on comes from dataset=, or from instruction= and state=.
 
-  physis generate model=models/wan image=first.png instruction="click the bell" out=bell.mp4"""
+  physis generate model=models/wan image=first.png instruction="click the bell" out=bell.mp4
+
+A folder of Wan2.2-I2V-A14B, Wan2.2-TI2V-5B or Cosmos3 (docs/paper_scale.md), with settings of its own; several seeds write out_seed0.mp4,
+out_seed1.mp4, ...:
+
+  physis generate model=models/ti2v image=first.png prompt="click the bell" size=480x640 frames=81 seeds=[0,1] \\
+    sampler=unipc steps=50 shift=5 guidance=5 device=cuda dtype=bf16 offload=model compile=blocks out=bell.mp4"""
+
+#: Settings that the large models alone have: naming one asks for them.
+LARGE = (
+    "transformer", "negative_prompt", "size", "frames", "fps", "sampler", "shift", "guidance", "guidance_low", "boundary", "seeds",
+    "first_latent", "experts", "dtype", "offload", "compile",
+)  # fmt: skip
+#: Classes of pipeline folders that are generated with here, not through the adapter for anyone's pipeline.
+LARGE_CLASSES = ("WanImageToVideoPipeline", "Cosmos3OmniPipeline")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,11 +50,83 @@ def main(argv: Sequence[str]) -> int:
     from physisforcing.core.config import compose
 
     config = compose("generate", list(argv), ours.GenerateConfig)
+    for path in run(config):
+        print(path)
+    return 0
+
+
+def run(config: GenerateConfig) -> list[Path]:
+    """What was written. Raises ``UserError`` for settings that the model does not have."""
+    from physisforcing.worldmodel import generate as ours
+
     if config.model == "shipped":
         config.model = ""
+    if config.prompt and config.instruction:
+        got = (config.prompt, config.instruction)
+        raise UserError("prompt, instruction", got=got, wanted="one of them: they are the same", fix="leave prompt out")
+    config.instruction = config.prompt or config.instruction
+    asked = [name for name in LARGE if getattr(config, name) not in (None, "", [], "none")]
+    if _is_large(config, bool(asked)):
+        return generate_large(config)
+    if asked:
+        wanted = f"nothing: only folders of {' and '.join(LARGE_CLASSES)} have {asked[0]}"
+        raise UserError(asked[0], got=getattr(config, asked[0]), wanted=wanted, fix=f"leave {asked[0]} out")
     own = not config.model or (Path(config.model) / "world_model.json").is_file()
-    print(ours.generate(config) if own else generate_any(config))
-    return 0
+    return [ours.generate(config) if own else generate_any(config)]
+
+
+def _is_large(config: GenerateConfig, asked: bool) -> bool:
+    """Whether ``model`` is a folder that ``generate_large`` opens; one with settings for the adapter only if more is asked for."""
+    folder = Path(config.model)
+    if not config.model or not (folder / "model_index.json").is_file():
+        return False
+    from physisforcing.worldmodel.adapters.pipeline_classes import read_class
+
+    return (asked or not (folder / "physis_pipeline.json").is_file()) and read_class(folder) in LARGE_CLASSES
+
+
+def generate_large(config: GenerateConfig) -> list[Path]:
+    """One video a seed with Wan2.2 or Cosmos3. Metadata say that it is generated, by what, from which seed and with which settings."""
+    from tqdm import tqdm
+
+    from physisforcing.core.video import write_mp4
+    from physisforcing.worldmodel.adapters.diffusers_pipeline import folder_fingerprint
+    from physisforcing.worldmodel.paper_generate import PaperGenerator
+
+    for name in ("state", "actions_episode"):
+        if getattr(config, name) not in (None, []):
+            wanted = "nothing: this model reads a picture and a sentence"
+            raise UserError(name, got=getattr(config, name), wanted=wanted, fix=f"leave {name} out")
+    picture, instruction, _, _ = _source(config)
+    if not instruction:
+        raise UserError("prompt", got=config.instruction, wanted="a sentence", fix='prompt="click the bell"')
+    seeds = config.seeds or [config.seed]
+    generator = PaperGenerator(config.model, _large_settings(config))
+    parts = [Path(name) for name in (config.model, config.transformer, config.codec) if name]
+    weights = "-".join(folder_fingerprint(part) for part in parts)
+    scale, out, written = config.scale or 1, Path(config.out), []
+    with tqdm(total=len(seeds) * generator.sampler.steps, unit="step", disable=None) as bar:
+        for seed, frames in generator.generate(picture, instruction, seeds, advance=lambda: bar.update()):
+            path = out.with_stem(f"{out.stem}_seed{seed}") if len(seeds) > 1 else out
+            comment = f"generated by {parts[0].name} {weights}, seed {seed}, {generator.describe()}"
+            frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+            write_mp4(path, frames, generator.fps, {"comment": comment, "title": instruction})
+            written.append(path)
+    return written
+
+
+def _large_settings(config: GenerateConfig) -> PaperConfig:
+    from physisforcing.worldmodel.paper_generate import PaperConfig
+
+    found = re.fullmatch(r"(\d+)x(\d+)", config.size or "480x640")
+    if found is None:
+        raise UserError("size", got=config.size, wanted="height x width in pixels", fix="size=480x640")
+    same = {name: getattr(config, name) for name in LARGE if name not in ("size", "seeds", "dtype")}
+    dtype = config.dtype or ("fp32" if config.device == "cpu" else "bf16")
+    height, width, steps = int(found[1]), int(found[2]), config.steps or None
+    return PaperConfig(
+        **same, height=height, width=width, steps=steps, dtype=dtype, device=config.device, codec=config.codec
+    )
 
 
 def generate_any(config: GenerateConfig) -> Path:
@@ -55,7 +143,8 @@ def generate_any(config: GenerateConfig) -> Path:
     made = model.rollout(request).frames_BSVTHWC
     assert made is not None
     frames = np.concatenate(list(made[0, 0]), axis=2)  # views side by side
-    frames = frames.repeat(config.scale, axis=1).repeat(config.scale, axis=2)
+    scale = config.scale or 2
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     frames = frames[:, : len(frames[0]) // 2 * 2, : len(frames[0, 0]) // 2 * 2]  # MP4 wants even sides
     comment = f"generated by {spec.name} {spec.fingerprint}, seed {config.seed}"
     out = Path(config.out)

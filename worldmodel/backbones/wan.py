@@ -12,7 +12,7 @@ and the tap needs no hook. A test holds it against the stock forward.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,6 @@ class WanDenoiser(nn.Module):
         Any spatial patch: (1,1,1) in our small models, (1,2,2) in Wan2.2-TI2V-5B.
         """
         model = self.transformer
-        _, _, frames, height, width = x_BCFhw.shape
-        _, rows, columns = model.config.patch_size
         assert (action_BFD is None) == (self.actions is None), "actions for an action model, none for a text model"
         at = embed(model, x_BCFhw, timesteps_BF, context_BLD, action_BFD)
         x = at.x_BLD
@@ -163,11 +161,7 @@ class WanDenoiser(nn.Module):
             x = run(block, x, at.context_BLD, at.modulation_BF6D, at.rotary)
             if need_tap and index == self.tap:
                 tapped = x
-        shift, scale = (model.scale_shift_table.unsqueeze(0) + at.temb_BFD.unsqueeze(2)).float().unbind(2)
-        x = _modulate(model.norm_out(x.float()), shift, scale).type_as(x)
-        patches = model.proj_out(x).unflatten(1, (frames, height // rows, width // columns))
-        velocity_BCFhywx = patches.unflatten(-1, (rows, columns, -1)).permute(0, 6, 1, 2, 4, 3, 5)
-        return velocity_BCFhywx.flatten(5, 6).flatten(3, 4), tapped
+        return unembed(model, x, at.temb_BFD, x_BCFhw.shape), tapped
 
 
 @dataclass(slots=True, kw_only=True)
@@ -205,6 +199,17 @@ def embed(
         modulation = embedder.time_proj(embedder.act_fn(temb))
     modulation = modulation.unflatten(2, (6, -1))
     return Embedded(x_BLD=x, temb_BFD=temb, modulation_BF6D=modulation, context_BLD=context, rotary=rotary)
+
+
+def unembed(transformer: Any, x_BLD: Tensor, temb_BFD: Tensor, shape: Sequence[int]) -> Tensor:
+    """The stock forward after its last block: velocity [B,C,F,h,w] for latents of this ``shape`` (its channels are not read)."""
+    frames, height, width = shape[2:]
+    _, rows, columns = transformer.config.patch_size
+    shift, scale = (transformer.scale_shift_table.unsqueeze(0) + temb_BFD.unsqueeze(2)).float().unbind(2)
+    x_BLD = _modulate(transformer.norm_out(x_BLD.float()), shift, scale).type_as(x_BLD)
+    patches = transformer.proj_out(x_BLD).unflatten(1, (frames, height // rows, width // columns))
+    velocity_BCFhywx = patches.unflatten(-1, (rows, columns, -1)).permute(0, 6, 1, 2, 4, 3, 5)
+    return velocity_BCFhywx.flatten(5, 6).flatten(3, 4)
 
 
 def _modulate(x_BLD: Tensor, shift_BFD: Tensor, scale_BFD: Tensor) -> Tensor:

@@ -1,0 +1,157 @@
+"""Cosmos3 (diffusers' ``Cosmos3OmniTransformer``) as a video backbone: pictures and sentence, no sound and no actions.
+
+Two streams of tokens run through every layer: text (causal) and pictures, which read both. A sample is one packed sequence without a
+batch axis, so samples of a batch are computed one after the other. The first latent frame is the clean picture: its tokens get no
+embedding of the time, all others get the same one added. The tap is the stream of the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from physisforcing.core.errors import UserError
+
+from .protocol import call_block, check_tap, pin, to_timesteps
+
+#: Attention of the pictures' stream, as in the framework that the model comes from.
+COSMOS3_LORA_TARGETS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+#: Pixel frames of a latent frame, which positions in time are counted in.
+TEMPORAL_STRIDE = 4
+
+
+class Cosmos3Backbone(nn.Module):
+    """A stock ``Cosmos3OmniTransformer`` behind the ``VideoBackbone`` protocol.
+
+    ``fps``: frames a second of the videos; positions in time depend on it. ``exact_times``: embed the time once a token, as the stock
+    forward does, instead of once: slower, and bit-equal to it in float32.
+
+    Raises ``UserError`` for ``first_latent="mask"``, which the model does not have.
+    """
+
+    lora_targets = COSMOS3_LORA_TARGETS
+
+    def __init__(
+        self,
+        transformer: Any,
+        *,
+        stride: tuple[int, int, int] = (TEMPORAL_STRIDE, 16, 16),
+        first_latent: str = "pinned",
+        tap: int | None = None,
+        fps: float = 24.0,
+        exact_times: bool = False,
+    ) -> None:
+        super().__init__()
+        if first_latent != "pinned":
+            wanted = "pinned: Cosmos3 has no conditioning channels"
+            raise UserError("first_latent", got=first_latent, wanted=wanted, fix="first_latent=pinned")
+        config = transformer.config
+        self.transformer = transformer
+        self.first_latent, self.fps, self.exact_times = first_latent, fps, exact_times
+        self.tap = check_tap(tap, len(transformer.layers))
+        self.latent_channels = int(config.latent_channel)
+        self.stride, self.patch = stride, (1, int(config.latent_patch_size), int(config.latent_patch_size))
+        self.run_block: Callable[..., tuple[Tensor, Tensor]] = call_block
+        self._positions: dict[tuple[Any, ...], Tensor] = {}
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.layers
+
+    @property
+    def width(self) -> int:
+        return int(self.transformer.config.hidden_size)
+
+    def conditions(
+        self, first_BC1hw: Tensor, text: Tensor, frames: int, *, condition_BCFhw: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """See ``VideoBackbone``: the clean latent and the numbers of text tokens, on the CPU."""
+        assert condition_BCFhw is None, "Cosmos3 has no conditioning channels"
+        return {"first_BC1hw": first_BC1hw, "text_length_B": (text >= 0).sum(1).cpu()}
+
+    def forward(
+        self,
+        x_BCFhw: Tensor,
+        sigma_B: Tensor,
+        text_BL: Tensor,
+        conditions: Mapping[str, Tensor],
+        *,
+        need_tap: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``VideoBackbone``; the velocity of latent frame 0 is zero."""
+        x_BCFhw = pin(x_BCFhw, conditions["first_BC1hw"])
+        timesteps, lengths = to_timesteps(sigma_B), conditions["text_length_B"].tolist()
+        made = [
+            self._sample(x_BCFhw[row : row + 1], timesteps[row], text_BL[row, :length], need_tap)
+            for row, length in enumerate(lengths)
+        ]
+        velocity = torch.cat([velocity for velocity, _ in made])
+        return velocity, torch.stack([tapped for _, tapped in made if tapped is not None]) if need_tap else None
+
+    def _sample(
+        self, x_1CFhw: Tensor, timestep: Tensor, text_L: Tensor, need_tap: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One packed sequence -> (velocity [1,C,F,h,w], tapped tokens [F*h*w,D] or None)."""
+        model = self.transformer
+        und = model.embed_tokens(text_L)
+        packed, sizes = model._patchify_and_pack_latents([x_1CFhw.to(model.proj_in.weight.dtype)])
+        frames, high, wide = sizes[0][0], *(-(-side // self.patch[1]) for side in sizes[0][1:])
+        clean = high * wide
+        tokens = model.proj_in(packed)
+        tokens = torch.cat([tokens[:clean], tokens[clean:] + self._time(timestep, len(tokens) - clean).to(und.dtype)])
+        gen, rotary = tokens.to(und.dtype), self._rotary(len(text_L), (frames, high, wide), und)
+        tapped = None
+        for index, layer in enumerate(model.layers, start=1):
+            und, gen = self.run_block(layer, und, gen, rotary)
+            if need_tap and index == self.tap:
+                tapped = gen
+        noisy = torch.arange(1, frames, device=gen.device)
+        predicted = model.proj_out(model.norm_moe_gen(gen)[clean:])
+        velocity = model._unpatchify_and_unpack_latents(
+            predicted,
+            token_shapes_vision=[(frames, high, wide)],
+            noisy_frame_indexes_vision=[noisy],
+            original_latent_shapes=sizes,
+        )
+        return velocity[0], tapped
+
+    def _time(self, timestep: Tensor, tokens: int) -> Tensor:
+        """Embedding of the time: one row for all noisy tokens, or one each."""
+        model = self.transformer
+        scaled = timestep.expand(tokens if self.exact_times else 1) * model.config.timestep_scale
+        dtype = next(model.time_embedder.parameters()).dtype
+        return model.time_embedder(model.time_proj(scaled).to(dtype))
+
+    def _rotary(self, text: int, grid: tuple[int, int, int], like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cosine and sine of the text's positions and of the pictures', in the precision of ``like``."""
+        positions = self._position_ids(text, grid).to(like.device)
+        cos, sin = self.transformer.rotary_emb(
+            position_ids=positions.unsqueeze(1), device=like.device, dtype=like.dtype
+        )
+        cos, sin = cos.squeeze(0), sin.squeeze(0)
+        return cos[:text], sin[:text], cos[text:], sin[text:]
+
+    def _position_ids(self, text: int, grid: tuple[int, int, int]) -> Tensor:
+        """Positions [3,L] of the packed sequence on the CPU, by diffusers' own functions; the last few kept."""
+        from diffusers.pipelines.cosmos import pipeline_cosmos3_omni as stock
+
+        key = (text, grid, self.fps)
+        if key not in self._positions:
+            config = self.transformer.config
+            scaled = bool(config.enable_fps_modulation)
+            words, after = stock.get_3d_mrope_ids_text_tokens(text, temporal_offset=0, use_float_positions=scaled)
+            cells, _ = stock.get_3d_mrope_ids_vae_tokens(
+                *grid,
+                temporal_offset=after + config.unified_3d_mrope_temporal_modality_margin,
+                reset_spatial_indices=config.unified_3d_mrope_reset_spatial_ids,
+                fps=self.fps if scaled else None,
+                base_fps=float(config.base_fps),
+                temporal_compression_factor=self.stride[0],
+            )
+            if len(self._positions) >= 64:
+                del self._positions[next(iter(self._positions))]
+            self._positions[key] = torch.cat([words, cells], dim=1)
+        return self._positions[key]

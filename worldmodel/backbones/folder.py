@@ -1,0 +1,116 @@
+"""From a diffusers folder to a ``VideoBackbone``: which class it needs is read from its ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from physisforcing.core.errors import UserError, unknown_name
+
+from .cosmos3 import COSMOS3_LORA_TARGETS, Cosmos3Backbone
+from .protocol import VideoBackbone
+from .wan_paper import WAN_LORA_TARGETS, WanBackbone, has_condition
+
+#: Class in ``config.json`` -> what LoRA is put on.
+LORA_TARGETS = {"WanTransformer3DModel": WAN_LORA_TARGETS, "Cosmos3OmniTransformer": COSMOS3_LORA_TARGETS}
+#: Latent channels -> stride of the autoencoder that makes them, where no autoencoder lies beside the transformer.
+STRIDES = {16: (4, 8, 8), 48: (4, 16, 16)}
+
+
+def load_backbone(
+    folder: Path | str,
+    *,
+    first_latent: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    tap: int | None = None,
+    part: str = "transformer",
+    fps: float = 24.0,
+    exact_times: bool = False,
+) -> VideoBackbone:
+    """The backbone in a transformer's folder, or in the folder ``part`` of a pipeline (``transformer_2`` is A14B's low-noise expert).
+
+    ``first_latent``: see ``protocol.FIRST_LATENT``; None is ``mask`` for transformers with conditioning channels and ``pinned`` for
+    others. ``tap``: None is the middle block. ``fps``: of the videos, for Cosmos3. Parts that diffusers keeps in float32 stay there.
+
+    Raises ``UserError`` for a folder that is none, a class that is not in ``LORA_TARGETS``, and weights that do not fit.
+    """
+    path = transformer_folder(Path(folder), part)
+    kind = _class_of(path)
+    transformer = load_transformer(path, kind, dtype).to(device)
+    common: dict[str, Any] = {"tap": tap, "exact_times": exact_times}
+    if kind == "Cosmos3OmniTransformer":
+        stride = _stride(path, int(transformer.config.latent_channel))
+        return Cosmos3Backbone(transformer, stride=stride, first_latent=first_latent or "pinned", fps=fps, **common)
+    conditioned = has_condition(transformer.config)
+    stride = _stride(path, int(transformer.config.out_channels))
+    first = first_latent or ("mask" if conditioned else "pinned")
+    return WanBackbone(transformer, stride=stride, first_latent=first, **common)
+
+
+def transformer_folder(folder: Path, part: str = "transformer") -> Path:
+    """The folder with the transformer's ``config.json``: ``folder`` itself or its ``part``. ``UserError`` where there is none."""
+    for path in (folder, folder / part):
+        if (path / "config.json").is_file():
+            return path
+    fix = "a diffusers folder: the pipeline's or its transformer's; physis convert makes one of other layouts"
+    raise UserError(
+        "model", got=f"{folder} without {part}/config.json", wanted="a transformer in diffusers format", fix=fix
+    )
+
+
+def load_transformer(folder: Path, kind: str, dtype: torch.dtype) -> Any:
+    """The stock model in ``folder``, in ``dtype`` but for what its class keeps in float32. Every tensor must fit.
+
+    Raises ``UserError`` naming the first tensor that is missing, unknown or of another shape, and for files that do not open.
+    """
+    import diffusers
+
+    try:
+        model, found = getattr(diffusers, kind).from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        fix = "copy the folder again, with every *.safetensors file that its index names"
+        raise UserError(
+            "model", got=f"{folder}: {lines[0][:300]}", wanted=f"the weights of a {kind}", fix=fix
+        ) from error
+    wrong = [
+        f"{name} ({reason.removesuffix('_keys')})"
+        for reason in sorted(found)
+        for name in sorted(map(str, found[reason]))
+    ]
+    if wrong:
+        got = f"{folder}: {len(wrong)} tensors that do not fit, such as {wrong[0]}"
+        fix = "use weights and config of the same model"
+        raise UserError("model", got=got, wanted=f"the weights of a {kind} with this config", fix=fix)
+    return model.eval()
+
+
+def _class_of(folder: Path) -> str:
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise UserError("model", got=str(folder / "config.json"), wanted="a JSON object", fix=str(error)) from error
+    if kind not in LORA_TARGETS:
+        raise unknown_name("model._class_name", str(kind), LORA_TARGETS, see="docs/paper_scale.md")
+    return kind
+
+
+def _stride(folder: Path, channels: int) -> tuple[int, int, int]:
+    """Stride of the autoencoder beside the transformer, or of the one known to make so many channels."""
+    config = folder.parent / "vae" / "config.json"
+    if config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        side = int(values.get("scale_factor_spatial") or 8)
+        return int(values.get("scale_factor_temporal") or 4), side, side
+    if channels not in STRIDES:
+        wanted = f"vae/config.json beside it, or latents of {' or '.join(map(str, STRIDES))} channels"
+        raise UserError(
+            "model", got=f"{folder}, {channels} channels", wanted=wanted, fix="use the whole pipeline folder"
+        )
+    return STRIDES[channels]
