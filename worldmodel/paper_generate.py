@@ -101,13 +101,13 @@ class PaperGenerator:
         self.placement = Placement(config.device, config.offload)
         index = read_json(self.folder / "model_index.json")
         self.cosmos = read_class(self.folder) == "Cosmos3OmniPipeline"
+        self.vae = load_vae(Path(config.codec) if config.codec else self.folder / "vae")
         self.experts = self._experts(index)
         self.kind = self._kind()
         recipe = KINDS[self.kind]
         self.frames, self.fps = config.frames or recipe.frames, config.fps or recipe.fps
         self.sampler = self._sampler(recipe.sampler)
         self.sampler.check()
-        self.vae = load_vae(Path(config.codec) if config.codec else self.folder / "vae")
         self._check_size()
         self.scheduler = _folder_scheduler(self.folder)
         if isinstance(self.experts.high, Cosmos3Backbone):
@@ -191,6 +191,7 @@ class PaperGenerator:
         config = self.config
         common: dict[str, Any] = {
             "first_latent": config.first_latent, "dtype": DTYPES[config.dtype], "exact_times": config.exact_times,
+            "stride": self.vae.stride,
         }  # fmt: skip
         two = (self.folder / "transformer_2" / "config.json").is_file()
         if config.experts == "both" and not two:

@@ -92,7 +92,7 @@ class StreamedBlocks:
         if index in self._waiting:
             return
         if self._stream is None:
-            self._waiting[index] = [home.to(self.device) for _, home in self._home[index]]
+            self._waiting[index] = [home.to(self.device, copy=True) for _, home in self._home[index]]
             return
         with torch.cuda.stream(self._stream):
             self._waiting[index] = [home.to(self.device, non_blocking=True) for _, home in self._home[index]]

@@ -1,7 +1,7 @@
 """Sentences for the large backbones, with a pipeline folder's own tokenizer and encoder: UMT5 embeddings (Wan) or token ids (Cosmos3).
 
 Nothing is downloaded. Embeddings are cached on disk by sentence and encoder, so that the encoder (11 GB for Wan) is loaded on a miss
-alone and a machine without it can train and generate from a cache that was filled elsewhere.
+alone; its files are hashed once a process.
 """
 
 from __future__ import annotations

@@ -22,13 +22,13 @@ def picture() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
-def wan_transformer(inputs: int, outputs: int, seed: int) -> Any:
+def wan_transformer(inputs: int, outputs: int, seed: int, **more: Any) -> Any:
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(seed)
     model = WanTransformer3DModel(
         in_channels=inputs, out_channels=outputs, num_attention_heads=2, attention_head_dim=24, num_layers=3, ffn_dim=48,
-        text_dim=16, freq_dim=32,
+        text_dim=16, freq_dim=32, **more,
     )  # fmt: skip
     return model.eval()
 
@@ -125,3 +125,27 @@ def _qwen() -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHAT
     return tokenizer
+
+
+def stock_pipeline(folder: Path) -> Any:
+    """diffusers' own pipeline over the folder, in float32."""
+    import diffusers
+
+    cosmos = (folder / "text_tokenizer").is_dir()
+    kind = diffusers.Cosmos3OmniPipeline if cosmos else diffusers.WanImageToVideoPipeline
+    options = {"enable_safety_checker": False} if cosmos else {}
+    pipeline = kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stock_latents(pipeline: Any, *, steps: int, guidance: float, seed: int, **more: Any) -> torch.Tensor:
+    """Latents [1,C,F,h,w] of the pipeline as it stands, from ``picture`` and ``PROMPT``."""
+    from PIL import Image
+
+    made = pipeline(
+        image=Image.fromarray(picture()), prompt=PROMPT, negative_prompt=NEGATIVE, height=HEIGHT, width=WIDTH,
+        num_frames=FRAMES, num_inference_steps=steps, guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed), output_type="latent", **more,
+    )  # fmt: skip
+    return made.video if hasattr(made, "video") else made.frames

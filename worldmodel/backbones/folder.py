@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,25 +30,27 @@ def load_backbone(
     device: str | torch.device = "cpu",
     tap: int | None = None,
     part: str = "transformer",
+    stride: tuple[int, int, int] | None = None,
     fps: float = 24.0,
     exact_times: bool = False,
 ) -> VideoBackbone:
     """The backbone in a transformer's folder, or in the folder ``part`` of a pipeline (``transformer_2`` is A14B's low-noise expert).
 
     ``first_latent``: see ``protocol.FIRST_LATENT``; None is ``mask`` for transformers with conditioning channels and ``pinned`` for
-    others. ``tap``: None is the middle block. ``fps``: of the videos, for Cosmos3. Parts that diffusers keeps in float32 stay there.
+    others. ``tap``: None is the middle block. ``stride``: of the autoencoder; None is read from ``vae`` beside the transformer, or known by
+    the latents' channels. ``fps``: of the videos, for Cosmos3. Parts that diffusers keeps in float32 stay there.
 
     Raises ``UserError`` for a folder that is none, a class that is not in ``LORA_TARGETS``, and weights that do not fit.
     """
     path = transformer_folder(Path(folder), part)
-    kind = _class_of(path)
+    kind, config = _declared(path)
+    conditioned = kind == "WanTransformer3DModel" and has_condition(config)  # refused before anything large is read
     transformer = load_transformer(path, kind, dtype).to(device)
     common: dict[str, Any] = {"tap": tap, "exact_times": exact_times}
     if kind == "Cosmos3OmniTransformer":
-        stride = _stride(path, int(transformer.config.latent_channel))
+        stride = stride or _stride(path, int(transformer.config.latent_channel))
         return Cosmos3Backbone(transformer, stride=stride, first_latent=first_latent or "pinned", fps=fps, **common)
-    conditioned = has_condition(transformer.config)
-    stride = _stride(path, int(transformer.config.out_channels))
+    stride = stride or _stride(path, int(transformer.config.out_channels))
     first = first_latent or ("mask" if conditioned else "pinned")
     return WanBackbone(transformer, stride=stride, first_latent=first, **common)
 
@@ -91,14 +95,20 @@ def load_transformer(folder: Path, kind: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _class_of(folder: Path) -> str:
+def _declared(folder: Path) -> tuple[str, SimpleNamespace]:
+    """The class that ``config.json`` names, and its settings with the defaults of that class."""
+    import diffusers
+
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = values.get("_class_name")
     except (ValueError, AttributeError) as error:
         raise UserError("model", got=str(folder / "config.json"), wanted="a JSON object", fix=str(error)) from error
     if kind not in LORA_TARGETS:
         raise unknown_name("model._class_name", str(kind), LORA_TARGETS, see="docs/paper_scale.md")
-    return kind
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters.values()
+    defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
+    return kind, SimpleNamespace(**defaults | values)
 
 
 def _stride(folder: Path, channels: int) -> tuple[int, int, int]:
