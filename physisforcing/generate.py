@@ -28,8 +28,8 @@ size are resized to its view; what it is conditioned on comes from dataset=, or 
 A folder of Wan2.2-I2V-A14B, Wan2.2-TI2V-5B or Cosmos3 (docs/paper_scale.md), with settings of its own; several seeds write out_seed0.mp4,
 out_seed1.mp4, ...:
 
-  physis generate model=models/ti2v image=first.png prompt="click the bell" size=480x640 frames=81 seeds=[0,1] \\
-    sampler=unipc steps=50 shift=5 guidance=5 device=cuda dtype=bf16 offload=model compile=blocks out=bell.mp4"""
+  physis generate model=models/ti2v image=first.png prompt="click the bell" size=480x640 frames=81 seeds=[0,1] out=bell.mp4
+  physis generate model=models/a14b image=first.png prompt="click the bell" device=cuda offload=model compile=blocks steps=40 guidance=3.5"""
 
 #: Settings that the large models alone have: naming one asks for them.
 LARGE = (
@@ -101,6 +101,8 @@ def generate_large(config: GenerateConfig) -> list[Path]:
     if not instruction:
         raise UserError("prompt", got=config.instruction, wanted="a sentence", fix='prompt="click the bell"')
     seeds = config.seeds or [config.seed]
+    if len(set(seeds)) < len(seeds):
+        raise UserError("seeds", got=seeds, wanted="each seed once", fix="leave the repeated ones out")
     generator = PaperGenerator(config.model, _large_settings(config))
     parts = [Path(name) for name in (config.model, config.transformer, config.codec) if name]
     weights = "-".join(folder_fingerprint(part) for part in parts)

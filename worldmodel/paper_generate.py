@@ -20,7 +20,6 @@ from physisforcing.core.errors import UserError, check_at_least, unknown_name
 from .adapters.pipeline_classes import read_class
 from .backbones.cosmos3 import Cosmos3Backbone
 from .backbones.folder import load_backbone
-from .backbones.protocol import VideoBackbone
 from .backbones.wan_paper import WanBackbone
 from .pipeline_vae import load_vae, picture_tensor
 from .placement import Placement
@@ -57,7 +56,7 @@ KINDS: dict[str, Recipe] = {
 @dataclass(slots=True, kw_only=True)
 class PaperConfig:
     """``transformer``: a folder with other weights for the (high-noise) transformer, such as an export of training. ``codec``: another
-    autoencoder's. ``first_latent``: see ``backbones.protocol``; None is the backbone's default. ``experts``: ``both`` or ``high``;
+    autoencoder's. ``first_latent``: see ``backbones.protocol``; None is what ``load_backbone`` finds. ``experts``: ``both`` or ``high``;
     None is both where the folder has two. ``boundary``: None is the folder's, 0.9 where it has none. None elsewhere: ``KINDS``."""
 
     transformer: str = ""
@@ -154,7 +153,7 @@ class PaperGenerator:
                 seed,
                 sample(
                     self.experts, self.sampler, noise, texts[0], negative,
-                    like=self.scheduler, place=self._place, advance=advance,
+                    like=self.scheduler, place=self.placement.use_backbone, advance=advance,
                 ),
             )  # fmt: skip
 
@@ -167,10 +166,6 @@ class PaperGenerator:
             guidance = f"{guidance} (high) {low:g} (low), boundary {self.experts.boundary:g}"
         first = f"first latent {self.experts.high.first_latent}"
         return f"{used.steps} steps {used.sampler}, shift {used.shift:g}, guidance {guidance}, {first}, {config.dtype}"
-
-    def _place(self, backbone: VideoBackbone) -> Any:
-        assert isinstance(backbone, torch.nn.Module)
-        return self.placement.use(backbone, backbone.blocks)
 
     def _texts(self, prompt: str) -> list[Tensor]:
         """What the backbone reads: of the prompt and, where guidance is on, of the negative prompt."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,59 +25,61 @@ class Placement:
         self.device, self.offload = torch.device(device), offload
 
     @contextmanager
-    def use(self, part: nn.Module, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
-        """``part`` is usable on the device inside; ``blocks``: those of its modules that may stream through it."""
-        streamed = StreamedBlocks(blocks, self.device) if self.offload == "block" and blocks else None
-        if streamed is None:
-            part.to(self.device)
-        else:
-            inside = {id(value) for block in blocks for value in (*block.parameters(), *block.buffers())}
-            for value in (*part.parameters(), *part.buffers()):
-                if id(value) not in inside:
-                    value.data = value.data.to(self.device)
+    def use(self, part: nn.Module) -> Iterator[None]:
+        """``part`` is usable on the device inside."""
+        part.to(self.device)
         try:
             yield
         finally:
-            if streamed is not None:
-                streamed.close()
-            if self.offload != "none":
-                part.to("cpu")
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            self._away(part)
+
+    @contextmanager
+    def use_backbone(self, backbone: Any) -> Iterator[None]:
+        """As ``use``, for a ``VideoBackbone`` whose blocks may stream through the device."""
+        if self.offload != "block":
+            with self.use(backbone):
+                yield
+            return
+        inside = {id(value) for value in _values(backbone.blocks)}
+        for value in _values(backbone):
+            if id(value) not in inside:
+                value.data = value.data.to(self.device)
+        streamed, plain = StreamedBlocks(backbone.blocks, self.device), backbone.run_block
+        backbone.run_block = streamed.run
+        try:
+            yield
+        finally:
+            backbone.run_block = plain
+            streamed.close()
+            self._away(backbone)
+
+    def _away(self, part: nn.Module) -> None:
+        if self.offload != "none":
+            part.to("cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 class StreamedBlocks:
     """Weights of ``blocks`` live on the CPU (page-locked beside a GPU); the next block's are copied while one computes.
 
-    On the device are never more than two blocks. ``close`` takes the hooks away and puts the weights back on the CPU. For passes without
-    gradients: the weights of a backward pass would be gone.
+    ``run`` is the ``run_block`` of a backbone: it works around the call of a block, compiled or not. On the device are never more than
+    two blocks. For passes without gradients: a backward pass would miss the weights.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        self.device, self._blocks = device, list(blocks)
+    def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
+        self.device = device
         gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if gpu else None
-        self._home: list[list[tuple[Tensor, Tensor]]] = []
-        for block in self._blocks:
-            values = [*block.parameters(), *block.buffers()]
-            self._home.append([(value, value.data.pin_memory() if gpu else value.data) for value in values])
+        self._order = {id(block): index for index, block in enumerate(blocks)}
+        self._home: list[list[tuple[Tensor, Tensor]]] = [
+            [(value, value.data.pin_memory() if gpu else value.data) for value in _values(block)] for block in blocks
+        ]
         self._waiting: dict[int, list[Tensor]] = {}
-        self._handles = []
-        for index, block in enumerate(self._blocks):
-            self._handles += [
-                block.register_forward_pre_hook(lambda _m, _i, index=index: self._enter(index)),
-                block.register_forward_hook(lambda _m, _i, _o, index=index: self._leave(index)),
-            ]
 
-    def close(self) -> None:
-        """Undo everything; safe to call in the middle of a pass that failed."""
-        for handle in self._handles:
-            handle.remove()
-        self._waiting.clear()
-        for index in range(len(self._blocks)):
-            self._leave(index)
-
-    def _enter(self, index: int) -> None:
+    def run(self, block: nn.Module, *inputs: Any) -> Any:
+        """The block's output, computed with copies of its weights on the device."""
+        index = self._order[id(block)]
         self._fetch(index)
         copies = self._waiting.pop(index)
         if self._stream is not None:
@@ -86,7 +89,17 @@ class StreamedBlocks:
                 copy.record_stream(current)  # made on the other stream, freed by this one
         for (value, _), copy in zip(self._home[index], copies, strict=True):
             value.data = copy
-        self._fetch((index + 1) % len(self._blocks))
+        self._fetch((index + 1) % len(self._order))
+        try:
+            return block(*inputs)
+        finally:
+            self._leave(index)
+
+    def close(self) -> None:
+        """Forget what was fetched ahead and leave every weight on the CPU."""
+        self._waiting.clear()
+        for index in range(len(self._home)):
+            self._leave(index)
 
     def _fetch(self, index: int) -> None:
         if index in self._waiting:
@@ -100,3 +113,7 @@ class StreamedBlocks:
     def _leave(self, index: int) -> None:
         for value, home in self._home[index]:
             value.data = home
+
+
+def _values(part: nn.Module) -> list[Tensor]:
+    return [*part.parameters(), *part.buffers()]

@@ -12,7 +12,7 @@ import torch
 
 import tiny_paper
 from physisforcing.core.errors import UserError
-from physisforcing.worldmodel.backbones.folder import LORA_TARGETS, load_backbone
+from physisforcing.worldmodel.backbones.folder import LORA_TARGETS, load_backbone, save_settings
 from physisforcing.worldmodel.backbones.protocol import VideoBackbone, first_predicted
 
 NAMES = ("a14b", "ti2v", "cosmos3")
@@ -223,6 +223,18 @@ def test_geometry_comes_from_the_folder(folders, tmp_path):
     unknown = shutil.copytree(folders["ti2v"] / "transformer", tmp_path / "ti2v")
     with pytest.raises(UserError, match=r"vae/config\.json"):
         load_backbone(unknown)
+
+
+def test_what_weights_were_trained_with_lies_beside_them(folders, tmp_path):
+    folder = shutil.copytree(folders["a14b"] / "transformer", tmp_path / "transformer")
+    save_settings(load_backbone(folder, first_latent="pinned", tap=3), folder)
+    again = load_backbone(folder)
+    assert (again.first_latent, again.tap) == ("pinned", 3)
+    other = load_backbone(folder, first_latent="mask", tap=2)
+    assert (other.first_latent, other.tap) == ("mask", 2), "what is asked for counts"
+    (folder / "physis_backbone.json").write_text('{"first_latents": "mask"}')
+    with pytest.raises(UserError, match="did you mean 'first_latent'"):
+        load_backbone(folder)
 
 
 def _without_config(folder: Path) -> None:

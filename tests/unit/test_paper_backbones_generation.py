@@ -12,6 +12,7 @@ import torch
 
 import tiny_paper
 from physisforcing.core.errors import UserError
+from physisforcing.worldmodel.backbones.protocol import call_block
 from physisforcing.worldmodel.paper_generate import KINDS, PaperConfig, PaperGenerator
 from physisforcing.worldmodel.sampling import (
     Experts,
@@ -251,16 +252,14 @@ def test_offloading_changes_nothing_in_the_result(name, generator):
         assert torch.equal(latents(made, [7])[0], plain), offload
         after = made.experts.high.transformer.state_dict()
         assert all(torch.equal(after[key], value) for key, value in before.items())
-        assert not any(block._forward_hooks or block._forward_pre_hooks for block in made.experts.high.blocks)
+        assert made.experts.high.run_block is call_block
 
 
 def test_streamed_blocks_hold_two_blocks_at_most_and_give_them_back():
     from physisforcing.worldmodel.placement import StreamedBlocks
 
-    blocks = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(4)))
+    blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4))
     home = [block.weight.data_ptr() for block in blocks]
-    x = torch.randn(3, 2)
-    plain = blocks(x)
     streamed = StreamedBlocks(blocks, torch.device("cpu"))
     copied: list[int] = []
 
@@ -268,21 +267,32 @@ def test_streamed_blocks_hold_two_blocks_at_most_and_give_them_back():
         used = [k for k, block in enumerate(blocks) if block.weight.data_ptr() != home[k]]
         copied.append(len(used) + len(streamed._waiting))
 
+    x = plain = torch.randn(3, 2)
     for block in blocks:
-        block.register_forward_hook(count, prepend=True)
-    assert torch.equal(blocks(x), plain) and torch.equal(blocks(x), plain)
+        plain = block(plain)
+        block.register_forward_hook(count)
+    for _ in range(2):
+        made = x
+        for block in blocks:
+            made = streamed.run(block, made)
+        assert torch.equal(made, plain)
     assert copied == [2] * 8, "the one that computes and the next one"
     streamed.close()
     assert [block.weight.data_ptr() for block in blocks] == home and not streamed._waiting
-    copied.clear()
-    blocks(x)
-    assert copied == [0] * 4, "no hook is left"
 
 
-def test_compile_marks_every_block_of_both_experts(generator):
+def test_blocks_compile_to_one_graph_for_all_of_them(generator):
+    """Traced without a compiler behind it: no break inside a block, and the second block finds the first one's graph."""
     made = generator("a14b", compile="blocks")
-    blocks = [*made.experts.high.blocks, *made.experts.low.blocks]
-    assert len(blocks) == 6 and all(block._compiled_call_impl is not None for block in blocks)
+    assert all(block._compiled_call_impl is not None for block in (*made.experts.high.blocks, *made.experts.low.blocks))
+    made = generator("ti2v", steps=1)
+    plain = latents(made, [7])[0]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in made.experts.high.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    assert torch.equal(latents(made, [7])[0], plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
@@ -423,6 +433,7 @@ def test_settings_that_do_not_fit_are_named(name, settings, message, generator):
         (["state=[0.0]"], "state.*nothing"),
         (["instruction=x"], "prompt, instruction"),
         (["dataset=x"], "exactly one"),
+        (["seeds=[1,1]"], "each seed once"),
     ],
 )
 def test_commands_that_do_not_fit_are_named(changes, message, folders, picture_file):

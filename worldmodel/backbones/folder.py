@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from physisforcing.core.errors import UserError, unknown_name
+from physisforcing.core.files import replace_text
 
 from .cosmos3 import COSMOS3_LORA_TARGETS, Cosmos3Backbone
 from .protocol import VideoBackbone
@@ -18,6 +19,8 @@ from .wan_paper import WAN_LORA_TARGETS, WanBackbone, has_condition
 
 #: Class in ``config.json`` -> what LoRA is put on.
 LORA_TARGETS = {"WanTransformer3DModel": WAN_LORA_TARGETS, "Cosmos3OmniTransformer": COSMOS3_LORA_TARGETS}
+#: What weights were trained with and their config does not say: beside the transformer's ``config.json``.
+SETTINGS_NAME = "physis_backbone.json"
 #: Latent channels -> stride of the autoencoder that makes them, where no autoencoder lies beside the transformer.
 STRIDES = {16: (4, 8, 8), 48: (4, 16, 16)}
 
@@ -36,8 +39,8 @@ def load_backbone(
 ) -> VideoBackbone:
     """The backbone in a transformer's folder, or in the folder ``part`` of a pipeline (``transformer_2`` is A14B's low-noise expert).
 
-    ``first_latent``: see ``protocol.FIRST_LATENT``; None is ``mask`` for transformers with conditioning channels and ``pinned`` for
-    others. ``tap``: None is the middle block. ``stride``: of the autoencoder; None is read from ``vae`` beside the transformer, or known by
+    ``first_latent``: see ``protocol.FIRST_LATENT``; None is what ``physis_backbone.json`` says (``save_settings``), and without one ``mask``
+    for transformers with conditioning channels, ``pinned`` for others. ``tap``: None is that file's, or the middle block. ``stride``: of the autoencoder; None is read from ``vae`` beside the transformer, or known by
     the latents' channels. ``fps``: of the videos, for Cosmos3. Parts that diffusers keeps in float32 stay there.
 
     Raises ``UserError`` for a folder that is none, a class that is not in ``LORA_TARGETS``, and weights that do not fit.
@@ -45,14 +48,37 @@ def load_backbone(
     path = transformer_folder(Path(folder), part)
     kind, config = _declared(path)
     conditioned = kind == "WanTransformer3DModel" and has_condition(config)  # refused before anything large is read
+    known = read_settings(path)
     transformer = load_transformer(path, kind, dtype).to(device)
-    common: dict[str, Any] = {"tap": tap, "exact_times": exact_times}
+    first_latent = known.get("first_latent") if first_latent is None else first_latent
+    common: dict[str, Any] = {"tap": known.get("tap") if tap is None else tap, "exact_times": exact_times}
     if kind == "Cosmos3OmniTransformer":
         stride = stride or _stride(path, int(transformer.config.latent_channel))
         return Cosmos3Backbone(transformer, stride=stride, first_latent=first_latent or "pinned", fps=fps, **common)
     stride = stride or _stride(path, int(transformer.config.out_channels))
     first = first_latent or ("mask" if conditioned else "pinned")
     return WanBackbone(transformer, stride=stride, first_latent=first, **common)
+
+
+def save_settings(backbone: VideoBackbone, folder: Path) -> None:
+    """Note beside a transformer in ``folder`` how its first latent was shown and where it was tapped."""
+    values = {"first_latent": backbone.first_latent, "tap": backbone.tap}
+    replace_text(folder / SETTINGS_NAME, json.dumps(values, indent=2) + "\n")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What ``save_settings`` wrote, or nothing. ``UserError`` for a file that says something else."""
+    path = folder / SETTINGS_NAME
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        unknown = sorted(set(values) - {"first_latent", "tap"})
+    except (ValueError, TypeError) as error:
+        raise UserError("model", got=str(path), wanted="a JSON object", fix=str(error)) from error
+    if unknown:
+        raise unknown_name(str(path), unknown[0], ("first_latent", "tap"), see="docs/paper_scale.md")
+    return values
 
 
 def transformer_folder(folder: Path, part: str = "transformer") -> Path:
