@@ -10,6 +10,7 @@ import torch
 
 #: Pixels and frames of a tiny generation: latents of 3 frames, a token grid that is not square.
 HEIGHT, WIDTH, FRAMES = 64, 96, 9
+SIZE = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES}
 PROMPT, NEGATIVE = "press the  bell &amp; lift the red bottle", "blurred"
 
 CHAT = (
@@ -149,3 +150,10 @@ def stock_latents(pipeline: Any, *, steps: int, guidance: float, seed: int, **mo
         generator=torch.Generator().manual_seed(seed), output_type="latent", **more,
     )  # fmt: skip
     return made.video if hasattr(made, "video") else made.frames
+
+
+def our_latents(generator: Any, seeds: list[int]) -> list[torch.Tensor]:
+    """Latents of a ``PaperGenerator`` for each seed, from ``picture`` and ``PROMPT``."""
+    made = list(generator.latents(picture(), PROMPT, seeds))
+    assert [seed for seed, _ in made] == seeds
+    return [value for _, value in made]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 
@@ -11,3 +15,27 @@ def frozen():
     from toy_decoders import frozen_world_model
 
     return frozen_world_model()
+
+
+@pytest.fixture(scope="session")
+def paper_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pipeline folders ``a14b``, ``ti2v`` and ``cosmos3``, see ``tiny_paper``. Copy one before you change it."""
+    import tiny_paper
+
+    root = tmp_path_factory.mktemp("paper")
+    return {name: getattr(tiny_paper, name)(root / name) for name in ("a14b", "ti2v", "cosmos3")}
+
+
+@pytest.fixture
+def paper_generator(paper_folders: dict[str, Path], tmp_path: Path) -> Callable[..., Any]:
+    """``make(name, **settings)``: a ``PaperGenerator`` of the tiny size over one of ``paper_folders``."""
+    import tiny_paper
+    from physisforcing.worldmodel.paper_generate import PaperConfig, PaperGenerator
+
+    def make(name: str, **settings: Any) -> PaperGenerator:
+        config = PaperConfig(
+            **tiny_paper.SIZE | {"negative_prompt": tiny_paper.NEGATIVE, "text_cache": tmp_path} | settings
+        )
+        return PaperGenerator(paper_folders[name], config)
+
+    return make

@@ -19,15 +19,9 @@ NAMES = ("a14b", "ti2v", "cosmos3")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("paper")
-    return {name: getattr(tiny_paper, name)(root / name) for name in NAMES}
-
-
-@pytest.fixture(scope="module")
-def calls(folders: dict[str, Path]) -> dict[str, list[tuple[dict[str, Any], torch.Tensor, list[torch.Tensor]]]]:
+def calls(paper_folders: dict[str, Path]) -> dict[str, list[tuple[dict[str, Any], torch.Tensor, list[torch.Tensor]]]]:
     """What the stock pipelines give their transformer in a short generation, what comes back, and what each block puts out."""
-    return {name: _calls(folder, name) for name, folder in folders.items()}
+    return {name: _calls(folder, name) for name, folder in paper_folders.items()}
 
 
 def _calls(folder: Path, name: str) -> list[tuple[dict[str, Any], torch.Tensor, list[torch.Tensor]]]:
@@ -65,9 +59,9 @@ def inputs(
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_velocity_and_taps_are_bit_equal_to_the_stock_forward(name, folders, calls):
+def test_velocity_and_taps_are_bit_equal_to_the_stock_forward(name, paper_folders, calls):
     for tap in (1, 3):
-        backbone = load_backbone(folders[name], tap=tap, exact_times=True)
+        backbone = load_backbone(paper_folders[name], tap=tap, exact_times=True)
         assert isinstance(backbone, VideoBackbone)
         assert len(calls[name]) >= 2, "with and without the sentence"
         for named, velocity, blocks in calls[name]:
@@ -80,20 +74,20 @@ def test_velocity_and_taps_are_bit_equal_to_the_stock_forward(name, folders, cal
 
 @pytest.mark.parametrize("name", ["ti2v", "cosmos3"])
 @torch.no_grad()
-def test_times_embedded_once_a_frame_differ_by_rounding_alone(name, folders, calls):
+def test_times_embedded_once_a_frame_differ_by_rounding_alone(name, paper_folders, calls):
     """A matrix product with 3 rows may round differently than one with 18: that is the whole difference."""
-    fast, exact = load_backbone(folders[name]), load_backbone(folders[name], exact_times=True)
+    fast, exact = load_backbone(paper_folders[name]), load_backbone(paper_folders[name], exact_times=True)
     for named, _, _ in calls[name]:
         given = inputs(name, named)
         torch.testing.assert_close(fast(*given)[0], exact(*given)[0], atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_a14b_in_bfloat16_equals_the_stock_forward_in_bfloat16(folders, calls):
+def test_a14b_in_bfloat16_equals_the_stock_forward_in_bfloat16(paper_folders, calls):
     from diffusers import WanTransformer3DModel
 
-    stock = WanTransformer3DModel.from_pretrained(folders["a14b"] / "transformer", dtype=torch.bfloat16).eval()
-    backbone = load_backbone(folders["a14b"], dtype=torch.bfloat16)
+    stock = WanTransformer3DModel.from_pretrained(paper_folders["a14b"] / "transformer", dtype=torch.bfloat16).eval()
+    backbone = load_backbone(paper_folders["a14b"], dtype=torch.bfloat16)
     kept = {value.dtype for name, value in backbone.transformer.named_parameters() if "time_embedder" in name}
     assert kept == {torch.float32} and backbone.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
     named = calls["a14b"][0][0]
@@ -104,10 +98,10 @@ def test_a14b_in_bfloat16_equals_the_stock_forward_in_bfloat16(folders, calls):
 
 
 @torch.no_grad()
-def test_conditions_of_a14b_are_what_its_pipeline_concatenates(folders, calls):
+def test_conditions_of_a14b_are_what_its_pipeline_concatenates(paper_folders, calls):
     from physisforcing.worldmodel.pipeline_vae import load_vae, picture_tensor
 
-    backbone, vae = load_backbone(folders["a14b"]), load_vae(folders["a14b"] / "vae")
+    backbone, vae = load_backbone(paper_folders["a14b"]), load_vae(paper_folders["a14b"] / "vae")
     picture = picture_tensor(tiny_paper.picture(), tiny_paper.HEIGHT, tiny_paper.WIDTH, crop=False)
     encoded = vae.encode_first(backbone, picture, tiny_paper.FRAMES)
     made = backbone.conditions(
@@ -123,11 +117,11 @@ def test_conditions_of_a14b_are_what_its_pipeline_concatenates(folders, calls):
 
 
 @torch.no_grad()
-def test_mask_and_pinned_differ_as_described(folders, calls):
+def test_mask_and_pinned_differ_as_described(paper_folders, calls):
     from diffusers import WanTransformer3DModel
 
-    mask = load_backbone(folders["a14b"])
-    pinned = load_backbone(folders["a14b"], first_latent="pinned", exact_times=True)
+    mask = load_backbone(paper_folders["a14b"])
+    pinned = load_backbone(paper_folders["a14b"], first_latent="pinned", exact_times=True)
     assert (first_predicted(mask), first_predicted(pinned)) == (0, 1)
     x, sigma, text, conditions = inputs("a14b", calls["a14b"][0][0])
     other = x.clone()
@@ -135,7 +129,7 @@ def test_mask_and_pinned_differ_as_described(folders, calls):
     assert (mask(other, sigma, text, conditions)[0] - mask(x, sigma, text, conditions)[0])[:, :, 1:].abs().max() > 1e-4
     velocity = pinned(x, sigma, text, conditions)[0]
     assert torch.equal(pinned(other, sigma, text, conditions)[0], velocity), "frame 0 of x is not read"
-    stock = WanTransformer3DModel.from_pretrained(folders["a14b"] / "transformer", dtype=torch.float32).eval()
+    stock = WanTransformer3DModel.from_pretrained(paper_folders["a14b"] / "transformer", dtype=torch.float32).eval()
     clean = torch.cat([conditions["condition_BCFhw"][:, 4:, :1], x[:, :, 1:]], dim=2)
     times = torch.full((1, 3, 24), float(1000 * sigma)).index_fill_(1, torch.tensor([0]), 0.0).flatten(1)
     theirs = stock(torch.cat([clean, conditions["condition_BCFhw"]], 1), times, text, return_dict=False)[0]
@@ -143,8 +137,8 @@ def test_mask_and_pinned_differ_as_described(folders, calls):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_tap_carries_gradients_to_the_blocks_before_it_only(name, folders, calls):
-    backbone = load_backbone(folders[name], tap=2)
+def test_the_tap_carries_gradients_to_the_blocks_before_it_only(name, paper_folders, calls):
+    backbone = load_backbone(paper_folders[name], tap=2)
     backbone(*inputs(name, calls[name][0][0]), need_tap=True)[1].square().mean().backward()
     ends = ".self_attn.add_v_proj.weight" if name == "cosmos3" else ".attn1.to_v.weight"
     found = dict(backbone.blocks.named_parameters())
@@ -153,11 +147,11 @@ def test_the_tap_carries_gradients_to_the_blocks_before_it_only(name, folders, c
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_is_its_samples_and_blocks_may_be_recomputed(name, folders, calls):
+def test_a_batch_is_its_samples_and_blocks_may_be_recomputed(name, paper_folders, calls):
     """Samples with texts of two lengths; the gradient with recomputed activations is bit-equal."""
     from torch.utils.checkpoint import checkpoint
 
-    backbone = load_backbone(folders[name])
+    backbone = load_backbone(paper_folders[name])
     given = [inputs(name, named) for named, _, _ in calls[name][:2]]
     padded = torch.nn.utils.rnn.pad_sequence([text[0] for _, _, text, _ in given], batch_first=True, padding_value=-1)
     conditions = {key: torch.cat([one[3][key] for one in given]) for key in given[0][3]}
@@ -179,15 +173,17 @@ def test_a_batch_is_its_samples_and_blocks_may_be_recomputed(name, folders, call
 
 
 @torch.no_grad()
-def test_the_transformer_inside_stays_a_stock_one(folders, calls, tmp_path):
+def test_the_transformer_inside_stays_a_stock_one(paper_folders, calls, tmp_path):
     """Its own forward, its keys, and what it saves are those of a stock model."""
     from diffusers import WanTransformer3DModel
 
-    backbone = load_backbone(folders["ti2v"])
+    backbone = load_backbone(paper_folders["ti2v"])
     named, velocity, _ = calls["ti2v"][0]
     assert torch.equal(backbone.transformer(**named)[0], velocity)
     named, velocity, _ = calls["a14b"][0]
-    assert torch.equal(load_backbone(folders["a14b"]).transformer(**named)[0], velocity), "one modulation a sample"
+    assert torch.equal(load_backbone(paper_folders["a14b"]).transformer(**named)[0], velocity), (
+        "one modulation a sample"
+    )
     assert {type(block).__name__ for block in backbone.blocks} == {"WanTransformerBlock"}
     backbone.transformer.save_pretrained(tmp_path)
     stock = WanTransformer3DModel.from_pretrained(tmp_path)
@@ -197,9 +193,9 @@ def test_the_transformer_inside_stays_a_stock_one(folders, calls, tmp_path):
 @pytest.mark.parametrize(
     ("name", "a_block"), [("a14b", 10), ("ti2v", 10), ("cosmos3", 4)], ids=["a14b", "ti2v", "cosmos3"]
 )
-def test_lora_targets_name_modules_of_every_block(name, a_block, folders):
+def test_lora_targets_name_modules_of_every_block(name, a_block, paper_folders):
     """Wan: q, k, v, out of both attentions and both layers of the feed-forward. Cosmos3: attention of the pictures' stream."""
-    backbone = load_backbone(folders[name])
+    backbone = load_backbone(paper_folders[name])
     assert backbone.lora_targets == LORA_TARGETS[type(backbone.transformer).__name__]
     modules = dict(backbone.transformer.named_modules())
     for target in backbone.lora_targets:
@@ -211,22 +207,22 @@ def test_lora_targets_name_modules_of_every_block(name, a_block, folders):
         assert all(".self_attn." in key and ("add" in key.rsplit(".", 1)[1]) for key in hit)
 
 
-def test_geometry_comes_from_the_folder(folders, tmp_path):
-    found = {name: load_backbone(folder) for name, folder in folders.items()}
+def test_geometry_comes_from_the_folder(paper_folders, tmp_path):
+    found = {name: load_backbone(folder) for name, folder in paper_folders.items()}
     assert {name: (b.stride, b.patch, b.latent_channels, b.tap, b.first_latent) for name, b in found.items()} == {
         "a14b": ((4, 8, 8), (1, 2, 2), 16, 1, "mask"),
         "ti2v": ((4, 16, 16), (1, 2, 2), 8, 1, "pinned"),
         "cosmos3": ((4, 16, 16), (1, 2, 2), 8, 1, "pinned"),
     }
-    alone = shutil.copytree(folders["a14b"] / "transformer", tmp_path / "a14b")
+    alone = shutil.copytree(paper_folders["a14b"] / "transformer", tmp_path / "a14b")
     assert load_backbone(alone).stride == (4, 8, 8), "16 channels are Wan2.1's"
-    unknown = shutil.copytree(folders["ti2v"] / "transformer", tmp_path / "ti2v")
+    unknown = shutil.copytree(paper_folders["ti2v"] / "transformer", tmp_path / "ti2v")
     with pytest.raises(UserError, match=r"vae/config\.json"):
         load_backbone(unknown)
 
 
-def test_what_weights_were_trained_with_lies_beside_them(folders, tmp_path):
-    folder = shutil.copytree(folders["a14b"] / "transformer", tmp_path / "transformer")
+def test_what_weights_were_trained_with_lies_beside_them(paper_folders, tmp_path):
+    folder = shutil.copytree(paper_folders["a14b"] / "transformer", tmp_path / "transformer")
     save_settings(load_backbone(folder, first_latent="pinned", tap=3), folder)
     again = load_backbone(folder)
     assert (again.first_latent, again.tap) == ("pinned", 3)
@@ -279,8 +275,8 @@ def _without_a_tensor(folder: Path) -> None:
         (lambda _: None, {"part": "transformer_2"}, "transformer_2"),
     ],
 )
-def test_what_does_not_fit_is_named(damage, options, message, folders, tmp_path):
-    folder = shutil.copytree(folders["ti2v"], tmp_path / "folder")
+def test_what_does_not_fit_is_named(damage, options, message, paper_folders, tmp_path):
+    folder = shutil.copytree(paper_folders["ti2v"], tmp_path / "folder")
     damage(folder)
     with pytest.raises(UserError, match=message):
         load_backbone(folder, **options)

@@ -1,0 +1,123 @@
+"""What generation with the large models stands on: offloading, compiled blocks, sentences."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_paper
+from physisforcing.worldmodel.backbones.protocol import call_block
+from tiny_paper import our_latents
+
+NAMES = ("a14b", "ti2v", "cosmos3")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_offloading_changes_nothing_in_the_result(name, paper_generator):
+    plain = our_latents(paper_generator(name, steps=2), [7])[0]
+    for offload in ("model", "block"):
+        made = paper_generator(name, steps=2, offload=offload)
+        before = {key: value.clone() for key, value in made.experts.high.transformer.state_dict().items()}
+        assert torch.equal(our_latents(made, [7])[0], plain), offload
+        after = made.experts.high.transformer.state_dict()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        assert made.experts.high.run_block is call_block
+
+
+def test_streamed_blocks_hold_two_blocks_at_most_and_give_them_back():
+    from physisforcing.worldmodel.placement import StreamedBlocks
+
+    blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4))
+    home = [block.weight.data_ptr() for block in blocks]
+    streamed = StreamedBlocks(blocks, torch.device("cpu"))
+    copied: list[int] = []
+
+    def count(*_: object) -> None:
+        used = [k for k, block in enumerate(blocks) if block.weight.data_ptr() != home[k]]
+        copied.append(len(used) + len(streamed._waiting))
+
+    x = plain = torch.randn(3, 2)
+    for block in blocks:
+        plain = block(plain)
+        block.register_forward_hook(count)
+    for _ in range(2):
+        made = x
+        for block in blocks:
+            made = streamed.run(block, made)
+        assert torch.equal(made, plain)
+    assert copied == [2] * 8, "the one that computes and the next one"
+    streamed.close()
+    assert [block.weight.data_ptr() for block in blocks] == home and not streamed._waiting
+
+
+def test_blocks_compile_to_one_graph_for_all_of_them(paper_generator):
+    """Traced without a compiler behind it: no break inside a block, and the second block finds the first one's graph."""
+    made = paper_generator("a14b", compile="blocks")
+    assert all(block._compiled_call_impl is not None for block in (*made.experts.high.blocks, *made.experts.low.blocks))
+    made = paper_generator("ti2v", steps=1)
+    plain = our_latents(made, [7])[0]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in made.experts.high.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    assert torch.equal(our_latents(made, [7])[0], plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_wan_text_is_the_stock_embedding_and_is_cached(paper_folders, tmp_path):
+    from physisforcing.worldmodel.text_encoders import UMT5Text
+
+    stock = tiny_paper.stock_pipeline(paper_folders["ti2v"])
+    sentences = [tiny_paper.PROMPT, "", "lift"]
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": 512}
+    # one by one: in a batch the matrix products round differently
+    with torch.no_grad():
+        theirs = torch.cat([stock.encode_prompt(sentence, **options)[0] for sentence in sentences])
+    text = UMT5Text(paper_folders["ti2v"], cache=tmp_path)
+    made = text.batch(sentences)
+    assert torch.equal(made, theirs) and made.shape == (3, 512, 16)
+    assert torch.equal(text.tokens("press the bell & lift   the red bottle"), text.tokens(tiny_paper.PROMPT)), "cleaned"
+    written = sorted(tmp_path.iterdir())
+    assert len(written) == 3
+
+    def no_encoder(_module: Any, _call: Any) -> torch.Tensor:
+        raise AssertionError("the encoder is not to be used")
+
+    again = UMT5Text(paper_folders["ti2v"], cache=tmp_path, run=no_encoder)
+    assert torch.equal(again.batch(sentences), theirs) and not again._parts, "neither loaded nor used"
+    other = UMT5Text(paper_folders["ti2v"], cache=tmp_path, dtype=torch.bfloat16)
+    assert other.fingerprint != text.fingerprint and sorted(tmp_path.iterdir()) == written
+
+
+def test_a_prompt_that_is_cut_is_said_to_be(paper_folders, tmp_path):
+    from physisforcing.worldmodel.text_encoders import UMT5Text
+
+    text = UMT5Text(paper_folders["ti2v"], cache=tmp_path, max_tokens=8)
+    whole = len(text._part("tokenizer")(("press the bell " * 5).strip()).input_ids)
+    for _ in range(2):  # also when it comes from the cache
+        with pytest.warns(UserWarning, match=f"{whole - 8} tokens longer than the 8"):
+            assert UMT5Text(paper_folders["ti2v"], cache=tmp_path, max_tokens=8).tokens(
+                "press the bell " * 5
+            ).shape == (
+                8,
+                16,
+            )
+
+
+def test_cosmos3_ids_are_the_stock_ones_and_need_no_weights(paper_folders, tmp_path):
+    from physisforcing.worldmodel.text_encoders import CosmosText
+
+    stock = tiny_paper.stock_pipeline(paper_folders["cosmos3"])
+    size = {"height": 64, "width": 96, "fps": 12.0}
+    theirs = stock.tokenize_prompt("press the bell", "blurred", num_frames=9, **size)
+    light = shutil.copytree(
+        paper_folders["cosmos3"], tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    text = CosmosText(light)
+    made = text.pair("press the bell", "blurred", frames=9, **size)
+    assert [ids[0].tolist() for ids in made] == list(theirs)
+    rows = text.batch(["press the bell", "press"], frames=9, **size)
+    assert rows[0].tolist() == theirs[0] and rows[1, -1] == -1 and (rows >= 0).sum() < rows.numel()
