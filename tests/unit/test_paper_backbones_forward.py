@@ -249,6 +249,18 @@ def _changed(**values: Any):
     return change
 
 
+def _without_a_shard(folder: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    path = folder / "transformer"
+    model = WanTransformer3DModel.from_pretrained(path)
+    (path / "diffusion_pytorch_model.safetensors").unlink()
+    model.save_pretrained(path, max_shard_size="100KB")
+    shards = sorted(path.glob("*-of-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+
+
 def _without_a_tensor(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -263,6 +275,7 @@ def _without_a_tensor(folder: Path) -> None:
     [
         (_without_config, {}, "transformer in diffusers format"),
         (_without_weights, {}, "weights of a WanTransformer3DModel"),
+        (_without_a_shard, {}, r"00002-of-"),
         (_without_a_tensor, {}, r"blocks\.1\.attn1\.to_q\.weight \(missing\)"),
         (_changed(_class_name="WanTransformer3DModle"), {}, "did you mean 'WanTransformer3DModel'"),
         (_changed(_class_name="CogVideoXTransformer3DModel"), {}, "known names"),
@@ -292,3 +305,44 @@ def test_transformers_of_another_kind_are_refused():
         WanBackbone(tiny_paper.wan_transformer(12, 8, 0), stride=(4, 8, 8))
     with pytest.raises(UserError, match="pinned"):
         Cosmos3Backbone(tiny_paper.cosmos_transformer(), first_latent="mask")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "shape", "tokens", "width", "tap"),
+    [
+        ("a14b", {"in_channels": 36, "out_channels": 16}, (16, 21, 60, 80), 25_200, 5120, 20),
+        (
+            "ti2v",
+            {"in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30},
+            (48, 21, 30, 40),
+            6_300,
+            3072,
+            15,
+        ),
+        ("cosmos3", {}, (48, 21, 30, 40), 6_300, 4096, 18),
+    ],
+    ids=["a14b", "ti2v", "cosmos3"],
+)
+def test_full_size_architectures_at_480_by_640_and_81_frames(name, settings, shape, tokens, width, tap):
+    """Shapes alone: no numbers are computed."""
+    from diffusers import Cosmos3OmniTransformer, WanTransformer3DModel
+
+    from physisforcing.worldmodel.backbones.cosmos3 import Cosmos3Backbone
+    from physisforcing.worldmodel.backbones.wan_paper import WanBackbone
+
+    with torch.device("meta"), torch.no_grad():
+        if name == "cosmos3":
+            backbone = Cosmos3Backbone(Cosmos3OmniTransformer())
+            # the stock one enters autocast, which knows no meta device
+            backbone.transformer.rotary_emb.forward = lambda position_ids, **_: [torch.zeros(1, 6340, 128)] * 2
+            text = torch.zeros(1, 40, dtype=torch.int64)
+        else:
+            backbone = WanBackbone(WanTransformer3DModel(text_dim=4096, **settings), stride=(4, 8, 8))
+            text = torch.zeros(1, 512, 4096)
+        x = torch.zeros(1, *shape)
+        conditions = {"first_BC1hw": x[:, :, :1], "text_length_B": torch.tensor([40], device="cpu")}
+        if name == "a14b":
+            conditions = backbone.conditions(x[:, :, :1], text, shape[1], condition_BCFhw=x)
+        velocity, tapped = backbone(x, torch.ones(1), text, conditions, need_tap=True)
+    assert velocity.shape == x.shape and tapped.shape == (1, tokens, width)
+    assert (backbone.tap, backbone.width) == (tap, width)

@@ -48,7 +48,7 @@ def test_cosmos3_is_bit_equal_to_the_stock_pipeline_with_its_first_latent_held(p
     theirs = tiny_paper.stock_latents(stock, steps=6, guidance=4.0, seed=7, callback_on_step_end=hold)
     assert torch.equal(made, theirs)
     drifting = tiny_paper.stock_latents(stock, steps=6, guidance=4.0, seed=7)
-    assert (drifting[:, :, 0] - made[:, :, 0]).abs().max() <= 2.4e-7
+    assert (drifting[:, :, 0] - made[:, :, 0]).abs().max() < 1e-6
     torch.testing.assert_close(drifting, made, atol=1e-5, rtol=1e-5)
 
 
@@ -72,9 +72,8 @@ def test_euler_is_bit_equal_to_the_stock_pipeline_that_is_given_the_levels(paper
 def test_frames_are_those_of_the_stock_pipeline(paper_folders, paper_generator):
     from PIL import Image
 
-    made = dict(paper_generator("a14b", steps=1, guidance=1.0).generate(tiny_paper.picture(), tiny_paper.PROMPT, [7]))[
-        7
-    ]
+    generator = paper_generator("a14b", steps=1, guidance=1.0)
+    made = dict(generator.generate(tiny_paper.picture(), tiny_paper.PROMPT, [7]))[7]
     stock = tiny_paper.stock_pipeline(paper_folders["a14b"])
     stock.scheduler = tiny_paper.unipc(5.0)
     given = {

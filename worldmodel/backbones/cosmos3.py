@@ -142,15 +142,16 @@ class Cosmos3Backbone(nn.Module):
         if key not in self._positions:
             config = self.transformer.config
             scaled = bool(config.enable_fps_modulation)
-            words, after = stock.get_3d_mrope_ids_text_tokens(text, temporal_offset=0, use_float_positions=scaled)
-            cells, _ = stock.get_3d_mrope_ids_vae_tokens(
-                *grid,
-                temporal_offset=after + config.unified_3d_mrope_temporal_modality_margin,
-                reset_spatial_indices=config.unified_3d_mrope_reset_spatial_ids,
-                fps=self.fps if scaled else None,
-                base_fps=float(config.base_fps),
-                temporal_compression_factor=self.stride[0],
-            )
+            with torch.device("cpu"):  # whatever the default device is
+                words, after = stock.get_3d_mrope_ids_text_tokens(text, temporal_offset=0, use_float_positions=scaled)
+                cells, _ = stock.get_3d_mrope_ids_vae_tokens(
+                    *grid,
+                    temporal_offset=after + config.unified_3d_mrope_temporal_modality_margin,
+                    reset_spatial_indices=config.unified_3d_mrope_reset_spatial_ids,
+                    fps=self.fps if scaled else None,
+                    base_fps=float(config.base_fps),
+                    temporal_compression_factor=self.stride[0],
+                )
             if len(self._positions) >= 64:
                 del self._positions[next(iter(self._positions))]
             self._positions[key] = torch.cat([words, cells], dim=1)
