@@ -65,7 +65,9 @@ class PipelineVae:
 
 def load_vae(folder: Path | str, dtype: torch.dtype = torch.float32) -> PipelineVae:
     """The autoencoder in a folder of diffusers, on the CPU. ``UserError`` for another class and for weights that do not fit."""
-    from .backbones.folder import load_transformer
+    from diffusers import AutoencoderKLWan
+
+    from .backbones.loading import load_transformer
 
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -78,7 +80,7 @@ def load_vae(folder: Path | str, dtype: torch.dtype = torch.float32) -> Pipeline
         raise UserError(
             "codec._class_name", got=kind, wanted="AutoencoderKLWan", fix="use the pipeline's own vae folder"
         )
-    return PipelineVae(load_transformer(path, "AutoencoderKLWan", dtype))
+    return PipelineVae(load_transformer(path, AutoencoderKLWan, dtype=dtype).eval())
 
 
 def picture_tensor(picture_HWC: NDArray[np.uint8], height: int, width: int, *, crop: bool) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from physisforcing import cli
 from physisforcing.core.errors import UserError
+from physisforcing.worldmodel.backbones.folder import read_settings
 from physisforcing.worldmodel.convert.command import ConvertConfig, run
 from released_checkpoints import (
     LATENTS,
@@ -117,6 +118,9 @@ def test_the_authors_wan_bundle_inside_its_repository(settings: Path, release: P
     report = run(config)
     assert (report["kind"], report["first_latent"], len(report["notes"])) == ("pf_wan", "pinned", 2)
     assert same(began, WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer"))
+    assert read_settings(tmp_path / "out" / "transformer") == {"first_latent": "pinned"}, (
+        "generation and training read it"
+    )
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert (index["_class_name"], index["boundary_ratio"], index["expand_timesteps"]) == (
         "WanImageToVideoPipeline",

@@ -14,6 +14,7 @@ from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.files import replace_text
 
 from .cosmos3 import COSMOS3_LORA_TARGETS, Cosmos3Backbone
+from .loading import load_transformer
 from .protocol import VideoBackbone
 from .wan_paper import WAN_LORA_TARGETS, WanBackbone, has_condition
 
@@ -45,11 +46,13 @@ def load_backbone(
 
     Raises ``UserError`` for a folder that is none, a class that is not in ``LORA_TARGETS``, and weights that do not fit.
     """
+    import diffusers
+
     path = transformer_folder(Path(folder), part)
     kind, config = _declared(path)
     conditioned = kind == "WanTransformer3DModel" and has_condition(config)  # refused before anything large is read
     known = read_settings(path)
-    transformer = load_transformer(path, kind, dtype).to(device)
+    transformer = load_transformer(path, getattr(diffusers, kind), device, dtype).eval()
     first_latent = known.get("first_latent") if first_latent is None else first_latent
     common: dict[str, Any] = {"tap": known.get("tap") if tap is None else tap, "exact_times": exact_times}
     if kind == "Cosmos3OmniTransformer":
@@ -60,9 +63,9 @@ def load_backbone(
     return WanBackbone(transformer, stride=stride, first_latent=first, **common)
 
 
-def save_settings(backbone: VideoBackbone, folder: Path) -> None:
-    """Note beside a transformer in ``folder`` how its first latent was shown and where it was tapped."""
-    values = {"first_latent": backbone.first_latent, "tap": backbone.tap}
+def save_settings(folder: Path, *, first_latent: str, tap: int | None = None) -> None:
+    """Note beside a transformer in ``folder`` how its first latent is shown and, where it was trained so, at which block it was tapped."""
+    values = {"first_latent": first_latent} | ({} if tap is None else {"tap": tap})
     replace_text(folder / SETTINGS_NAME, json.dumps(values, indent=2) + "\n")
 
 
@@ -90,35 +93,6 @@ def transformer_folder(folder: Path, part: str = "transformer") -> Path:
     raise UserError(
         "model", got=f"{folder} without {part}/config.json", wanted="a transformer in diffusers format", fix=fix
     )
-
-
-def load_transformer(folder: Path, kind: str, dtype: torch.dtype) -> Any:
-    """The stock model in ``folder``, in ``dtype`` but for what its class keeps in float32. Every tensor must fit.
-
-    Raises ``UserError`` naming the first tensor that is missing, unknown or of another shape, and for files that do not open.
-    """
-    import diffusers
-
-    try:
-        model, found = getattr(diffusers, kind).from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        fix = "copy the folder again, with every *.safetensors file that its index names"
-        raise UserError(
-            "model", got=f"{folder}: {lines[0][:300]}", wanted=f"the weights of a {kind}", fix=fix
-        ) from error
-    wrong = [
-        f"{name} ({reason.removesuffix('_keys')})"
-        for reason in sorted(found)
-        for name in sorted(map(str, found[reason]))
-    ]
-    if wrong:
-        got = f"{folder}: {len(wrong)} tensors that do not fit, such as {wrong[0]}"
-        fix = "use weights and config of the same model"
-        raise UserError("model", got=got, wanted=f"the weights of a {kind} with this config", fix=fix)
-    return model.eval()
 
 
 def _declared(folder: Path) -> tuple[str, SimpleNamespace]:

@@ -13,6 +13,7 @@ import torch
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.results import config_hash
 
+from ..backbones.folder import save_settings
 from . import find, parts, sources, writing
 from .parts import Part
 from .pipeline import write_pipeline
@@ -104,6 +105,8 @@ def _write(found: find.Found, source: Path, output: Path, shard_bytes: int) -> d
             for part, shards in plans:
                 writing.write_part(part, shards, folder / part.name, bar.update)
         missing = []
+        if "first_latent" in found.facts:
+            save_settings(folder / "transformer", first_latent=found.facts["first_latent"])
         if found.index:
             missing = write_pipeline(folder, found.index, found.parts, found.tokenizer, found.shift, found.needed)
     if missing:
