@@ -53,7 +53,7 @@ def load_checkout(root: Path) -> Runtime:
     with found_assets(resolve_assets(None).runtime_path, relative=True):
         sys.path.insert(0, str(root))
         try:
-            modules = import_robotwin("envs", keep=("curobo", "mplib", "pytorch3d") if curobo else ())
+            modules = import_robotwin("envs", keep=("curobo", "mplib", "pytorch3d", "torch") if curobo else ())
         except FileNotFoundError as error:
             raise no_clutter(resolve_assets(None).runtime_path, error) from error
         finally:

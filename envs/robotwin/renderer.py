@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from physisforcing.core.errors import unknown_name
 from physisforcing.core.types import CameraSpec
 
+from .shaders import shader_folder
+
 #: Our camera names -> names of the runtime's cameras.
 CAMERAS = {"head": "head_camera", "left_wrist": "left_camera", "right_wrist": "right_camera"}
 #: ``all`` is upstream's choice (one directional and two point lights with 2048-pixel maps). Point-light shadows are
@@ -48,7 +50,8 @@ def check_shadows(shadows: str) -> str:
 
 @contextlib.contextmanager
 def rasterised(shadows: str) -> Iterator[None]:
-    """While active, ray-tracing requests select the rasteriser and lights get the shadows that ``shadows`` says."""
+    """While active, ray-tracing requests select the rasteriser, lights get the shadows that ``shadows`` says, and
+    environment maps are refused (``shaders``)."""
     import sapien
 
     render, scene_class = sapien.render, sapien.Scene
@@ -60,6 +63,7 @@ def rasterised(shadows: str) -> Iterator[None]:
     )
     kept = {name: getattr(render, name) for name in names}
     lights = {name: getattr(scene_class, name) for name in ("add_point_light", "add_directional_light")}
+    maps = {name: getattr(scene_class, name) for name in ("set_environment_map", "set_environment_map_from_files")}
     casts = {"add_point_light": shadows == "all", "add_directional_light": shadows != "none"}
 
     def light(name: str) -> Any:
@@ -71,17 +75,22 @@ def rasterised(shadows: str) -> Iterator[None]:
 
         return add
 
-    kept["set_camera_shader_dir"]("default")
+    def no_map(*_: object, **__: object) -> None:
+        raise RuntimeError("a scene with an environment map: envs/robotwin/shaders.py draws without its light")
+
+    kept["set_camera_shader_dir"](shader_folder())
     for name in names:
         setattr(render, name, lambda *_: None)
     for name in lights:
         setattr(scene_class, name, light(name))
+    for name in maps:
+        setattr(scene_class, name, no_map)
     try:
         yield
     finally:
         for name, function in kept.items():
             setattr(render, name, function)
-        for name, function in lights.items():
+        for name, function in (lights | maps).items():
             setattr(scene_class, name, function)
 
 

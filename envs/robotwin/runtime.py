@@ -41,6 +41,9 @@ ALWAYS_STAND_IN = (
     "pytorch3d",
     "pytorch3d.ops",
 )
+#: Seconds of every simulator process, unless it has them already: RoboTwin seeds torch and computes with it for cuRobo and
+#: point clouds alone, toppra has pyplot for plots that nobody asks for. The real ones come when they are used.
+LATER = ("torch", "torch.multiprocessing", "matplotlib", "matplotlib.pyplot")
 STAND_IN_IF_MISSING = ("open3d", "cv2", "imageio", "huggingface_hub", "trimesh", "h5py")
 
 #: SHA-256 of the wheels that set-up checks -> version.
@@ -63,6 +66,15 @@ class _StandIn(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return _Unusable
+
+
+class _Later(types.ModuleType):
+    """Imports its module when somebody uses it, once it has left ``sys.modules``."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or sys.modules.get(self.__name__) is self:
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -147,14 +159,17 @@ _SORTED_GLOB = types.SimpleNamespace(glob=lambda *args, **kwargs: sorted(glob.gl
 @contextlib.contextmanager
 def _stand_ins(keep: tuple[str, ...] = ()) -> Iterator[None]:
     """Stand-ins for the modules that are not installed or never used, except the packages in ``keep``."""
-    always = [name for name in ALWAYS_STAND_IN if name.partition(".")[0] not in keep]
+    later = [name for name in LATER if name.partition(".")[0] not in sys.modules]
+    always = [name for name in (*ALWAYS_STAND_IN, *later) if name.partition(".")[0] not in keep]
     wanted = always + [m for m in STAND_IN_IF_MISSING if importlib.util.find_spec(m) is None]
     before = {name: sys.modules.get(name) for name in wanted}
     for name in wanted:
-        module = _StandIn(name)
+        module = (_Later if name in LATER else _StandIn)(name)
         module.__path__ = []  # lets "import a.b" pass the check that a is a package
         if name == "curobo.util":  # RoboTwin sets up its logger before it defines its planner class
             module.logger = types.SimpleNamespace(setup_logger=_discard)  # type: ignore[attr-defined]
+        if name == "torch":
+            module.manual_seed = _seed_torch  # type: ignore[attr-defined]
         sys.modules[name] = module
         parent, _, child = name.rpartition(".")
         if parent:
@@ -167,6 +182,12 @@ def _stand_ins(keep: tuple[str, ...] = ()) -> Iterator[None]:
                 sys.modules.pop(name, None)
             else:
                 sys.modules[name] = module
+
+
+def _seed_torch(seed: int) -> None:
+    """What RoboTwin does with torch, where a process has it by then."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(seed)
 
 
 def runtime_installed() -> bool:

@@ -96,8 +96,11 @@ def test_the_same_seed_gives_the_same_scene_in_another_process(open_env):
         "for seed in (5, 100000):\n"
         "    _, info = env.reset(seed=seed, options={'observe': False})\n"
         "    print(info['scene_hash'], env.body_poses()[1].tobytes().hex()[-400:])\n"
+        "print('torch' in sys.modules, 'matplotlib.figure' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    *_, imported = done.stdout.splitlines()
+    assert imported == "False False", "seconds of every process, for what no episode uses"
     env = open_env("stack_blocks_two")
     for seed, line in zip((5, 100000), done.stdout.split("\n"), strict=False):
         _, info = env.reset(seed=seed, options=BLIND)
