@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,8 @@ from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.physics.forcing import PhysisForcing
 
 GRID = (3, 4, 5)
+#: Weights of the losses, and steps.
+CASES = (("fixed", 1), ("gradient", 3))
 
 
 class Model(nn.Module):
@@ -72,23 +73,27 @@ spec = importlib.util.spec_from_file_location("the_test", sys.argv[1])
 the_test = importlib.util.module_from_spec(spec); spec.loader.exec_module(the_test)
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-model = the_test.Model(weights=sys.argv[4])
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-for part in (model.below, model.above, model.forcing):
-    fully_shard(part, mesh=mesh)
 batch = the_test.part_of(the_test.whole_batch(), slice(2 * rank, 2 * rank + 2))
-for _ in range(int(sys.argv[5])):
-    model.zero_grad(set_to_none=True)
-    model.loss(batch, checkpointed=True).backward()
-found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-found |= {f"meter.{n}": b for n, b in model.forcing.meter.named_buffers()}
-torch.save(found, sys.argv[3] + str(rank))
+for weights, steps in the_test.CASES:
+    model = the_test.Model(weights=weights)
+    for part in (model.below, model.above, model.forcing):
+        fully_shard(part, mesh=mesh)
+    for _ in range(steps):
+        model.zero_grad(set_to_none=True)
+        model.loss(batch, checkpointed=True).backward()
+    found = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    found |= {f"meter.{n}": b for n, b in model.forcing.meter.named_buffers()}
+    torch.save(found, f"{sys.argv[3]}-{weights}-{rank}")
 dist.destroy_process_group()
 """
 
 
-def two_processes(folder: Path, weights: str, steps: int) -> list[dict[str, torch.Tensor]]:
-    words = [sys.executable, "-c", WORKER, __file__, str(folder / "meet"), str(folder / "found"), weights, str(steps)]
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """What both processes found, by case; they start once."""
+    folder = tmp_path_factory.mktemp("sharded")
+    words = [sys.executable, "-c", WORKER, __file__, str(folder / "meet"), str(folder / "found")]
     crew = [
         subprocess.Popen(words, env=os.environ | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
         for rank in (0, 1)
@@ -96,16 +101,19 @@ def two_processes(folder: Path, weights: str, steps: int) -> list[dict[str, torc
     for process in crew:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors.decode()[-2000:]
-    return [torch.load(folder / f"found{rank}", weights_only=True) for rank in (0, 1)]
+    return {
+        weights: [torch.load(folder / f"found-{weights}-{rank}", weights_only=True) for rank in (0, 1)]
+        for weights, _ in CASES
+    }
 
 
-@pytest.mark.parametrize(("weights", "steps"), [("fixed", 1), ("gradient", 3)])
-def test_sharded_processes_make_the_gradients_of_the_whole_batch(tmp_path, weights: str, steps: int) -> None:
+@pytest.mark.parametrize(("weights", "steps"), CASES)
+def test_sharded_processes_make_the_gradients_of_the_whole_batch(sharded, weights: str, steps: int) -> None:
     """Also where one process has no targets, under activation checkpointing, and with weights set from gradients."""
     one = Model(weights=weights)
     for _ in range(steps):
         expected = gradients(one, whole_batch())
-    found = two_processes(tmp_path, weights, steps)
+    found = sharded[weights]
     for rank in (0, 1):
         for name, value in expected.items():
             torch.testing.assert_close(

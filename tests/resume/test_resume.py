@@ -291,41 +291,52 @@ def test_heldout_values_do_not_depend_on_the_chunk_size(tmp_path, options):
 
 
 WRITER = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
 from physisforcing.worldmodel.training.checkpoint import save_checkpoint
 from safetensors.torch import save_file
-run, step = Path(sys.argv[1]), 0
 def model(folder):
     folder.mkdir()
     save_file({"w": torch.full((400_000,), float(step))}, folder / "model.safetensors")
-while True:
-    step += 1
-    save_checkpoint(run, step, model, {"weights": {"w": torch.full((400_000,), float(step))}}, {"seed": 0})
-    print(step, flush=True)
+for line in sys.stdin:
+    writer = os.fork()
+    if writer == 0:
+        run, step = Path(line.strip()), 0
+        print(os.getpid(), flush=True)
+        while True:
+            step += 1
+            save_checkpoint(run, step, model, {"weights": {"w": torch.full((400_000,), float(step))}}, {"seed": 0})
+            print(step, flush=True)
+    os.waitpid(writer, 0)
+    print("dead", flush=True)
 """
 
 
 def test_kill_during_saving_leaves_a_good_checkpoint(tmp_path):
+    """Each writer is a fork of one process, which has torch already, and is killed."""
     delays = np.random.default_rng(0).uniform(0.0, 0.05, 4)
-    for trial, delay in enumerate(delays):
-        run = tmp_path / f"run{trial}"
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(run)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        for _ in range(3):
-            reported = int(process.stdout.readline())
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        reported = max([reported, *map(int, process.stdout.read().split())])
-        found = latest_checkpoint(run)
-        assert found is not None and int(found.name.removeprefix("step-")) >= reported
-        tensors, state = load_training(found)
-        assert (tensors["weights"]["w"] == state["step"]).all()
-        assert is_complete(run / "last")
-        # The next writer of this folder clears what the killed one left behind.
-        save_checkpoint(run, 999, lambda folder: folder.mkdir(), {}, {})
-        assert not list(run.glob(".writing-*"))
+    words = [sys.executable, "-c", WRITER]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin is not None and parent.stdout is not None
+        for trial, delay in enumerate(delays):
+            run = tmp_path / f"run{trial}"
+            print(run, file=parent.stdin, flush=True)
+            writer = int(parent.stdout.readline())
+            for _ in range(3):
+                reported = int(parent.stdout.readline())
+            time.sleep(delay)
+            os.kill(writer, signal.SIGKILL)
+            while (line := parent.stdout.readline()) != "dead\n":
+                reported = int(line)
+            found = latest_checkpoint(run)
+            assert found is not None and int(found.name.removeprefix("step-")) >= reported
+            tensors, state = load_training(found)
+            assert (tensors["weights"]["w"] == state["step"]).all()
+            assert is_complete(run / "last")
+            # The next writer of this folder clears what the killed one left behind.
+            save_checkpoint(run, 999, lambda folder: folder.mkdir(), {}, {})
+            assert not list(run.glob(".writing-*"))
+        parent.stdin.close()
 
 
 def save(run, step: int) -> None:

@@ -15,6 +15,7 @@ from physisforcing.core.errors import UserError
 from physisforcing.core.lerobot import LeRobotDataset
 from physisforcing.core.paths import weights_root
 from physisforcing.core.types import ViewLayout
+from physisforcing.worldmodel.data.target_shards import Geometry
 from physisforcing.worldmodel.data.targets import TargetsCommand, resolve_recipe
 from physisforcing.worldmodel.data.window_targets import load_window_targets
 from physisforcing.worldmodel.physics.config import PhysicsConfig
@@ -48,11 +49,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_online_targets_are_the_cached_ones(root: Path, tmp_path: Path) -> None:
-    recipe, physics = resolve_recipe(permissive(), []), PhysicsConfig()
+    recipe, physics = resolve_recipe(permissive(), [], Geometry(start_stride=16)), PhysicsConfig()
     options = {"recipe": recipe, "teachers": permissive(), "cache": tmp_path}
-    cached = load_window_targets([(str(root), 0, 0), (str(root), 1, 8)], physics, **options)
+    cached = load_window_targets([(str(root), 0, 0), (str(root), 1, 16)], physics, **options)
     dataset = LeRobotDataset(root)
-    steps = [recipe.steps(0, 25), recipe.steps(8, 27)]
+    steps = [recipe.steps(0, 25), recipe.steps(16, 27)]
     video = torch.from_numpy(np.stack([dataset.frames(k, steps[k].tolist()) for k in (0, 1)]))
     made = OnlineTeachers(Teachers(permissive()), physics)(video, recipe.tokens)
     stored = cached.batch(torch.tensor([0, 1]))

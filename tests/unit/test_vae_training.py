@@ -24,12 +24,12 @@ SMALL = AutoencoderConfig(
 
 
 def episodes(count: int = 3) -> list[Episode]:
-    """A bright square that moves over noise, 40 control steps each."""
+    """A bright square that moves over noise, 40 control steps each, in small pictures."""
     made = []
     for number in range(count):
-        frames = np.random.default_rng(number).integers(0, 80, (40, 120, 160, 3), dtype=np.uint8)
+        frames = np.random.default_rng(number).integers(0, 80, (40, 48, 64, 3), dtype=np.uint8)
         for t, frame in enumerate(frames):
-            frame[40:60, 2 * t : 2 * t + 20] = 230
+            frame[16:24, t : t + 8] = 230
         states = np.zeros((40, 14), np.float32)
         made.append(
             Episode(frames=frames, states_TA=states, instruction="", task="", index=number, seed=number, success=True)
