@@ -77,8 +77,9 @@ class EpisodeRunner:
 
         from physisforcing.envs.seeds import Outcome
 
-        # Here and not when the runner is made: after a crash it is closed, and goes on with the next episode.
-        torch.use_deterministic_algorithms(True)
+        # Here and not when the runner is made: after a crash it is closed, and goes on with the next episode. What this sets is what
+        # use_deterministic_algorithms sets, without importing torch's compiler (seconds of every process), which nothing here uses.
+        torch.set_deterministic_debug_mode("error")
         task, policy = job.task.split("/")
         run = self._oracle_episode if self.config.oracle else self._episode
         return Outcome(task=job.task, seed=job.seed, kind="recorded", details=run(task, policy, job.seed))
@@ -93,7 +94,7 @@ class EpisodeRunner:
             env.close()
         if hasattr(self._parts.get("world_model"), "close"):
             self._parts.pop("world_model").close()
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
 
     # ------------------------------------------------------------------ closed loop
 

@@ -83,7 +83,7 @@ def make_server(config: ServeModelConfig) -> ModelServer:
     )
     settings.check()
     torch.set_num_threads(config.threads)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, without importing torch's compiler
     model = load_any(config.model, device, codec=config.codec or None, steps=config.steps or None)
     return ModelServer(model, settings, about=_about(config, device, model))
 

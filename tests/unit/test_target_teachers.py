@@ -95,11 +95,12 @@ def test_presets_name_their_teachers() -> None:
 def test_permissive_teachers_need_pictures_alone(pictures_only: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="teacher=permissive"):
         build(LeRobotDataset(pictures_only), TargetRecipe(), cache=tmp_path)
-    words = ["teacher=permissive", f"cache={tmp_path}", "device=cpu", f"shard=1/{EPISODES}"]
+    words = ["teacher=permissive", f"cache={tmp_path}", "device=cpu", f"shard=1/{EPISODES}", "recipe.start_stride=16"]
     assert main([f"data=[{pictures_only}]", *words]) == 0
-    dataset, recipe = LeRobotDataset(pictures_only), resolve_recipe(config("teacher=permissive"), [])
+    recipe = resolve_recipe(config("teacher=permissive"), [], Geometry(start_stride=16))
+    dataset = LeRobotDataset(pictures_only)
     shard = read_shard(dataset, 1, recipe, tmp_path)
-    video = torch.from_numpy(dataset.frames(1, recipe.steps(8, 27).tolist()))[None]
+    video = torch.from_numpy(dataset.frames(1, recipe.steps(16, 27).tolist()))[None]
     found = ClassicalTracker().track(video, torch.from_numpy(query_grid((25, 25), shard.size)).float()[None])
     near = found.points_BTN2[0].numpy()
     assert np.abs(shard.points_WTN2[1] / 64 - near)[np.abs(near) < 500].max() <= 0.5 / 64 + 1e-4
@@ -353,7 +354,8 @@ def test_a_found_recipe_must_be_what_was_said(vjepa2: Path, tmp_path: Path) -> N
 
 def test_what_targets_cannot_serve_is_refused(pictures_only: Path, tmp_path: Path) -> None:
     window, permissive = [(str(pictures_only), 0, 0)], config("teacher=permissive", "teacher.encoder.name=none")
-    options = {"recipe": resolve_recipe(permissive, []), "teachers": permissive, "cache": tmp_path}
+    recipe = resolve_recipe(permissive, [], Geometry(start_stride=24))
+    options = {"recipe": recipe, "teachers": permissive, "cache": tmp_path}
     with pytest.raises(UserError, match="bodies"):
         load_window_targets(window, PhysicsConfig(relations="rigid"), **options)
     with pytest.raises(UserError, match="encoder"):
