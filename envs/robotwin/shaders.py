@@ -1,8 +1,8 @@
 """SAPIEN's rasteriser without the light of an environment map, which no scene of RoboTwin has.
 
-For that light SAPIEN integrates a table (512 x 512, 1024 samples each) before the first picture of every process: six seconds
-of a CPU core with a software driver, for a term that is then multiplied by black. The shaders are read from the installed
-SAPIEN, lose the table, and are kept in the cache; pictures are the same, bit for bit (``tests/sim/test_renderer.py``).
+For that light SAPIEN integrates a table (512 x 512) before the first picture of every process: six seconds of a CPU core with
+a software driver, for a term that is then multiplied by black. The shaders are read from the installed SAPIEN, lose the table,
+and are kept in the cache; pictures are the same, bit for bit (``tests/sim/test_renderer.py``).
 """
 
 from __future__ import annotations
