@@ -27,7 +27,9 @@ VERBS: dict[str, Verb] = {
     "data collect": Verb("physisforcing.envs.collect", "record demonstrations with exact ground truth"),
     "data nano": Verb("physisforcing.envs.nano", "record the nano dataset of eight tasks and pack it"),
     "data manifest": Verb("physisforcing.envs.freeze", "freeze the scenes of an evaluation"),
-    "data prepare": Verb("physisforcing.core.prepare", "convert LeRobot v2.1, RoboTwin or XPolicyLab demonstrations"),
+    "data prepare": Verb(
+        "physisforcing.data_prepare", "convert demonstrations, or choose clips: motion, copies, captions"
+    ),
     "data merge": Verb("physisforcing.core.merge", "make one dataset of several, such as the shards of a collection"),
     "data pack": Verb("physisforcing.core.archive", "datasets as one small file: pictures, joints, poses, contacts"),
     "data unpack": Verb("physisforcing.core.archive", "the datasets of an archive"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -34,7 +33,6 @@ settings (field=value):
   fps=null                rows a second, where the files do not say it (RoboTwin: 50/3)
   channels=null           rgb or bgr, where pictures are not what their files say
 Run the same command again to continue an interrupted conversion.
-flags: --json prints the summary as JSON
 
 examples:
   physis data prepare runs/rt robotwin/data/click_bell/demo_clean
@@ -198,21 +196,10 @@ def _copy(source: Path, target: Path) -> None:
     target.write_bytes(source.read_bytes())
 
 
-def main(argv: list[str]) -> int:
-    """``physis data prepare OUT IN [field=value ...] [--json]``."""
-    parser = argparse.ArgumentParser(
-        prog="physis data prepare", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", help="folder of the new dataset")
-    parser.add_argument("input", help="folder of the demonstrations")
-    parser.add_argument("overrides", nargs="*", metavar="field=value")
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    options = parser.parse_intermixed_args(argv)
-    from .config import compose
-
-    config = compose("prepare", options.overrides, PrepareConfig)
-    report = prepare(options.output, options.input, config, progress=True)
-    if options.json:
+def run(output: str, root: str, config: PrepareConfig, *, as_json: bool) -> int:
+    """The command after its settings were read: convert, then print the summary."""
+    report = prepare(output, root, config, progress=True)
+    if as_json:
         print(json.dumps(report, indent=2))
         return 0
     print(f"{report['output']}: {report['episodes']} episodes, {report['frames']} frames from {report['layout']}")

@@ -86,7 +86,7 @@ def _encode(
     stream: Any = None
     count = 0
     size: tuple[int, ...] = ()
-    to_yuv = _Converter("yuv420p")
+    to_yuv = PixelConverter("yuv420p")
     for count, frame in enumerate(frames, start=1):
         _check_frame(frame, size)
         if stream is None:
@@ -127,7 +127,7 @@ def _add_stream(container: Any, size: tuple[int, ...], rate: Fraction, *, crf: i
     return stream
 
 
-class _Converter:
+class PixelConverter:
     """RGB full range <-> YUV, matrix and range from the tags of the frame (BT.709 limited where it has none)."""
 
     def __init__(self, target: str) -> None:
@@ -218,7 +218,7 @@ def read_mp4(path: str | Path, indices: Sequence[int] | None = None) -> NDArray[
             keep = set(wanted.tolist())
         else:
             keep = None
-        to_rgb = _Converter("rgb24")
+        to_rgb = PixelConverter("rgb24")
         found: dict[int, NDArray[np.uint8]] = {}
         for number, frame in _decode(container, path, keep):
             if keep is None or number in keep:

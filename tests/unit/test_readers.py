@@ -15,9 +15,10 @@ import pytest
 from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.lerobot import HEAD, LeRobotDataset
 from physisforcing.core.pictures import shrink_area
-from physisforcing.core.prepare import PrepareConfig, main, prepare
+from physisforcing.core.prepare import PrepareConfig, prepare
 from physisforcing.core.readers import detect_layout, open_dataset
 from physisforcing.core.video import write_mp4
+from physisforcing.data_prepare import main
 
 h5py = pytest.importorskip("h5py")
 #: A red and a blue half: exchanged channels cannot hide.

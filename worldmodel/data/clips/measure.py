@@ -1,0 +1,193 @@
+"""What is measured of each clip, in one pass over its frames, and the file that remembers it.
+
+``measurements.jsonl`` has a line a clip, keyed by the clip's content and by what was measured; a killed run loses the clip it was at.
+Thresholds are not part of the key: deciding anew with others measures nothing again.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from physisforcing.core.digests import file_sha256
+from physisforcing.core.errors import DatasetError
+from physisforcing.core.results import ResultKey, ResultsFile, config_hash
+from physisforcing.core.video import PixelConverter
+
+from ...teachers.frame_encoder import FINGERPRINT, FrameEncoder
+from .alignment import TextAlignment
+from .decode import Span, SpanReader, cover
+from .motion import cut_score, motion_score, sharpness
+from .sources import ClipSource
+
+#: Part of the key: raise it when a measure changes.
+VERSION = 1
+#: Pictures a second that motion and appearance are read from, and the most of them: half a minute.
+RATE, MOST = 4.0, 120
+#: Height of those pictures, and the sides of the thumbnails that cuts are found in.
+HEIGHT, THUMBNAIL = 128, 32
+#: Appearance is pooled over this many rows and columns of the picture.
+GRID = (2, 3)
+NAME = "measurements.jsonl"
+
+
+@dataclass(slots=True, kw_only=True)
+class Measured:
+    """A measured clip. ``appearance`` float32 [6*112]: mean features of the frame encoder by part of the picture. ``picture``: what a
+    ``TextAlignment`` with a model of its own sees, or None. ``error``: why the clip cannot be read; everything else is then empty."""
+
+    id: str
+    frames: int = 0
+    fps: float = 0.0
+    height: int = 0
+    width: int = 0
+    motion: float = 0.0
+    cut: float = 0.0
+    sharpness: float = 0.0
+    appearance: NDArray[np.float32] | None = None
+    picture: NDArray[np.float32] | None = None
+    error: str = ""
+
+
+def clip_id(span: Span) -> str:
+    """32 hexadecimal digits of the SHA-256 of the file's SHA-256 and the piece. ``DatasetError`` where there is no such file."""
+    if not span.path.is_file():
+        raise DatasetError(
+            str(span.path), got="no such file", wanted="a video", fix="correct the path, or copy the file"
+        )
+    piece = (
+        f"{file_sha256(span.path.resolve())} {span.start:.6f} {'' if span.seconds is None else f'{span.seconds:.6f}'}"
+    )
+    return hashlib.sha256(piece.encode()).hexdigest()[:32]
+
+
+class Measurer:
+    """Measures clips and remembers them in ``folder``/``measurements.jsonl``. ``alignment``: what else to see of their pictures."""
+
+    def __init__(self, folder: Path, alignment: TextAlignment | None = None, device: str = "cpu") -> None:
+        self.file = ResultsFile(folder / NAME)
+        self.alignment, self.device = alignment, device
+        self.key = config_hash(
+            {
+                "version": VERSION,
+                "encoder": FINGERPRINT,
+                "alignment": "" if alignment is None else alignment.key,
+                "sampling": [RATE, MOST, HEIGHT, THUMBNAIL, *GRID],
+            }
+        )
+        self._encoder: FrameEncoder | None = None
+
+    def known(self, source: ClipSource) -> Measured | None:
+        """What the file says of a clip, None where it says nothing. A clip whose file is gone is measured as such."""
+        try:
+            key = self._key(source)
+        except DatasetError as error:
+            return Measured(id="", error=_why(error))
+        row = self.file.get(key)
+        return None if row is None else _from_row(row)
+
+    def measure(self, source: ClipSource) -> Measured:
+        """Measure a clip and write it down. A clip that cannot be read gets a line that says why."""
+        key = self._key(source)
+        try:
+            values = self._look(source.span)
+        except DatasetError as error:
+            return _from_row(self.file.append(key, "error", why=_why(error)))
+        return _from_row(self.file.append(key, "success", **values))
+
+    def run(self, sources: Sequence[ClipSource], *, part: tuple[int, int] = (0, 1), progress: bool = False) -> None:
+        """Measure what is missing of every ``part[1]``-th clip from ``part[0]`` on. Copies of a clip are measured once."""
+        from tqdm import tqdm
+
+        mine = sources[part[0] :: part[1]]
+        for source in tqdm(mine, desc="clips", unit="clip", disable=not progress, file=sys.stderr):
+            if self.known(source) is None:
+                self.measure(source)
+
+    def _key(self, source: ClipSource) -> ResultKey:
+        return ResultKey(manifest="clips", episode=clip_id(source.span), fingerprint=self.key, config="")
+
+    def _look(self, span: Span) -> dict[str, Any]:
+        with SpanReader(span) as reader:
+            header = reader.header
+            count, pictures, thumbnails = _pictures(reader.frames(), (header.height, header.width))
+        seconds = 1 / min(RATE, header.fps)
+        seen = {
+            "frames": count,
+            "fps": header.fps,
+            "height": header.height,
+            "width": header.width,
+            "motion": motion_score(pictures, seconds),
+            "cut": cut_score(thumbnails),
+            "sharpness": sharpness(pictures),
+            "appearance": _packed(self._appearance(pictures)),
+        }
+        if self.alignment is not None and self.alignment.looks:
+            seen["picture"] = _packed(self.alignment.look(pictures))
+        return seen
+
+    def _appearance(self, pictures_THWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if self._encoder is None:
+            self._encoder = FrameEncoder().to(self.device)
+        height, width = pictures_THWC.shape[1:3]
+        size = 16 * GRID[0] * round(height / 16 / GRID[0]), 16 * GRID[1] * max(1, round(width / 16 / GRID[1]))
+        scaled = np.stack([_stretch(picture, size) for picture in pictures_THWC])
+        parts = [self._encoder(part.to(self.device)) for part in torch.from_numpy(scaled).split(32)]
+        pooled = torch.nn.functional.adaptive_avg_pool2d(torch.cat(parts), GRID).mean(0)
+        return pooled.flatten().cpu().numpy()
+
+
+def _pictures(frames: Iterator[tuple[float, Any]], size: tuple[int, int]) -> tuple[int, NDArray[np.uint8], list[Any]]:
+    """Number of frames, pictures at ``RATE`` a second (the first ``MOST``), thumbnails of all frames."""
+    to_rgb, count, pictures, thumbnails = PixelConverter("rgb24"), 0, [], []
+    small = HEIGHT, max(16, round(HEIGHT * size[1] / size[0]))
+    for time, frame in frames:
+        count += 1
+        picture = np.asarray(to_rgb(frame).to_ndarray(), dtype=np.uint8)
+        thumbnails.append(_stretch(picture, (THUMBNAIL, THUMBNAIL)))
+        if len(pictures) < MOST and time >= len(pictures) / RATE - 1e-3:
+            pictures.append(cover(picture, small))
+    return count, np.stack(pictures), thumbnails
+
+
+def _stretch(picture_HWC: NDArray[np.uint8], size: tuple[int, int]) -> Any:
+    import cv2
+
+    if picture_HWC.shape[:2] == size:
+        return picture_HWC
+    return cv2.resize(picture_HWC, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def _packed(values: NDArray[np.float32]) -> str:
+    return base64.b64encode(values.astype("<f2").tobytes()).decode()
+
+
+def _unpacked(text: str) -> NDArray[np.float32]:
+    return np.frombuffer(base64.b64decode(text), dtype="<f2").astype(np.float32)
+
+
+def _from_row(row: dict[str, Any]) -> Measured:
+    if row["status"] == "error":
+        return Measured(id=row["episode"], error=row["why"])
+    names = ("frames", "fps", "height", "width", "motion", "cut", "sharpness")
+    picture = _unpacked(row["picture"]) if "picture" in row else None
+    values = {name: row[name] for name in names}
+    return Measured(id=row["episode"], appearance=_unpacked(row["appearance"]), picture=picture, **values)
+
+
+def _why(error: DatasetError) -> str:
+    return f"got {error.got}, wanted {error.wanted}"
+
+
+def appearances(measured: Iterable[Measured]) -> NDArray[np.float32]:
+    """[N,D] of clips that were read."""
+    return np.stack([one.appearance for one in measured if one.appearance is not None])
