@@ -77,7 +77,7 @@ def plant(takes: Sequence[Take], folder: Path, counts: dict[str, int], generator
         clean.append((take, write("clean", take, take.frames(), 20)))
     for _ in range(counts["static"]):
         take = takes[next(order)]
-        how = str(generator.choice(["noise", "lamp", "frozen"]))
+        how = str(generator.choice(["noise", "lamp", "frozen", "sway"]))
         write("static", take, still(take.frames(), how, generator), 23, how=how)
     for _ in range(counts["misaligned"]):
         take = takes[next(order)]
@@ -101,11 +101,18 @@ def plant(takes: Sequence[Take], folder: Path, counts: dict[str, int], generator
 
 
 def still(frames_THWC: NDArray[np.uint8], how: str, generator: np.random.Generator) -> NDArray[np.uint8]:
-    """One picture of a take for all of its time: as it is, under a camera's noise, or under a lamp that changes."""
+    """One picture of a take for all of its time: as it is, under a camera's noise, under a lamp that changes, or from a camera
+    that trembles by a third of a pixel."""
+    import cv2
+
     picture = frames_THWC[int(generator.integers(len(frames_THWC)))].astype(np.float32)
     out = np.repeat(picture[None], len(frames_THWC), axis=0)
     if how == "noise":
         out += generator.normal(0, generator.uniform(2, 5), out.shape)
+    if how == "sway":
+        size = picture.shape[1], picture.shape[0]
+        moves = [np.array([[1, 0, x], [0, 1, y]]) for x, y in generator.normal(0, 0.3, (len(out), 2))]
+        out = np.stack([cv2.warpAffine(picture, m, size, borderMode=cv2.BORDER_REPLICATE) for m in moves])
     if how == "lamp":
         phase = np.linspace(0, generator.uniform(2, 6) * np.pi, len(out))
         out *= 1 + generator.uniform(0.03, 0.1) * np.sin(phase)[:, None, None, None]

@@ -8,9 +8,7 @@ moved and scaled in the picture until it fits, and compared where something move
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +19,15 @@ from .decode import Span, SpanReader
 #: Part of the key of a remembered likeness: raise it when the number changes.
 VERSION = 1
 #: Pictures a second, the most of them (half a minute), their height; a time shift is found on ones ``COARSE`` times smaller.
-RATE, MOST, HEIGHT, COARSE = 8.0, 240, 48, 4
+RATE, MOST, HEIGHT, COARSE = 8.0, 240, 96, 8
+#: Grey values from which on a pixel may have been cut off.
+WHITE, BLACK = 250, 5
+#: A picture may be this share of the other, or anything near it.
+CROPS = (0.94, 0.88)
 #: Clips must share this share of the shorter one.
 OVERLAP = 0.5
 #: Coarse likeness below which no registration is tried.
-HOPEFUL = 0.4
+HOPEFUL = 0.5
 
 
 def candidates(seen_ND: NDArray[np.float32], count: int) -> list[tuple[int, int]]:
@@ -34,95 +36,134 @@ def candidates(seen_ND: NDArray[np.float32], count: int) -> list[tuple[int, int]
     return sorted(pairs)
 
 
-@dataclass(slots=True, kw_only=True, frozen=True)
-class GreyFilm:
-    """A clip made small: grey pictures float32 [T,h,w], of mean 0 and deviation 1 over the clip, ``RATE`` a second."""
-
-    frames_THW: NDArray[np.float32]
-
-    @property
-    def still_HW(self) -> NDArray[np.float32]:
-        return np.median(self.frames_THW, axis=0)
-
-
-@lru_cache(maxsize=512)
-def grey_film(span: Span) -> GreyFilm:
-    """Read from the file; the last 512 are remembered. ``DatasetError`` as ``SpanReader``."""
+@lru_cache(maxsize=256)
+def grey_film(span: Span) -> NDArray[np.float32]:
+    """A clip made small: grey pictures [T,h,w], 0 to 255, ``RATE`` a second. Read from the file; the last 256 are remembered. ``DatasetError`` as ``SpanReader``."""
     import cv2
     from av.video.reformatter import Interpolation, VideoReformatter
 
     reformatter, frames = VideoReformatter(), []
+    flags = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
     with SpanReader(span) as reader:
         size = HEIGHT, max(16, round(HEIGHT * reader.header.width / reader.header.height))
         for time, frame in reader.frames():
             if time >= len(frames) / RATE - 1e-3:
-                flags = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-                small = reformatter.reformat(
-                    frame, width=2 * size[1], height=2 * size[0], format="gray", interpolation=flags, threads=1
-                )
-                frames.append(cv2.resize(small.to_ndarray(), size[::-1], interpolation=cv2.INTER_AREA))
+                grey = reformatter.reformat(frame, format="gray", interpolation=flags, threads=1).to_ndarray()
+                frames.append(cv2.resize(grey, size[::-1], interpolation=cv2.INTER_AREA))
             if len(frames) == MOST:
                 break
-    film = np.stack(frames).astype(np.float32)
-    return GreyFilm(frames_THW=(film - film.mean()) / max(float(film.std()), 1e-3))
+    return np.stack(frames).astype(np.float32)
 
 
 def likeness(a: Span, b: Span, shift: float) -> float:
-    """How much two clips are one recording: 0 to 1, the same from both sides up to rounding.
+    """How much two clips are one recording: 0 to 1.
 
-    The time shift (up to ``shift`` s) and the affine change of the picture that fit best are taken out; then it is the smaller of two
-    correlations, that of what stands (medians over time) and that of what moves (differences from them).
+    Brightness and contrast do not count. The time shift (up to ``shift`` s) and the affine change of the picture that fit best are
+    taken out; then it is the smaller of two correlations, that of what stands (medians over time) and that of what moves (differences
+    from them). Where the first comparison is hopeless it is that one's correlation.
     """
-    one, two = grey_film(a).frames_THW, grey_film(b).frames_THW
+    one, two = grey_film(a), grey_film(b)
     if one.shape[1:] != two.shape[1:]:
         two = _resized(two, one.shape[1:])
-    start_one, start_two, length, coarse = _best_shift(one, two, round(shift * RATE))
+    guess = _guess(one.mean(0), two.mean(0))
+    start_one, start_two, length, coarse = _best_shift(one, two, guess, round(shift * RATE))
     if length == 0 or coarse < HOPEFUL:
-        return max(0.0, min(1.0, coarse))
+        return max(0.0, coarse)
     one, two = one[start_one : start_one + length], two[start_two : start_two + length]
-    warped, inside = _registered(one, two)
-    if warped is None:
-        return max(0.0, min(1.0, coarse, HOPEFUL))
-    still_one, still_two = np.median(one, 0), np.median(warped, 0)
-    standing = _correlation(still_one[inside], still_two[inside])
-    moving = _correlation((one - still_one)[:, inside], (warped - still_two)[:, inside])
-    return max(0.0, min(standing, moving))
+    matrix = _refined(one.mean(0), two.mean(0), guess)
+    if matrix is None:
+        return HOPEFUL
+    two = np.stack([_warped(frame, matrix) for frame in two])
+    inside = np.isfinite(two[0])
+    one, two = _same_light(one[:, inside], two[:, inside])
+    still_one, still_two = np.median(one, 0), np.median(two, 0)
+    return max(0.0, min(_correlation(still_one, still_two), _correlation(one - still_one, two - still_two)))
 
 
-def _best_shift(one_THW: NDArray[np.float32], two_THW: NDArray[np.float32], most: int) -> tuple[int, int, int, float]:
+def _same_light(one_TN: NDArray[np.float32], two_TN: NDArray[np.float32]) -> tuple[NDArray, NDArray]:
+    """Both at the brightness and contrast of the second, cut off where either is: a brighter copy has lost what was nearly white."""
+    sound = (one_TN < WHITE) & (one_TN > BLACK) & (two_TN < WHITE) & (two_TN > BLACK)
+    x, y = one_TN[sound].astype(np.float64), two_TN[sound].astype(np.float64)
+    spread = float(((x - x.mean()) ** 2).sum()) if len(x) > 1 else 0.0
+    gain = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread > 0 else 0.0
+    if gain <= 0:
+        return one_TN, two_TN
+    lift = float(y.mean() - gain * x.mean())
+    low, high = max(BLACK, gain * BLACK + lift), min(WHITE, gain * WHITE + lift)
+    return np.clip(gain * one_TN + lift, low, high), np.clip(two_TN, low, high)
+
+
+def _guess(one_HW: NDArray[np.float32], two_HW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Where the second picture lies in the first, roughly: the same picture, or either of the two a part of the other."""
+    return max(_guesses(one_HW.shape), key=lambda matrix: _fit(one_HW, two_HW, matrix))
+
+
+@lru_cache(maxsize=16)
+def _guesses(size: tuple[int, int]) -> list[NDArray[np.float32]]:
+    height, width = size
+    found = [np.eye(2, 3, dtype=np.float32)]
+    for share in CROPS:
+        for down in (0.0, 0.5, 1.0):
+            for right in (0.0, 0.5, 1.0):
+                left, top = right * (1 - share) * width, down * (1 - share) * height
+                part = np.array([[share, 0, left], [0, share, top]], np.float32)
+                whole = np.array([[1 / share, 0, -left / share], [0, 1 / share, -top / share]], np.float32)
+                found += [part, whole]
+    return found
+
+
+def _fit(one_HW: NDArray[np.float32], two_HW: NDArray[np.float32], matrix: NDArray[np.float32]) -> float:
+    """Correlation of two pictures where the second, taken by ``matrix``, covers the first."""
+    warped = _warped(two_HW, matrix)
+    inside = np.isfinite(warped)
+    return _correlation(one_HW[inside], warped[inside])
+
+
+def _best_shift(
+    one_THW: NDArray[np.float32], two_THW: NDArray[np.float32], guess: NDArray[np.float32], most: int
+) -> tuple[int, int, int, float]:
     """Where the common part starts in each, how many pictures it has, and the correlation of what moves in it, coarsely."""
-    small = [_resized(film, (film.shape[1] // COARSE, film.shape[2] // COARSE)) for film in (one_THW, two_THW)]
-    moving = [film - np.median(film, 0) for film in small]
-    needed = max(1, round(OVERLAP * min(len(one_THW), len(two_THW))))
+    size = one_THW.shape[1] // COARSE, one_THW.shape[2] // COARSE
+    laid = np.stack([_warped(frame, guess) for frame in two_THW])
+    one, two = _resized(one_THW, size), _resized(np.nan_to_num(laid), size)
+    inside = _resized(np.isfinite(laid[:1]).astype(np.float32), size)[0] > 0.99
+    one, two = one[:, inside], two[:, inside]
+    one, two = one - np.median(one, 0), two - np.median(two, 0)
+    needed = max(1, round(OVERLAP * min(len(one), len(two))))
     best = (0, 0, 0, -1.0)
     for shift in range(-most, most + 1):
         start_one, start_two = max(0, shift), max(0, -shift)
-        length = min(len(one_THW) - start_one, len(two_THW) - start_two)
+        length = min(len(one) - start_one, len(two) - start_two)
         if length >= needed:
-            parts = moving[0][start_one : start_one + length], moving[1][start_two : start_two + length]
-            found = _correlation(*parts)
+            found = _correlation(one[start_one : start_one + length], two[start_two : start_two + length])
             if found > best[3] + 1e-9:
                 best = start_one, start_two, length, found
     return best
 
 
-def _registered(one_THW: NDArray[np.float32], two_THW: NDArray[np.float32]) -> tuple[Any, NDArray[np.bool_]]:
-    """``two`` in the picture of ``one``, and where it has pixels; (None, ...) where no plausible change of the picture is found."""
+def _refined(
+    one_HW: NDArray[np.float32], two_HW: NDArray[np.float32], guess: NDArray[np.float32]
+) -> NDArray[np.float32] | None:
+    """The affine change that takes the second picture to the first, None where no plausible one is found."""
     import cv2
 
-    matrix = np.eye(2, 3, dtype=np.float32)
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 60, 1e-5)
     try:
-        _, matrix = cv2.findTransformECC(one_THW.mean(0), two_THW.mean(0), matrix, cv2.MOTION_AFFINE, stop, None, 3)
+        _, matrix = cv2.findTransformECC(one_HW, two_HW, guess.copy(), cv2.MOTION_AFFINE, stop, None, 3)
     except cv2.error:  # it does not converge
-        return None, np.zeros(one_THW.shape[1:], bool)
-    height, width = one_THW.shape[1:]
-    if abs(np.linalg.det(matrix[:, :2]) - 1) > 0.6 or (np.abs(matrix[:, 2]) > (0.3 * width, 0.3 * height)).any():
-        return None, np.zeros((height, width), bool)
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    warped = np.stack([cv2.warpAffine(frame, matrix, (width, height), flags=flags) for frame in two_THW])
-    cover = cv2.warpAffine(np.ones((height, width), np.float32), matrix, (width, height), flags=flags)
-    return warped, cover > 0.99
+        return None
+    height, width = one_HW.shape
+    far = (np.abs(matrix[:, 2]) > (0.3 * width, 0.3 * height)).any()
+    return None if far or abs(np.linalg.det(matrix[:, :2]) - 1) > 0.6 else matrix
+
+
+def _warped(picture_HW: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The picture taken by ``matrix``, NaN where it has no pixels."""
+    import cv2
+
+    size, flags = picture_HW.shape[::-1], cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    out: NDArray[np.float32] = cv2.warpAffine(picture_HW, matrix, size, flags=flags, borderValue=float("nan"))
+    return out
 
 
 def _resized(film_THW: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.float32]:

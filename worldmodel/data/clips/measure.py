@@ -30,7 +30,7 @@ from .motion import cut_score, motion_score, sharpness
 from .sources import ClipSource
 
 #: Part of the key: raise it when a measure changes.
-VERSION = 1
+VERSION = 2
 #: Pictures a second that motion and appearance are read from, and the most of them: half a minute.
 RATE, MOST = 4.0, 120
 #: Height of those pictures, and the sides of the thumbnails that cuts are found in.
@@ -140,7 +140,7 @@ class Measurer:
             self._encoder = FrameEncoder().to(self.device)
         height, width = pictures_THWC.shape[1:3]
         size = 16 * GRID[0] * round(height / 16 / GRID[0]), 16 * GRID[1] * max(1, round(width / 16 / GRID[1]))
-        scaled = np.stack([_stretch(picture, size) for picture in pictures_THWC])
+        scaled = _even(np.stack([_stretch(picture, size) for picture in pictures_THWC]))
         parts = [self._encoder(part.to(self.device)) for part in torch.from_numpy(scaled).split(32)]
         pooled = torch.nn.functional.adaptive_avg_pool2d(torch.cat(parts), GRID).mean(0)
         return pooled.flatten().cpu().numpy()
@@ -165,6 +165,13 @@ def _stretch(picture_HWC: NDArray[np.uint8], size: tuple[int, int]) -> Any:
     if picture_HWC.shape[:2] == size:
         return picture_HWC
     return cv2.resize(picture_HWC, size[::-1], interpolation=cv2.INTER_AREA)
+
+
+def _even(pictures_THWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The clip at a common brightness and contrast: a darker copy looks like its original."""
+    values = pictures_THWC.astype(np.float32)
+    scaled = (values - values.mean()) / max(float(values.std()), 1.0) * 48 + 128
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
 def _packed(values: NDArray[np.float32]) -> str:

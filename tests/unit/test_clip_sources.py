@@ -1,0 +1,132 @@
+"""Where clips come from: tables with any column names, folders, datasets; mistakes are named with their row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from physisforcing.core.errors import DatasetError, UserError
+from physisforcing.core.lerobot import HEAD, LeRobotWriter
+from physisforcing.core.lerobot_format import video_feature
+from physisforcing.core.video import write_mp4
+from physisforcing.worldmodel.data.clips.decode import Span
+from physisforcing.worldmodel.data.clips.sources import list_clips
+
+ROWS = [
+    {"caption_short_list": "['press the bell', 'a robot']", "video_path": "a.mp4", "frames": 300, "task": "bell"},
+    {"caption_short_list": '["lift it"]', "video_path": "sub/b.webm", "frames": 81, "task": ""},
+]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    kind = path.suffix
+    if kind == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind in (".csv", ".tsv"):
+        import csv
+
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) if kind == ".jsonl" else json.dumps(rows))
+    return path
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
+def test_a_table_with_rovid_x_columns(tmp_path: Path, ending: str) -> None:
+    layout, clips = list_clips(write(tmp_path / f"robot{ending}", ROWS))
+    assert layout == "manifest"
+    assert [(c.caption, c.task, c.where) for c in clips] == [("press the bell", "bell", "row 1"), ("lift it", "", "row 2")]
+    # `frames` alone is how long the file is: all of it is wanted
+    assert [c.span for c in clips] == [Span(path=tmp_path / "a.mp4"), Span(path=tmp_path / "sub/b.webm")]
+
+
+def test_other_column_names_and_another_folder(tmp_path: Path) -> None:
+    rows = [{"Clip": "x.mp4", "what": ["", "pour"], "Text": "not this"}]
+    found = list_clips(
+        write(tmp_path / "t.jsonl", rows), columns=["video:Clip", "caption:what"], videos=str(tmp_path / "films")
+    )[1]
+    assert found[0].caption == "pour" and found[0].span.path == tmp_path / "films" / "x.mp4"
+    assert list_clips(write(tmp_path / "t.jsonl", [{"PATH": "x.mp4", "Text": "a\n b"}]))[1][0].caption == "a b"
+
+
+@pytest.mark.parametrize(
+    ("row", "piece"),
+    [
+        ({"start": 1.5, "end": 4}, (1.5, 2.5)),
+        ({"start_time": "2"}, (2.0, None)),
+        ({"start_frame": 10, "end_frame": 30, "fps": 20}, (0.5, 1.0)),
+        ({"start_frame": 5, "num_frames": 10, "fps": 10}, (0.5, 1.0)),
+        ({"start": 1, "num_frames": 10, "fps": 5}, (1.0, 2.0)),
+        ({"end_frame": 4}, (0.0, 0.5)),  # at the 8 frames a second of the file
+        ({"start": float("nan"), "end": ""}, (0.0, None)),
+    ],
+)
+def test_pieces_of_videos(tmp_path: Path, row: dict, piece: tuple) -> None:
+    write_mp4(tmp_path / "a.mp4", np.zeros((12, 16, 16, 3), np.uint8), 8)
+    span = list_clips(write(tmp_path / "t.jsonl", [{"video": "a.mp4", **row}]))[1][0].span
+    assert (span.start, span.seconds) == piece
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"video": "a.mp4", "start": 3, "end": 2}], "row 1"),
+        ([{"video": "a.mp4"}, {"video": "a.mp4", "start": "soon"}], r"row 2: start: got 'soon'"),
+        ([{"film": "a.mp4"}], r"columns=\[video:NAME\]"),
+        ([{"video": "a.mp4"}, {"video": None}], "row 2: got 'no video'"),
+    ],
+)
+def test_rows_that_say_nothing_sensible_are_named(tmp_path: Path, rows: list[dict], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list_clips(write(tmp_path / "t.jsonl", rows))
+
+
+def test_wrong_settings_offer_the_nearest_name(tmp_path: Path) -> None:
+    table = write(tmp_path / "t.jsonl", [{"video": "a.mp4", "words": "x"}])
+    with pytest.raises(UserError, match="did you mean 'caption'"):
+        list_clips(table, columns=["captoin:words"])
+    with pytest.raises(UserError, match="did you mean 'words'"):
+        list_clips(table, columns=["caption:word"])
+    with pytest.raises(UserError, match="leave camera out"):
+        list_clips(table, camera="head")
+    (tmp_path / "bad.jsonl").write_text('{"video": "a.mp4"}\n{"video": \n')
+    with pytest.raises(DatasetError, match=r"bad.jsonl line 2"):
+        list_clips(tmp_path / "bad.jsonl")
+
+
+def test_a_folder_with_texts_and_one_with_a_table(tmp_path: Path) -> None:
+    for name in ("b.mp4", "pour/a.MKV", "pour/notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "b.txt").write_text("press\nthe bell ")
+    layout, clips = list_clips(tmp_path)
+    assert layout == "folder"
+    found = [(c.where, c.caption, c.task) for c in clips]
+    assert found == [("b.mp4", "press the bell", ""), ("pour/a.MKV", "", "pour")]
+    write(tmp_path / "metadata.csv", [{"file_name": "b.mp4", "text": "ring"}])
+    assert [(c.span.path.name, c.caption) for c in list_clips(tmp_path)[1]] == [("b.mp4", "ring")]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="no clip"):
+        list_clips(tmp_path / "empty")
+
+
+def test_episodes_of_a_dataset_are_pieces_of_its_videos(tmp_path: Path) -> None:
+    writer = LeRobotWriter(tmp_path / "v3", {HEAD: video_feature(16, 16, 5.0)}, 5.0)
+    for index, text in enumerate(("ring", "shake")):
+        frames = np.full((7 + index, 16, 16, 3), 40 * index, np.uint8)
+        writer.add_episode(columns={}, frames={HEAD: frames}, instruction=text, task_name=f"task{index}", seed=index, success=None)
+    data = writer.finalize()
+    layout, clips = list_clips(tmp_path / "v3")
+    assert layout == "LeRobot v3"
+    assert [(c.caption, c.task, c.where) for c in clips] == [("ring", "task0", "episode 0"), ("shake", "task1", "episode 1")]
+    assert [c.span.seconds for c in clips] == [7 / 5, 8 / 5] and clips[1].span.path.parent.parent.parent == data / "videos"
+    with pytest.raises(UserError, match="hed"):
+        list_clips(tmp_path / "v3", camera="hed")
