@@ -34,7 +34,9 @@ def script() -> ModuleType:
 def film(task: str, generator: np.random.Generator, frames: int = 24) -> np.ndarray:
     """uint8 [T,96,128,3]: where object and tool are, and how fast the tool goes, is drawn anew for every take."""
     colour, shape, _ = TASKS[task]
-    table = cv2.resize(generator.integers(175, 215, (6, 8, 3), dtype=np.uint8), SIZE[::-1], interpolation=cv2.INTER_CUBIC)
+    table = cv2.resize(
+        generator.integers(175, 215, (6, 8, 3), dtype=np.uint8), SIZE[::-1], interpolation=cv2.INTER_CUBIC
+    )
     place = generator.uniform((40, 40), (90, 75))
     start, reach = generator.uniform((0, 0), (127, 20)), generator.uniform(0.5, 0.8)
     lifted = generator.uniform((-30, -30), (30, -10))

@@ -43,7 +43,10 @@ def write(path: Path, rows: list[dict]) -> Path:
 def test_a_table_with_rovid_x_columns(tmp_path: Path, ending: str) -> None:
     layout, clips = list_clips(write(tmp_path / f"robot{ending}", ROWS))
     assert layout == "manifest"
-    assert [(c.caption, c.task, c.where) for c in clips] == [("press the bell", "bell", "row 1"), ("lift it", "", "row 2")]
+    assert [(c.caption, c.task, c.where) for c in clips] == [
+        ("press the bell", "bell", "row 1"),
+        ("lift it", "", "row 2"),
+    ]
     # `frames` alone is how long the file is: all of it is wanted
     assert [c.span for c in clips] == [Span(path=tmp_path / "a.mp4"), Span(path=tmp_path / "sub/b.webm")]
 
@@ -122,11 +125,18 @@ def test_episodes_of_a_dataset_are_pieces_of_its_videos(tmp_path: Path) -> None:
     writer = LeRobotWriter(tmp_path / "v3", {HEAD: video_feature(16, 16, 5.0)}, 5.0)
     for index, text in enumerate(("ring", "shake")):
         frames = np.full((7 + index, 16, 16, 3), 40 * index, np.uint8)
-        writer.add_episode(columns={}, frames={HEAD: frames}, instruction=text, task_name=f"task{index}", seed=index, success=None)
+        writer.add_episode(
+            columns={}, frames={HEAD: frames}, instruction=text, task_name=f"task{index}", seed=index, success=None
+        )
     data = writer.finalize()
     layout, clips = list_clips(tmp_path / "v3")
     assert layout == "LeRobot v3"
-    assert [(c.caption, c.task, c.where) for c in clips] == [("ring", "task0", "episode 0"), ("shake", "task1", "episode 1")]
-    assert [c.span.seconds for c in clips] == [7 / 5, 8 / 5] and clips[1].span.path.parent.parent.parent == data / "videos"
+    assert [(c.caption, c.task, c.where) for c in clips] == [
+        ("ring", "task0", "episode 0"),
+        ("shake", "task1", "episode 1"),
+    ]
+    assert [c.span.seconds for c in clips] == [7 / 5, 8 / 5] and clips[
+        1
+    ].span.path.parent.parent.parent == data / "videos"
     with pytest.raises(UserError, match="hed"):
         list_clips(tmp_path / "v3", camera="hed")

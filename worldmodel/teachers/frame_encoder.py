@@ -116,11 +116,14 @@ class EfficientNetLite0(nn.Module):
             x = block(x)
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stride16(x)
+    def semantic(self, x: Tensor) -> Tensor:
+        """What follows ``stride16``: [B,112,H/16,W/16] -> [B,1280,H/32,W/32]."""
         for block in self.blocks[_STRIDE16_BLOCKS:]:
             x = block(x)
-        return self.classifier(self.head(x).mean((2, 3)))
+        return self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.semantic(self.stride16(x)).mean((2, 3)))
 
 
 class FrameEncoder(nn.Module):

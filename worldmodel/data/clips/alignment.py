@@ -1,9 +1,9 @@
 """Whether a clip's caption says what its pictures show.
 
-Two ways, with different reach. ``NeighbourAlignment`` needs nothing but what ships: it compares a caption with the captions of the
-clips that look most alike. It finds a caption of another task or scene, where a data set has several clips of each; it cannot judge a
-clip that looks like no other, a mistake that all look-alikes share, or one that shows in no still appearance (left for right, opens
-for closes). ``image_text.ImageTextAlignment`` asks a CLIP or SigLIP model of the user's, clip by clip: it needs no look-alikes, and
+Two ways, with different reach. ``PredictedAlignment`` needs nothing but what ships: it learns from the other clips of the data set which
+captions go with which look, and compares. It finds a caption of another task or scene, where the data set has several clips of each; it
+cannot judge a clip that looks like no other, a mistake that all look-alikes share, or one that no first picture shows (left for right,
+opens for closes). ``image_text.ImageTextAlignment`` asks a CLIP or SigLIP model of the user's, clip by clip: it needs no look-alikes, and
 knows objects and scenes better than actions.
 """
 
@@ -15,7 +15,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-#: Pictures compared at once.
+#: Parts of the clips that are left out in turn, and the fewest clips that anything is learned from.
+PARTS, FEWEST = 10, 24
+#: Weight of the regression's penalty, beside rows of length 1.
+RIDGE = 3.0
+#: Clips compared at once.
 _BLOCK = 1024
 
 
@@ -41,37 +45,59 @@ class TextAlignment(Protocol):
         ...
 
 
-class NeighbourAlignment:
-    """Median cosine between a caption and those of the ``neighbours`` clips that look most alike, itself and its copies left out.
+class PredictedAlignment:
+    """Cosine between a caption and what the other clips' captions let one expect of such pictures.
 
-    A median, because some of those captions are wrong as well. 1.0 where there is no other clip to ask.
+    A ridge regression from the look of the first picture to the captions' sentence vectors is fitted on nine tenths of the clips and
+    asked about the rest, in turn; copies of a recording are never on both sides. Both vectors are taken from the mean caption, so that
+    what all captions share says nothing. Below ``FEWEST`` clips nothing can be learned: every score is 1.
     """
 
     key = ""
     looks = False
 
-    def __init__(self, neighbours: int = 9) -> None:
-        self.neighbours = neighbours
-
     def look(self, pictures_THWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        raise NotImplementedError("neighbours are found by the frame encoder's appearance")
+        raise NotImplementedError("the measured features of the frame encoder are used")
 
     def scores(
         self, seen_ND: NDArray[np.float32], captions: Sequence[str], same: Sequence[tuple[int, int]]
     ) -> NDArray[np.float64]:
-        text_ND = sentence_vectors(captions)
-        copies: dict[int, set[int]] = {}
-        for a, b in same:
-            copies.setdefault(a, set()).add(b)
-            copies.setdefault(b, set()).add(a)
-        most = max((len(c) for c in copies.values()), default=0)
-        found = nearest(seen_ND, self.neighbours + most)
-        out = np.ones(len(seen_ND))
-        for i, others in enumerate(found):
-            asked = [j for j in others if j not in copies.get(i, ())][: self.neighbours]
-            if asked:
-                out[i] = float(np.median(text_ND[asked] @ text_ND[i]))
+        if len(captions) < FEWEST:
+            return np.ones(len(captions))
+        text_ND = sentence_vectors(captions).astype(np.float64)
+        look_ND = centre(seen_ND).astype(np.float64)
+        part_N = _parts(len(captions), same)
+        out = np.zeros(len(captions))
+        for part in range(PARTS):
+            asked = part_N == part
+            if asked.any() and not asked.all():
+                mean = text_ND[~asked].mean(0)
+                expected = _ridge(look_ND[~asked], text_ND[~asked] - mean, look_ND[asked])
+                out[asked] = _cosine(expected, text_ND[asked] - mean)
         return out
+
+
+def _ridge(x_MD: NDArray[np.float64], y_ME: NDArray[np.float64], new_KD: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Predictions [K,E] for ``new``; by the smaller of the two forms of the normal equations."""
+    if len(x_MD) <= x_MD.shape[1]:
+        weights = np.linalg.solve(x_MD @ x_MD.T + RIDGE * np.eye(len(x_MD)), y_ME)
+        return new_KD @ (x_MD.T @ weights)
+    weights = np.linalg.solve(x_MD.T @ x_MD + RIDGE * np.eye(x_MD.shape[1]), x_MD.T @ y_ME)
+    return new_KD @ weights
+
+
+def _parts(count: int, same: Sequence[tuple[int, int]]) -> NDArray[np.intp]:
+    """Which tenth each clip belongs to; clips that are one recording, directly or by way of others, to the same."""
+    group = np.arange(count)
+    for a, b in same:
+        group[group == group[b]] = group[a]
+    drawn = np.random.default_rng(0).permutation(count) % PARTS
+    return drawn[group]
+
+
+def _cosine(a_ND: NDArray[np.float64], b_ND: NDArray[np.float64]) -> NDArray[np.float64]:
+    size = np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1)
+    return (a_ND * b_ND).sum(1) / np.maximum(size, 1e-9)
 
 
 def nearest(seen_ND: NDArray[np.float32], count: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ from physisforcing.core.results import ResultKey, ResultsFile, config_hash
 from physisforcing.core.shards import parse_shard
 
 from . import duplicates
-from .alignment import NeighbourAlignment, TextAlignment
+from .alignment import PredictedAlignment, TextAlignment
 from .config import ClipsConfig
 from .decide import Decision, decide, least_alignment
 from .manifest import NAME, ClipManifest, ClipRecord, relative, write_records
@@ -59,7 +59,7 @@ def _alignment(config: ClipsConfig) -> TextAlignment:
 
         assert config.alignment.path is not None
         return ImageTextAlignment(config.alignment.path, device=config.device)
-    return NeighbourAlignment(config.alignment.neighbours)
+    return PredictedAlignment()
 
 
 def _likeness(output: Path, sources: Sequence[ClipSource], measured: Sequence[Measured], config: ClipsConfig) -> Any:

@@ -16,8 +16,8 @@ settings (field=value):
   columns=[video:path,caption:text]       names of a table's columns that are not found by themselves; videos=FOLDER: where its paths start
   captions=captions.csv                   table of captions of a folder          camera=head   camera of a dataset
   min_seconds=1                           shorter clips are dropped
-  motion.least=0.02 motion.cut=0.04       static below, camera cut above
-  duplicates.likeness=0.9                 one recording from this on; duplicates.neighbours=8, duplicates.shift=2 (seconds)
+  motion.least=0.03 motion.cut=0.02       static below, camera cut above
+  duplicates.likeness=0.975                 one recording from this on; duplicates.neighbours=6, duplicates.shift=2 (seconds)
   duplicates.per_task=0                   the most clips of one task, the best of them; 0: any number
   alignment.least=null                    captions below are dropped; alignment.model=image_text alignment.path=FOLDER takes a CLIP or SigLIP model
   shard=0/4                               measure a part; the run after which nothing is missing decides
@@ -32,7 +32,7 @@ examples:
   physis data prepare runs/clips my_lerobot_dataset to=clips"""
 
 FILTERS = ("motion", "duplicates", "alignment")
-MODELS = ("neighbours", "image_text")
+MODELS = ("predicted", "image_text")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,8 +40,8 @@ class MotionConfig:
     """``least``: a clip moves less than this (picture heights a second, see ``motion.motion_score``) and is static. ``cut``: a step
     between two frames larger than this (mean difference in [0,1], see ``motion.cut_score``) is a camera cut."""
 
-    least: float = 0.02
-    cut: float = 0.04
+    least: float = 0.03
+    cut: float = 0.02
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,21 +50,20 @@ class DuplicatesConfig:
     nearest appearance each clip is compared with. ``shift``: seconds by which one may start later than the other. ``per_task``: the
     most clips of one task (task name, or caption where there is none), the best ones; 0 for any number."""
 
-    likeness: float = 0.9
-    neighbours: int = 8
+    likeness: float = 0.975
+    neighbours: int = 6
     shift: float = 2.0
     per_task: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
 class AlignmentConfig:
-    """``model``: ``neighbours`` (captions of clips that look alike) or ``image_text`` (a CLIP or SigLIP model in the folder
-    ``path``). ``least``: lower scores are dropped; None for ``neighbours``' own default. ``neighbours``: clips that are asked."""
+    """``model``: ``predicted`` (from the other clips' captions) or ``image_text`` (a CLIP or SigLIP model in the folder ``path``).
+    ``least``: lower scores are dropped; None for the default of ``predicted``."""
 
-    model: str = "neighbours"
+    model: str = "predicted"
     path: str | None = None
     least: float | None = None
-    neighbours: int = 9
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,10 +91,9 @@ class ClipsConfig:
         if self.alignment.model not in MODELS:
             raise unknown_name("alignment.model", self.alignment.model, MODELS, see="docs/data.md")
         check_at_least(self.duplicates, neighbours=1, shift=0, per_task=0)
-        check_at_least(self.alignment, neighbours=1)
         if self.alignment.model == "image_text" and "alignment" in self.filters:
             for name in ("path", "least"):
                 if getattr(self.alignment, name) is None:
                     wanted = "a model's folder" if name == "path" else "a cosine, which depends on the model"
-                    fix = f"write alignment.{name}=..., or alignment.model=neighbours"
+                    fix = f"write alignment.{name}=..., or alignment.model=predicted"
                     raise UserError(f"alignment.{name}", got=None, wanted=wanted, fix=fix)

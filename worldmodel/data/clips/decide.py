@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .alignment import NeighbourAlignment, TextAlignment
+from .alignment import PredictedAlignment, TextAlignment
 from .config import ClipsConfig
 from .duplicates import candidates, keep_best
-from .measure import Measured, appearances
+from .measure import Measured, stacked
 from .sources import ClipSource
 
 #: Reason -> what it means, in the order in which they are looked at; a clip has the first that holds.
@@ -24,8 +24,8 @@ REASONS = {
     "task_full": "its task has duplicates.per_task better clips",
     "misaligned": "caption and pictures disagree: alignment below alignment.least",
 }
-#: Cosine of sentence embeddings below which a caption disagrees with those of the clips that look alike.
-NEIGHBOURS_LEAST = 0.35
+#: Cosine below which a caption is not what the clip's look lets one expect.
+PREDICTED_LEAST = 0.24
 #: Likeness of two clips, by their numbers.
 Likeness = Callable[[int, int], float]
 
@@ -50,7 +50,7 @@ def decide(
 ) -> list[Decision]:
     """One ``Decision`` a clip. ``likeness(i, j)``: called for the candidates only, i < j, in ascending order.
 
-    ``alignment``: what scores captions (``NeighbourAlignment`` with the settings' number of neighbours).
+    ``alignment``: what scores captions (``PredictedAlignment``).
     """
     made = [_alone(source, one, config) for source, one in zip(sources, measured, strict=True)]
     rest = [i for i, decision in enumerate(made) if not decision.reason]
@@ -73,7 +73,7 @@ def least_alignment(config: ClipsConfig) -> float:
     """The threshold in force."""
     if config.alignment.least is not None:
         return config.alignment.least
-    return NEIGHBOURS_LEAST
+    return PREDICTED_LEAST
 
 
 def _alone(source: ClipSource, one: Measured, config: ClipsConfig) -> Decision:
@@ -107,7 +107,7 @@ def _same(
             first[measured[i].id] = i
     unique = sorted(first.values())
     if len(unique) > 1:
-        seen = appearances(measured[i] for i in unique)
+        seen = stacked((measured[i] for i in unique), "appearance")
         for a, b in candidates(seen, config.duplicates.neighbours):
             i, j = unique[a], unique[b]
             value = likeness(i, j)
@@ -128,11 +128,8 @@ def _align(
     alignment: TextAlignment | None,
 ) -> float:
     """Fill in the alignment of every clip that is left, and return the threshold."""
-    model = alignment or NeighbourAlignment(config.alignment.neighbours)
-    if model.looks:
-        seen = np.stack([picture for i in rest if (picture := measured[i].picture) is not None])
-    else:
-        seen = appearances(measured[i] for i in rest)
+    model = alignment or PredictedAlignment()
+    seen = stacked((measured[i] for i in rest), "picture" if model.looks else "scene")
     place = {clip: row for row, clip in enumerate(rest)}
     copies = [(place[a], place[b]) for a, b in same]
     for i, value in zip(rest, model.scores(seen, [sources[i].caption for i in rest], copies), strict=True):

@@ -8,6 +8,7 @@ moved and scaled in the picture until it fits, and compared where something move
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,8 +19,10 @@ from .decode import Span, SpanReader
 
 #: Part of the key of a remembered likeness: raise it when the number changes.
 VERSION = 1
-#: Pictures a second, the most of them (half a minute), their height; a time shift is found on ones ``COARSE`` times smaller.
-RATE, MOST, HEIGHT, COARSE = 8.0, 240, 96, 8
+#: Pictures a second that are compared, of the first ``MOST`` s; time shifts that are tried are ``STEP`` s apart.
+RATE, MOST, STEP = 8.0, 20.0, 1 / 32
+#: Height of the pictures; a time shift is found on ones ``COARSE`` times smaller.
+HEIGHT, COARSE = 96, 6
 #: Grey values from which on a pixel may have been cut off.
 WHITE, BLACK = 250, 5
 #: A picture may be this share of the other, or anything near it.
@@ -36,23 +39,38 @@ def candidates(seen_ND: NDArray[np.float32], count: int) -> list[tuple[int, int]
     return sorted(pairs)
 
 
-@lru_cache(maxsize=256)
-def grey_film(span: Span) -> NDArray[np.float32]:
-    """A clip made small: grey pictures [T,h,w], 0 to 255, ``RATE`` a second. Read from the file; the last 256 are remembered. ``DatasetError`` as ``SpanReader``."""
+@dataclass(slots=True, kw_only=True, frozen=True)
+class GreyFilm:
+    """A clip made small: every frame of its first ``MOST`` s, grey uint8 [T,h,w], and when each is shown, in seconds [T]."""
+
+    frames_THW: NDArray[np.uint8]
+    times_T: NDArray[np.float64]
+
+    def near(self, times: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Number of the frame nearest to each time."""
+        after = np.clip(np.searchsorted(self.times_T, times), 1, max(1, len(self.times_T) - 1))
+        after = np.minimum(after, len(self.times_T) - 1)
+        before = np.maximum(after - 1, 0)
+        return np.where(times - self.times_T[before] <= self.times_T[after] - times, before, after)
+
+
+@lru_cache(maxsize=64)
+def grey_film(span: Span) -> GreyFilm:
+    """Read from the file; the last 64 are remembered. ``DatasetError`` as ``SpanReader``."""
     import cv2
     from av.video.reformatter import Interpolation, VideoReformatter
 
-    reformatter, frames = VideoReformatter(), []
+    reformatter, frames, times = VideoReformatter(), [], []
     flags = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
     with SpanReader(span) as reader:
         size = HEIGHT, max(16, round(HEIGHT * reader.header.width / reader.header.height))
         for time, frame in reader.frames():
-            if time >= len(frames) / RATE - 1e-3:
-                grey = reformatter.reformat(frame, format="gray", interpolation=flags, threads=1).to_ndarray()
-                frames.append(cv2.resize(grey, size[::-1], interpolation=cv2.INTER_AREA))
-            if len(frames) == MOST:
+            if time > MOST:
                 break
-    return np.stack(frames).astype(np.float32)
+            grey = reformatter.reformat(frame, format="gray", interpolation=flags, threads=1).to_ndarray()
+            frames.append(cv2.resize(grey, size[::-1], interpolation=cv2.INTER_AREA))
+            times.append(time)
+    return GreyFilm(frames_THW=np.stack(frames), times_T=np.array(times))
 
 
 def likeness(a: Span, b: Span, shift: float) -> float:
@@ -63,21 +81,23 @@ def likeness(a: Span, b: Span, shift: float) -> float:
     from them). Where the first comparison is hopeless it is that one's correlation.
     """
     one, two = grey_film(a), grey_film(b)
-    if one.shape[1:] != two.shape[1:]:
-        two = _resized(two, one.shape[1:])
-    guess = _guess(one.mean(0), two.mean(0))
-    start_one, start_two, length, coarse = _best_shift(one, two, guess, round(shift * RATE))
-    if length == 0 or coarse < HOPEFUL:
-        return max(0.0, coarse)
-    one, two = one[start_one : start_one + length], two[start_two : start_two + length]
-    matrix = _refined(one.mean(0), two.mean(0), guess)
-    if matrix is None:
-        return HOPEFUL
-    two = np.stack([_warped(frame, matrix) for frame in two])
-    inside = np.isfinite(two[0])
-    one, two = _same_light(one[:, inside], two[:, inside])
-    still_one, still_two = np.median(one, 0), np.median(two, 0)
-    return max(0.0, min(_correlation(still_one, still_two), _correlation(one - still_one, two - still_two)))
+    if one.frames_THW.shape[1:] != two.frames_THW.shape[1:]:
+        two = GreyFilm(frames_THW=_resized(two.frames_THW, one.frames_THW.shape[1:]), times_T=two.times_T)
+    matrix = _guess(one.frames_THW.mean(0, np.float32), two.frames_THW.mean(0, np.float32))
+    for _ in range(2):  # a better place in the picture finds a better time, and the other way round
+        rows_one, rows_two, coarse = _best_shift(one, two, matrix, shift)
+        if coarse < HOPEFUL:
+            return max(0.0, coarse)
+        film_one, film_two = (f.frames_THW[r].astype(np.float32) for f, r in ((one, rows_one), (two, rows_two)))
+        refined = _refined(film_one.mean(0), film_two.mean(0), matrix)
+        if refined is None:
+            return HOPEFUL
+        matrix = refined
+    film_two = np.stack([_warped(frame, matrix) for frame in film_two])
+    inside = np.isfinite(film_two[0])
+    x, y = _same_light(film_one[:, inside], film_two[:, inside])
+    still_x, still_y = np.median(x, 0), np.median(y, 0)
+    return max(0.0, min(_correlation(still_x, still_y), _correlation(x - still_x, y - still_y)))
 
 
 def _same_light(one_TN: NDArray[np.float32], two_TN: NDArray[np.float32]) -> tuple[NDArray, NDArray]:
@@ -120,24 +140,29 @@ def _fit(one_HW: NDArray[np.float32], two_HW: NDArray[np.float32], matrix: NDArr
 
 
 def _best_shift(
-    one_THW: NDArray[np.float32], two_THW: NDArray[np.float32], guess: NDArray[np.float32], most: int
-) -> tuple[int, int, int, float]:
-    """Where the common part starts in each, how many pictures it has, and the correlation of what moves in it, coarsely."""
-    size = one_THW.shape[1] // COARSE, one_THW.shape[2] // COARSE
-    laid = np.stack([_warped(frame, guess) for frame in two_THW])
-    one, two = _resized(one_THW, size), _resized(np.nan_to_num(laid), size)
-    inside = _resized(np.isfinite(laid[:1]).astype(np.float32), size)[0] > 0.99
-    one, two = one[:, inside], two[:, inside]
-    one, two = one - np.median(one, 0), two - np.median(two, 0)
-    needed = max(1, round(OVERLAP * min(len(one), len(two))))
-    best = (0, 0, 0, -1.0)
-    for shift in range(-most, most + 1):
-        start_one, start_two = max(0, shift), max(0, -shift)
-        length = min(len(one) - start_one, len(two) - start_two)
-        if length >= needed:
-            found = _correlation(one[start_one : start_one + length], two[start_two : start_two + length])
-            if found > best[3] + 1e-9:
-                best = start_one, start_two, length, found
+    one: GreyFilm, two: GreyFilm, guess: NDArray[np.float32], most: float
+) -> tuple[NDArray[np.intp], NDArray[np.intp], float]:
+    """Frames of each that are shown at one time where they fit best, and the correlation of what moves in them, coarsely (-1: no fit)."""
+    size = one.frames_THW.shape[1] // COARSE, one.frames_THW.shape[2] // COARSE
+    place = guess.copy()
+    place[:, 2] /= COARSE
+    films = [_resized(film.frames_THW, size).astype(np.float32) for film in (one, two)]
+    films[1] = np.stack([_warped(frame, place) for frame in films[1]])
+    inside = np.isfinite(films[1][0])
+    small = [film[:, inside] for film in films]
+    moving = [film - np.median(film, 0) for film in small]
+    grid = np.arange(0.0, one.times_T[-1] + 1e-6, 1 / RATE)
+    rows = one.near(grid)
+    needed = max(1.0, OVERLAP * RATE * min(one.times_T[-1], two.times_T[-1]))
+    best: tuple[NDArray[np.intp], NDArray[np.intp], float] = (rows[:0], rows[:0], -1.0)
+    for late in np.arange(-most, most + STEP / 2, STEP):
+        there = one.times_T[rows] - late
+        common = (there >= -STEP) & (there <= two.times_T[-1] + STEP)
+        if common.sum() >= needed:
+            other = two.near(there[common])
+            found = _correlation(moving[0][rows[common]], moving[1][other])
+            if found > best[2] + 1e-9:
+                best = rows[common], other, found
     return best
 
 
@@ -166,7 +191,7 @@ def _warped(picture_HW: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDA
     return out
 
 
-def _resized(film_THW: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.float32]:
+def _resized(film_THW: NDArray, size: tuple[int, ...]) -> NDArray:
     import cv2
 
     return np.stack([cv2.resize(frame, size[::-1], interpolation=cv2.INTER_AREA) for frame in film_THW])

@@ -30,7 +30,7 @@ from .motion import cut_score, motion_score, sharpness
 from .sources import ClipSource
 
 #: Part of the key: raise it when a measure changes.
-VERSION = 2
+VERSION = 1
 #: Pictures a second that motion and appearance are read from, and the most of them: half a minute.
 RATE, MOST = 4.0, 120
 #: Height of those pictures, and the sides of the thumbnails that cuts are found in.
@@ -42,8 +42,9 @@ NAME = "measurements.jsonl"
 
 @dataclass(slots=True, kw_only=True)
 class Measured:
-    """A measured clip. ``appearance`` float32 [6*112]: mean features of the frame encoder by part of the picture. ``picture``: what a
-    ``TextAlignment`` with a model of its own sees, or None. ``error``: why the clip cannot be read; everything else is then empty."""
+    """A measured clip. ``appearance`` float32 [6*112]: mean features of the frame encoder by part of the picture. ``scene`` float32
+    [1280]: the last features of its classifier for the first picture. ``picture``: what a ``TextAlignment`` with a model of its own
+    sees, or None. ``error``: why the clip cannot be read; everything else is then empty."""
 
     id: str
     frames: int = 0
@@ -54,6 +55,7 @@ class Measured:
     cut: float = 0.0
     sharpness: float = 0.0
     appearance: NDArray[np.float32] | None = None
+    scene: NDArray[np.float32] | None = None
     picture: NDArray[np.float32] | None = None
     error: str = ""
 
@@ -129,33 +131,40 @@ class Measurer:
             "motion": motion_score(pictures, seconds),
             "cut": cut_score(thumbnails),
             "sharpness": sharpness(pictures),
-            "appearance": _packed(self._appearance(pictures)),
         }
+        seen |= dict(zip(("appearance", "scene"), map(_packed, self._features(pictures)), strict=True))
         if self.alignment is not None and self.alignment.looks:
             seen["picture"] = _packed(self.alignment.look(pictures))
         return seen
 
-    def _appearance(self, pictures_THWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    @torch.no_grad()
+    def _features(self, pictures_THWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """``appearance`` and ``scene``; every second picture will do for the mean."""
         if self._encoder is None:
             self._encoder = FrameEncoder().to(self.device)
-        height, width = pictures_THWC.shape[1:3]
+        chosen = pictures_THWC[::2]
+        height, width = chosen.shape[1:3]
         size = 16 * GRID[0] * round(height / 16 / GRID[0]), 16 * GRID[1] * max(1, round(width / 16 / GRID[1]))
-        scaled = _even(np.stack([_stretch(picture, size) for picture in pictures_THWC]))
-        parts = [self._encoder(part.to(self.device)) for part in torch.from_numpy(scaled).split(32)]
-        pooled = torch.nn.functional.adaptive_avg_pool2d(torch.cat(parts), GRID).mean(0)
-        return pooled.flatten().cpu().numpy()
+        scaled = torch.from_numpy(_even(np.stack([_stretch(picture, size) for picture in chosen])))
+        grids = torch.cat([self._encoder(part.to(self.device)) for part in scaled.split(32)])
+        pooled = torch.nn.functional.adaptive_avg_pool2d(grids, GRID).mean(0)
+        scene = self._encoder.network.semantic(grids[:1]).mean((2, 3))
+        return pooled.flatten().cpu().numpy(), scene.flatten().cpu().numpy()
 
 
 def _pictures(frames: Iterator[tuple[float, Any]], size: tuple[int, int]) -> tuple[int, NDArray[np.uint8], list[Any]]:
     """Number of frames, pictures at ``RATE`` a second (the first ``MOST``), thumbnails of all frames."""
+    from av.video.reformatter import Interpolation, VideoReformatter
+
     to_rgb, count, pictures, thumbnails = PixelConverter("rgb24"), 0, [], []
+    reformatter, area = VideoReformatter(), Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+    tiny = {"width": THUMBNAIL, "height": THUMBNAIL, "format": "rgb24", "interpolation": area, "threads": 1}
     small = HEIGHT, max(16, round(HEIGHT * size[1] / size[0]))
     for time, frame in frames:
         count += 1
-        picture = np.asarray(to_rgb(frame).to_ndarray(), dtype=np.uint8)
-        thumbnails.append(_stretch(picture, (THUMBNAIL, THUMBNAIL)))
+        thumbnails.append(np.asarray(reformatter.reformat(frame, **tiny).to_ndarray()))
         if len(pictures) < MOST and time >= len(pictures) / RATE - 1e-3:
-            pictures.append(cover(picture, small))
+            pictures.append(cover(np.asarray(to_rgb(frame).to_ndarray(), dtype=np.uint8), small))
     return count, np.stack(pictures), thumbnails
 
 
@@ -186,15 +195,14 @@ def _from_row(row: dict[str, Any]) -> Measured:
     if row["status"] == "error":
         return Measured(id=row["episode"], error=row["why"])
     names = ("frames", "fps", "height", "width", "motion", "cut", "sharpness")
-    picture = _unpacked(row["picture"]) if "picture" in row else None
-    values = {name: row[name] for name in names}
-    return Measured(id=row["episode"], appearance=_unpacked(row["appearance"]), picture=picture, **values)
+    vectors = {name: _unpacked(row[name]) for name in ("appearance", "scene", "picture") if name in row}
+    return Measured(id=row["episode"], **vectors, **{name: row[name] for name in names})
 
 
 def _why(error: DatasetError) -> str:
     return f"got {error.got}, wanted {error.wanted}"
 
 
-def appearances(measured: Iterable[Measured]) -> NDArray[np.float32]:
-    """[N,D] of clips that were read."""
-    return np.stack([one.appearance for one in measured if one.appearance is not None])
+def stacked(measured: Iterable[Measured], name: str) -> NDArray[np.float32]:
+    """[N,D]: ``appearance``, ``scene`` or ``picture`` of clips that were read."""
+    return np.stack([getattr(one, name) for one in measured])

@@ -1,0 +1,216 @@
+"""Each filter against numbers known by construction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from drawn_clips import FPS, film
+from physisforcing.core.errors import UserError
+from physisforcing.core.video import write_mp4
+from physisforcing.worldmodel.data.clips import alignment
+from physisforcing.worldmodel.data.clips.alignment import PredictedAlignment, centre, nearest
+from physisforcing.worldmodel.data.clips.config import ClipsConfig
+from physisforcing.worldmodel.data.clips.decode import Span
+from physisforcing.worldmodel.data.clips.duplicates import keep_best, likeness
+from physisforcing.worldmodel.data.clips.image_text import ImageTextAlignment
+from physisforcing.worldmodel.data.clips.motion import cut_score, motion_score, sharpness
+
+
+def texture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(30, 220, (height // 4, width // 4, 3), dtype=np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+@pytest.mark.parametrize("pixels", [1.5, 3.0])
+def test_motion_is_the_speed_of_what_moves_fastest(pixels: float) -> None:
+    background, patch = texture(120, 160), texture(80, 80, 1)
+    frames = []
+    for k in range(8):
+        picture = background.copy()
+        shift = np.array([[1, 0, 20 + pixels * k], [0, 1, 20]], np.float64)
+        laid = cv2.warpAffine(patch, shift, (160, 120))
+        inside = cv2.warpAffine(np.ones((80, 80), np.uint8), shift, (160, 120)) > 0
+        picture[inside] = laid[inside]
+        frames.append(picture)
+    # The patch is a third of the picture, more than the 5 % that count: its speed is the score.
+    assert motion_score(np.stack(frames), 0.25) == pytest.approx(pixels / 120 / 0.25, rel=0.25)
+
+
+def test_noise_lamps_and_single_pictures_do_not_move() -> None:
+    rng, picture = np.random.default_rng(0), texture(120, 160).astype(np.float32)
+    noisy = np.clip(picture + rng.normal(0, 4, (6, *picture.shape)), 0, 255).astype(np.uint8)
+    lamp = np.clip(picture * np.linspace(0.85, 1, 6)[:, None, None, None], 0, 255).astype(np.uint8)
+    assert motion_score(noisy, 0.25) < 0.002 and motion_score(lamp, 0.25) < 0.01
+    assert motion_score(noisy[:1], 0.25) == 0.0
+
+
+def test_a_cut_is_one_large_step() -> None:
+    one, two = texture(32, 32, 1), texture(32, 32, 2)
+    step = float(np.abs(one.astype(float) - two).mean() / 255)
+    assert cut_score([one] * 4 + [two] * 4) == pytest.approx(step, abs=1e-6)
+    assert cut_score([one] * 4 + [two] + [one] * 4) == pytest.approx(0.0, abs=1e-6), "a flash is no cut"
+    slide = [np.roll(one, k, axis=1) for k in range(9)]
+    assert abs(cut_score(slide)) < 0.02, "fast motion is no cut"
+    assert cut_score([one, two, one]) == 0.0
+
+
+def test_sharpness_falls_with_blur_and_ignores_contrast() -> None:
+    picture = texture(96, 128)[None]
+    flat = (picture * 0.6 + 40).astype(np.uint8)
+    assert sharpness(cv2.blur(picture[0], (3, 3))[None]) < 0.85 * sharpness(picture)
+    assert sharpness(flat) == pytest.approx(sharpness(picture), rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Span]:
+    """A take, copies of it, and another take of the same task."""
+    folder = tmp_path_factory.mktemp("recordings")
+    one, two = (film("bell", np.random.default_rng(seed), 30) for seed in (3, 4))
+    bright = np.clip(one * 1.1 + 10.0, 0, 255).astype(np.uint8)
+    enlarged = np.stack([cv2.resize(f[8:92, 10:122], (128, 96), interpolation=cv2.INTER_CUBIC) for f in one])
+    films = {"one": one, "bright": bright, "late": one[6:], "two": two}
+    films |= {"cropped": one[:, 4:88, 10:122], "enlarged": enlarged[2:]}
+    for name, frames in films.items():
+        write_mp4(folder / f"{name}.mp4", frames, FPS, crf=28 if name != "one" else 18)
+    return {name: Span(path=folder / f"{name}.mp4") for name in films}
+
+
+@pytest.mark.parametrize("copy", ["bright", "late", "cropped", "enlarged"])
+def test_copies_are_the_same_recording_from_both_sides(recordings: dict[str, Span], copy: str) -> None:
+    assert likeness(recordings["one"], recordings[copy], 2.0) > 0.96
+    assert likeness(recordings[copy], recordings["one"], 2.0) > 0.96
+
+
+def test_another_take_of_the_task_is_not(recordings: dict[str, Span]) -> None:
+    assert likeness(recordings["one"], recordings["two"], 2.0) < 0.9
+    late = likeness(recordings["one"], recordings["late"], 0.0)
+    assert late < 0.9, "without a time shift the late copy does not fit"
+
+
+def test_the_best_of_copies_is_kept_and_chains_are_not_followed() -> None:
+    # 2 - 0 - 1 - 3: the best, 1, takes its neighbours 0 and 3; 2 repeats only the dropped 0 and stays.
+    assert keep_best([1, 0, 3, 2], [(0, 2), (0, 1), (1, 3)]) == {0: 1, 3: 1}
+    assert keep_best([0, 1, 2], []) == {}
+
+
+def test_nearest_by_cosine_of_standardised_columns() -> None:
+    seen = np.random.default_rng(0).normal(0, (1, 5, 20), (40, 3)).astype(np.float32)
+    unit = (seen - seen.mean(0)) / seen.std(0)
+    cosine = unit @ unit.T / np.outer(np.linalg.norm(unit, axis=1), np.linalg.norm(unit, axis=1))
+    np.fill_diagonal(cosine, -2)
+    assert nearest(seen, 4) == np.argsort(-cosine, axis=1, kind="stable")[:, :4].tolist()
+    assert nearest(seen[:1], 4) == [[]]
+
+
+def test_predicted_captions_equal_the_regression_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    kind = np.arange(60) % 3
+    seen = (rng.normal(0, 1, (3, 8))[kind] + rng.normal(0, 0.3, (60, 8))).astype(np.float32)
+    text = rng.normal(0, 1, (3, 5))
+    wrong = [4, 17, 33]
+    said = kind.copy()
+    said[wrong] = (said[wrong] + 1) % 3
+    vectors = {str(k): (text[k] / np.linalg.norm(text[k])).astype(np.float32) for k in range(3)}
+    monkeypatch.setattr(alignment, "sentence_vectors", lambda texts: np.stack([vectors[t] for t in texts]))
+    captions = [str(k) for k in said]
+    found = PredictedAlignment().scores(seen, captions, [(0, 3), (3, 6)])
+    part = alignment._parts(60, [(0, 3), (3, 6)])
+    assert part[0] == part[3] == part[6] and sorted(np.unique(part)) == list(range(alignment.PARTS))
+    x, y = centre(seen).astype(float), np.stack([vectors[c] for c in captions]).astype(float)
+    for i in (0, 4, 21):
+        rest = part != part[i]
+        mean = y[rest].mean(0)
+        stacked = np.vstack([x[rest], np.sqrt(alignment.RIDGE) * np.eye(8)])
+        weights = np.linalg.lstsq(stacked, np.vstack([y[rest] - mean, np.zeros((8, 5))]), rcond=None)[0]
+        a, b = x[i] @ weights, y[i] - mean
+        assert found[i] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-6)
+    assert max(found[wrong]) < min(np.delete(found, wrong))
+    assert (PredictedAlignment().scores(seen[:10], captions[:10], []) == 1).all(), "ten clips teach nothing"
+
+
+@pytest.fixture(scope="module", params=["clip", "siglip"])
+def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights and a tokenizer, as transformers saves them."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"[PAD]": 0, "[UNK]": 1, "</s>": 2, "press": 3, "the": 4, "bell": 5, "lift": 6, "bottle": 7}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="</s>")
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = size | {
+        "vocab_size": 8,
+        "max_position_embeddings": 8,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+    }
+    vision = size | {"image_size": 32, "patch_size": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if request.param == "clip":
+            config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+            model = transformers.CLIPModel(config)
+        else:
+            model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_from_a_folder_gives_its_own_cosines(model_folder: Path) -> None:
+    import transformers
+
+    kind = transformers.CLIPModel if model_folder.name.startswith("clip") else transformers.SiglipModel
+    stock = kind.from_pretrained(model_folder).eval()
+    scorer = ImageTextAlignment(model_folder)
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+    captions = ["press the bell", "lift the bottle", "press the bell"]
+    seen = scorer.look(pictures)
+    found = scorer.scores(np.stack([seen, seen, -seen]), captions, [])
+    mean, std = scorer.mean.flatten() / 255, scorer.std.flatten() / 255
+    pixels = (torch.from_numpy(pictures).float() / 255 - mean) / std
+    ids = torch.tensor([[3, 4, 5], [6, 4, 7]])
+    if kind is transformers.SiglipModel:
+        ids = torch.nn.functional.pad(ids, (0, 5))
+    with torch.no_grad():
+        out = stock(pixel_values=pixels.permute(0, 3, 1, 2), input_ids=ids)
+    image = out.image_embeds.mean(0)
+    wanted = torch.nn.functional.cosine_similarity(image[None], out.text_embeds)
+    np.testing.assert_allclose(found[:2], wanted.numpy(), atol=1e-5)
+    assert found[2] == pytest.approx(-found[0], abs=1e-6)
+
+
+def test_folders_with_code_or_without_a_tokenizer_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"auto_map": {"AutoTokenizer": "evil.Words"}}))
+    with pytest.raises(UserError, match="auto_map"):
+        ImageTextAlignment(folder)
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="a tokenizer in the folder"):
+        ImageTextAlignment(folder)
+    with pytest.raises(UserError, match="checksum"):
+        ImageTextAlignment(model_folder, checksum="00")
+    with pytest.raises(UserError, match=r"config.json|path"):
+        ImageTextAlignment(tmp_path)
+
+
+def test_settings_that_do_not_fit_are_named() -> None:
+    for config, message in (
+        (ClipsConfig(filters=["motoin"]), "did you mean 'motion'"),
+        (ClipsConfig(filters=["alignment"], alignment=ClipsConfig().alignment.__class__(model="image_text")), "path"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config.check()

@@ -1,0 +1,160 @@
+"""``physis data prepare`` on planted clips: what it finds, that it continues after a kill, and what it says of videos that are broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import drawn_clips
+from physisforcing import cli
+from physisforcing.core.errors import UserError
+from physisforcing.worldmodel.data.clips.command import prepare_clips
+from physisforcing.worldmodel.data.clips.config import ClipsConfig
+from physisforcing.worldmodel.data.clips.manifest import ClipManifest
+
+COUNTS = {"static": 6, "duplicate": 6, "misaligned": 6, "cut": 4, "clean": 24}
+OUTPUTS = ("clips.jsonl", "report.json", "report.md", "dropped.png")
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    return drawn_clips.script()
+
+
+@pytest.fixture(scope="module")
+def planted(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """46 drawn clips with their table, and what they are."""
+    folder = tmp_path_factory.mktemp("planted")
+    takes = drawn_clips.takes(sum(COUNTS.values()) + COUNTS["cut"] - COUNTS["duplicate"], seed=0)
+    return folder, benchmark.plant(takes, folder, COUNTS, np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def prepared(planted: tuple[Path, list[Any]]) -> Path:
+    folder, _ = planted
+    prepare_clips(folder / "out", folder / "manifest.csv")
+    return folder / "out"
+
+
+def test_planted_clips_are_found(benchmark: ModuleType, planted: tuple[Path, list[Any]], prepared: Path) -> None:
+    counts, more = benchmark.score(planted[1], ClipManifest(prepared).everything)
+    told = {kind: (count.recall, count.precision) for kind, count in counts.items()}
+    assert counts["all"].planted == 22 and counts["all"].recall >= 0.95 and counts["all"].precision >= 0.9, (told, more)
+    for kind in ("static", "cut", "duplicate"):
+        assert counts[kind].recall == 1, (kind, told, more)
+
+
+def test_the_report_says_what_was_dropped_and_why(planted: tuple[Path, list[Any]], prepared: Path) -> None:
+    report = json.loads((prepared / "report.json").read_text())
+    manifest = ClipManifest(prepared)
+    assert report["clips"] == 46 and report["kept"] == len(manifest) and report["fingerprint"] == manifest.fingerprint()
+    dropped = [record for record in manifest.everything if not record.kept]
+    assert sum(report["dropped"].values()) == len(dropped) == len(report["dropped_clips"])
+    ids = {record.id for record in manifest.clips}
+    for one in report["dropped_clips"]:
+        if one["reason"] == "duplicate":
+            assert one["detail"].removeprefix("repeats ") in ids and one["scores"]["likeness"] >= 0.975
+    page = (prepared / "report.md").read_text()
+    assert f"| static | {report['dropped']['static']} |" in page and "![Dropped clips](dropped.png)" in page
+    window = manifest.frames(0, fps=5, size=(32, 48), num_frames=5)
+    assert window.shape == (5, 32, 48, 3)
+
+
+def test_new_thresholds_measure_nothing_again(planted: tuple[Path, list[Any]], prepared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(prepared, folder)
+    before = (folder / "measurements.jsonl").read_bytes()
+    config = ClipsConfig(filters=["motion"], min_seconds=2.3)
+    summary = prepare_clips(folder, planted[0] / "manifest.csv", config)
+    assert (folder / "measurements.jsonl").read_bytes() == before
+    short = [r for r in ClipManifest(folder).everything if r.reason == "short"]
+    assert short and all(r.seconds < 2.3 for r in short) and "duplicate" not in summary["dropped"]
+    again = prepare_clips(folder, planted[0] / "manifest.csv", ClipsConfig(duplicates=ClipsConfig().duplicates))
+    assert again["fingerprint"] == ClipManifest(prepared).fingerprint()
+
+
+def test_at_most_so_many_clips_of_a_task(planted: tuple[Path, list[Any]], prepared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(prepared, folder)
+    config = ClipsConfig(filters=["duplicates"])
+    config.duplicates.per_task = 2
+    prepare_clips(folder, planted[0] / "manifest.csv", config)
+    kept = [record.caption for record in ClipManifest(folder).clips]
+    assert len(set(kept)) == 9 and max(kept.count(caption) for caption in kept) == 2
+
+
+def test_a_killed_run_continues_to_the_same_bytes(planted: tuple[Path, list[Any]], prepared: Path) -> None:
+    folder = planted[0]
+    output = folder / "killed"
+    code = "import sys; from physisforcing.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, "data", "prepare", str(output), str(folder / "manifest.csv")]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, end = output / "measurements.jsonl", time.monotonic() + 120
+    while not (log.is_file() and log.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = log.read_bytes()
+    assert 5 <= done.count(b"\n") < 46 and not (output / "clips.jsonl").exists()
+    log.write_bytes(done + b'{"manifest": "cli')  # and half a line, as a full disk leaves it
+    prepare_clips(output, folder / "manifest.csv")
+    assert log.read_bytes().startswith(done), "what was measured stays"
+    for name in OUTPUTS:
+        assert (output / name).read_bytes() == (prepared / name).read_bytes(), name
+
+
+def test_broken_videos_are_named_and_the_rest_is_done(
+    planted: tuple[Path, list[Any]], prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = planted[0]
+    whole = sorted(source.glob("clip0*.mp4"))[:3]
+    (tmp_path / "half.mp4").write_bytes(whole[0].read_bytes()[:3000])
+    for path in whole:
+        shutil.copy(path, tmp_path / path.name)
+    rows = [{"video": p.name, "caption": "press"} for p in whole]
+    rows += [{"video": "half.mp4", "caption": "a"}, {"video": "gone.mp4", "caption": "b"}, {"video": whole[0].name}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shutil.copytree(prepared, tmp_path / "out")
+    words = ["data", "prepare", str(tmp_path / "out"), str(tmp_path / "t.jsonl"), "filters=[]", "--json"]
+    assert cli.main(words) == 3
+    told = capsys.readouterr()
+    summary = json.loads(told.out)
+    assert summary["kept"] == 3 and summary["dropped"] == {"no_caption": 1, "unreadable": 2}
+    assert "half.mp4" in told.err and "gone.mp4" in told.err
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "row 4, `../half.mp4`: got" in page and "row 5, `../gone.mp4`: got 'no such file'" in page.replace(
+        "got no", "got 'no"
+    ).replace("file,", "file',")
+
+
+def test_shards_measure_their_part(planted: tuple[Path, list[Any]], prepared: Path, tmp_path: Path) -> None:
+    lines = (planted[0] / "manifest.csv").read_text().splitlines()
+    (tmp_path / "part.csv").write_text("\n".join(lines[:7]) + "\n")
+    told = []
+    for shard in ("0/2", "1/2"):
+        config = ClipsConfig(shard=shard, videos=str(planted[0]), filters=["motion"])
+        told.append(prepare_clips(tmp_path / "out", tmp_path / "part.csv", config))
+    assert told[0]["unmeasured"] == 3 and told[1]["clips"] == 6 and "unmeasured" not in told[1]
+
+
+def test_the_input_says_what_is_made_of_it(planted: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    from physisforcing.data_prepare import holds_clips, main
+
+    (tmp_path / "empty").mkdir()
+    assert holds_clips(planted[0]) and holds_clips(planted[0] / "manifest.csv") and not holds_clips(tmp_path / "empty")
+    with pytest.raises(UserError, match="to=clips or to=dataset"):
+        main([str(tmp_path / "x"), str(planted[0]), "to=clip"])
+    with pytest.raises(UserError, match=r"motion\.least"):
+        main([str(tmp_path / "x"), str(planted[0]), "motion.last=1"])
