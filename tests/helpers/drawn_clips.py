@@ -14,7 +14,7 @@ import numpy as np
 FPS, SIZE = 10.0, (96, 128)
 #: Task -> colour and shape of its object, and captions.
 TASKS: dict[str, tuple[tuple[int, int, int], str, tuple[str, ...]]] = {
-    "bell": ((220, 190, 40), "disc", ("press the yellow bell", "ring the yellow bell", "push down on the bell")),
+    "bell": ((190, 170, 40), "disc", ("press the yellow bell", "ring the yellow bell", "push down on the bell")),
     "bottle": ((30, 140, 60), "tall", ("lift the green bottle", "pick up the bottle", "raise the green bottle")),
     "blocks": ((200, 30, 30), "squares", ("stack the red blocks", "put one red block on another", "stack two blocks")),
 }
@@ -35,7 +35,7 @@ def film(task: str, generator: np.random.Generator, frames: int = 24) -> np.ndar
     """uint8 [T,96,128,3]: where object and tool are, and how fast the tool goes, is drawn anew for every take."""
     colour, shape, _ = TASKS[task]
     table = cv2.resize(
-        generator.integers(175, 215, (6, 8, 3), dtype=np.uint8), SIZE[::-1], interpolation=cv2.INTER_CUBIC
+        generator.integers(130, 170, (6, 8, 3), dtype=np.uint8), SIZE[::-1], interpolation=cv2.INTER_CUBIC
     )
     place = generator.uniform((40, 40), (90, 75))
     start, reach = generator.uniform((0, 0), (127, 20)), generator.uniform(0.5, 0.8)
@@ -58,7 +58,7 @@ def _object(picture: np.ndarray, shape: str, at: tuple[int, int], colour: tuple[
     x, y = at
     if shape == "disc":
         cv2.circle(picture, at, 14, colour, -1)
-        cv2.circle(picture, at, 5, (250, 250, 250), -1)
+        cv2.circle(picture, at, 5, (190, 190, 190), -1)
     elif shape == "tall":
         cv2.rectangle(picture, (x - 6, y - 22), (x + 6, y + 16), colour, -1)
     else:

@@ -23,7 +23,7 @@ from physisforcing.worldmodel.data.clips.command import prepare_clips
 from physisforcing.worldmodel.data.clips.config import ClipsConfig
 from physisforcing.worldmodel.data.clips.manifest import ClipManifest
 
-COUNTS = {"static": 6, "duplicate": 6, "misaligned": 6, "cut": 4, "clean": 24}
+COUNTS = {"static": 5, "duplicate": 5, "misaligned": 5, "cut": 3, "clean": 22}
 OUTPUTS = ("clips.jsonl", "report.json", "report.md", "dropped.png")
 
 
@@ -34,7 +34,7 @@ def benchmark() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def planted(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """46 drawn clips with their table, and what they are."""
+    """40 drawn clips with their table, and what they are."""
     folder = tmp_path_factory.mktemp("planted")
     takes = drawn_clips.takes(sum(COUNTS.values()) + COUNTS["cut"] - COUNTS["duplicate"], seed=0)
     return folder, benchmark.plant(takes, folder, COUNTS, np.random.default_rng(0))
@@ -50,7 +50,7 @@ def prepared(planted: tuple[Path, list[Any]]) -> Path:
 def test_planted_clips_are_found(benchmark: ModuleType, planted: tuple[Path, list[Any]], prepared: Path) -> None:
     counts, more = benchmark.score(planted[1], ClipManifest(prepared).everything)
     told = {kind: (count.recall, count.precision) for kind, count in counts.items()}
-    assert counts["all"].planted == 22 and counts["all"].recall >= 0.95 and counts["all"].precision >= 0.9, (told, more)
+    assert counts["all"].planted == 18 and counts["all"].recall >= 0.95 and counts["all"].precision >= 0.9, (told, more)
     for kind in ("static", "cut", "duplicate"):
         assert counts[kind].recall == 1, (kind, told, more)
 
@@ -58,7 +58,7 @@ def test_planted_clips_are_found(benchmark: ModuleType, planted: tuple[Path, lis
 def test_the_report_says_what_was_dropped_and_why(planted: tuple[Path, list[Any]], prepared: Path) -> None:
     report = json.loads((prepared / "report.json").read_text())
     manifest = ClipManifest(prepared)
-    assert report["clips"] == 46 and report["kept"] == len(manifest) and report["fingerprint"] == manifest.fingerprint()
+    assert report["clips"] == 40 and report["kept"] == len(manifest) and report["fingerprint"] == manifest.fingerprint()
     dropped = [record for record in manifest.everything if not record.kept]
     assert sum(report["dropped"].values()) == len(dropped) == len(report["dropped_clips"])
     ids = {record.id for record in manifest.clips}
@@ -87,32 +87,35 @@ def test_new_thresholds_measure_nothing_again(planted: tuple[Path, list[Any]], p
 def test_at_most_so_many_clips_of_a_task(planted: tuple[Path, list[Any]], prepared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(prepared, folder)
-    config = ClipsConfig(filters=["duplicates"])
+    config = ClipsConfig(filters=["motion", "duplicates"])
     config.duplicates.per_task = 2
     prepare_clips(folder, planted[0] / "manifest.csv", config)
     kept = [record.caption for record in ClipManifest(folder).clips]
     assert len(set(kept)) == 9 and max(kept.count(caption) for caption in kept) == 2
 
 
-def test_a_killed_run_continues_to_the_same_bytes(planted: tuple[Path, list[Any]], prepared: Path) -> None:
-    folder = planted[0]
-    output = folder / "killed"
+def test_a_killed_run_continues_to_the_same_bytes(planted: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    table, count = tmp_path / "part.csv", 9
+    table.write_text("\n".join((planted[0] / "manifest.csv").read_text().splitlines()[: count + 1]) + "\n")
+    config = ClipsConfig(videos=str(planted[0]))
+    prepare_clips(tmp_path / "whole", table, config)
+    output, log = tmp_path / "killed", tmp_path / "killed" / "measurements.jsonl"
     code = "import sys; from physisforcing.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = [sys.executable, "-c", code, "data", "prepare", str(output), str(folder / "manifest.csv")]
+    words = [sys.executable, "-c", code, "data", "prepare", str(output), str(table), f"videos={planted[0]}"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log, end = output / "measurements.jsonl", time.monotonic() + 120
-    while not (log.is_file() and log.read_bytes().count(b"\n") >= 5):
+    end = time.monotonic() + 120
+    while not (log.is_file() and log.read_bytes().count(b"\n") >= 3):
         assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
+        time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     done = log.read_bytes()
-    assert 5 <= done.count(b"\n") < 46 and not (output / "clips.jsonl").exists()
+    assert 3 <= done.count(b"\n") < count and not (output / "clips.jsonl").exists()
     log.write_bytes(done + b'{"manifest": "cli')  # and half a line, as a full disk leaves it
-    prepare_clips(output, folder / "manifest.csv")
+    prepare_clips(output, table, config)
     assert log.read_bytes().startswith(done), "what was measured stays"
     for name in OUTPUTS:
-        assert (output / name).read_bytes() == (prepared / name).read_bytes(), name
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_broken_videos_are_named_and_the_rest_is_done(
@@ -134,9 +137,7 @@ def test_broken_videos_are_named_and_the_rest_is_done(
     assert summary["kept"] == 3 and summary["dropped"] == {"no_caption": 1, "unreadable": 2}
     assert "half.mp4" in told.err and "gone.mp4" in told.err
     page = (tmp_path / "out" / "report.md").read_text()
-    assert "row 4, `../half.mp4`: got" in page and "row 5, `../gone.mp4`: got 'no such file'" in page.replace(
-        "got no", "got 'no"
-    ).replace("file,", "file',")
+    assert "row 4, `../half.mp4`: got" in page and "row 5, `../gone.mp4`: got no such file" in page
 
 
 def test_shards_measure_their_part(planted: tuple[Path, list[Any]], prepared: Path, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def candidates(seen_ND: NDArray[np.float32], count: int) -> list[tuple[int, int]
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class GreyFilm:
-    """A clip made small: every frame of its first ``MOST`` s, grey uint8 [T,h,w], and when each is shown, in seconds [T]."""
+    """A clip made small: every frame of its first ``MOST`` s, grey uint8 [T,h,w], h at most ``HEIGHT``, and when each is shown, in
+    seconds [T]."""
 
     frames_THW: NDArray[np.uint8]
     times_T: NDArray[np.float64]
@@ -53,6 +54,11 @@ class GreyFilm:
         before = np.maximum(after - 1, 0)
         return np.where(times - self.times_T[before] <= self.times_T[after] - times, before, after)
 
+    def resized(self, size: tuple[int, ...]) -> GreyFilm:
+        if self.frames_THW.shape[1:] == size:
+            return self
+        return GreyFilm(frames_THW=_resized(self.frames_THW, size), times_T=self.times_T)
+
 
 @lru_cache(maxsize=64)
 def grey_film(span: Span) -> GreyFilm:
@@ -63,7 +69,8 @@ def grey_film(span: Span) -> GreyFilm:
     reformatter, frames, times = VideoReformatter(), [], []
     flags = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
     with SpanReader(span) as reader:
-        size = HEIGHT, max(16, round(HEIGHT * reader.header.width / reader.header.height))
+        height = max(16, min(HEIGHT, reader.header.height))
+        size = height, max(16, round(height * reader.header.width / reader.header.height))
         for time, frame in reader.frames():
             if time > MOST:
                 break
@@ -81,8 +88,8 @@ def likeness(a: Span, b: Span, shift: float) -> float:
     from them). Where the first comparison is hopeless it is that one's correlation.
     """
     one, two = grey_film(a), grey_film(b)
-    if one.frames_THW.shape[1:] != two.frames_THW.shape[1:]:
-        two = GreyFilm(frames_THW=_resized(two.frames_THW, one.frames_THW.shape[1:]), times_T=two.times_T)
+    size = min(one.frames_THW.shape[1:], two.frames_THW.shape[1:])  # no finer than both are
+    one, two = (film.resized(size) for film in (one, two))
     matrix = _guess(one.frames_THW.mean(0, np.float32), two.frames_THW.mean(0, np.float32))
     for _ in range(2):  # a better place in the picture finds a better time, and the other way round
         rows_one, rows_two, coarse = _best_shift(one, two, matrix, shift)
