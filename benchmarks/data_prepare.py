@@ -189,8 +189,8 @@ def score(planted: Sequence[Planted], records: Sequence[Any]) -> tuple[dict[str,
     """``Counts`` of every kind and of ``all``, and particulars.
 
     A planted clip is found when it is dropped for its own reason; of a copy and its original either may go, since they are one
-    recording. ``all``: dropped clips for whatever reason against planted ones; ``strict_*`` there counts an original that went in
-    place of its copy as wrong. ``records``: ``ClipRecord`` of every clip.
+    recording. ``all``: dropped clips for whatever reason against planted ones. ``strict``: the same, but an original that went in place
+    of its copy is wrong, and its copy is missed. ``records``: ``ClipRecord`` of every clip.
     """
     record = {Path(one.path).name: one for one in records}
     by_id = {one.id: Path(one.path).name for one in records}
@@ -198,7 +198,7 @@ def score(planted: Sequence[Planted], records: Sequence[Any]) -> tuple[dict[str,
     pair = {one.name: one.original for one in planted if one.original}
     back = {original: copy for copy, original in pair.items()}
     truth = {one.name: one.kind for one in planted}
-    counts = {kind: Counts() for kind in (*(k for k in COUNTS if k != "clean"), "all")}
+    counts = {kind: Counts() for kind in (*(k for k in COUNTS if k != "clean"), "all", "strict")}
     swapped = 0
 
     def in_place_of_its_copy(name: str) -> bool:
@@ -213,12 +213,16 @@ def score(planted: Sequence[Planted], records: Sequence[Any]) -> tuple[dict[str,
         swapped += swap
         counts[one.kind].planted += 1
         counts["all"].planted += 1
+        counts["strict"].planted += 1
+        counts["strict"].found += bool(reason[one.name])
         counts[one.kind].found += reason[one.name] == one.kind or swap
         counts["all"].found += bool(reason[one.name]) or swap
     for name, why in reason.items():
         if why:
             right = truth[name] != "clean" or in_place_of_its_copy(name)
             counts["all"].dropped += 1
+            counts["strict"].dropped += 1
+            counts["strict"].right += truth[name] != "clean"
             counts["all"].right += right
             kind = counts[why] if why in counts else None
             if kind is not None:

@@ -25,7 +25,7 @@ REASONS = {
     "misaligned": "caption and pictures disagree: alignment below alignment.least",
 }
 #: Cosine below which a caption is not what the clip's look lets one expect.
-PREDICTED_LEAST = 0.24
+PREDICTED_LEAST = 0.32
 #: Likeness of two clips, by their numbers.
 Likeness = Callable[[int, int], float]
 
