@@ -40,13 +40,15 @@ def main(argv: list[str]) -> int:
 
 
 def holds_clips(root: str | Path) -> bool:
-    """Whether ``root`` is a table of clips, or a folder with videos that is no dataset of a known layout."""
+    """Whether ``root`` is a table of clips (by its name, where there is no such file), or a folder with videos that is no dataset of a
+    known layout."""
     from physisforcing.core.errors import DatasetError
     from physisforcing.core.readers import detect_layout
     from physisforcing.worldmodel.data.clips.decode import CONTAINERS
+    from physisforcing.worldmodel.data.clips.tables import TABLES
 
     root = Path(root)
-    if root.is_file():
+    if root.is_file() or root.suffix.lower() in TABLES:
         return True
     try:
         detect_layout(root)

@@ -14,9 +14,13 @@ import numpy as np
 FPS, SIZE = 10.0, (96, 128)
 #: Task -> colour and shape of its object, and captions.
 TASKS: dict[str, tuple[tuple[int, int, int], str, tuple[str, ...]]] = {
-    "bell": ((190, 170, 40), "disc", ("press the yellow bell", "ring the yellow bell", "push down on the bell")),
-    "bottle": ((30, 140, 60), "tall", ("lift the green bottle", "pick up the bottle", "raise the green bottle")),
-    "blocks": ((200, 30, 30), "squares", ("stack the red blocks", "put one red block on another", "stack two blocks")),
+    "bell": ((190, 170, 40), "disc", ("press the yellow bell", "ring the yellow bell", "push down on the yellow bell")),
+    "bottle": ((30, 140, 60), "tall", ("lift the green bottle", "pick up the green bottle", "raise the green bottle")),
+    "blocks": (
+        (200, 30, 30),
+        "squares",
+        ("stack the red blocks", "put one red block on another", "pile up red blocks"),
+    ),
 }
 
 
@@ -35,8 +39,12 @@ def film(task: str, generator: np.random.Generator, frames: int = 24) -> np.ndar
     """uint8 [T,96,128,3]: where object and tool are, and how fast the tool goes, is drawn anew for every take."""
     colour, shape, _ = TASKS[task]
     table = cv2.resize(
-        generator.integers(130, 170, (6, 8, 3), dtype=np.uint8), SIZE[::-1], interpolation=cv2.INTER_CUBIC
+        generator.integers(144, 156, (6, 8, 3), dtype=np.uint8), SIZE[::-1], interpolation=cv2.INTER_CUBIC
     )
+    for corner, other in (((0, 0), (127, 9)), ((0, 60), (9, 95)), ((112, 84), (127, 95)), ((60, 90), (70, 95))):
+        cv2.rectangle(
+            table, corner, other, (95, 80, 100), -1
+        )  # scenery, the same in all takes: a wall and what stands round
     place = generator.uniform((40, 40), (90, 75))
     start, reach = generator.uniform((0, 0), (127, 20)), generator.uniform(0.5, 0.8)
     lifted = generator.uniform((-30, -30), (30, -10))
@@ -57,13 +65,13 @@ def film(task: str, generator: np.random.Generator, frames: int = 24) -> np.ndar
 def _object(picture: np.ndarray, shape: str, at: tuple[int, int], colour: tuple[int, int, int]) -> None:
     x, y = at
     if shape == "disc":
-        cv2.circle(picture, at, 14, colour, -1)
-        cv2.circle(picture, at, 5, (190, 190, 190), -1)
+        cv2.circle(picture, at, 19, colour, -1)
+        cv2.circle(picture, at, 7, (190, 190, 190), -1)
     elif shape == "tall":
-        cv2.rectangle(picture, (x - 6, y - 22), (x + 6, y + 16), colour, -1)
+        cv2.rectangle(picture, (x - 8, y - 30), (x + 8, y + 22), colour, -1)
     else:
-        for left in (-20, 4):
-            cv2.rectangle(picture, (x + left, y - 8), (x + left + 16, y + 8), colour, -1)
+        for left in (-26, 4):
+            cv2.rectangle(picture, (x + left, y - 11), (x + left + 22, y + 11), colour, -1)
 
 
 def takes(count: int, seed: int) -> list[Any]:

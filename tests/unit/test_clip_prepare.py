@@ -91,11 +91,12 @@ def test_at_most_so_many_clips_of_a_task(planted: tuple[Path, list[Any]], prepar
     config.duplicates.per_task = 2
     prepare_clips(folder, planted[0] / "manifest.csv", config)
     kept = [record.caption for record in ClipManifest(folder).clips]
-    assert len(set(kept)) == 9 and max(kept.count(caption) for caption in kept) == 2
+    full = [record.detail for record in ClipManifest(folder).everything if record.reason == "task_full"]
+    assert full and max(map(kept.count, kept)) == 2 and all(kept.count(caption) == 2 for caption in full)
 
 
 def test_a_killed_run_continues_to_the_same_bytes(planted: tuple[Path, list[Any]], tmp_path: Path) -> None:
-    table, count = tmp_path / "part.csv", 9
+    table, count = tmp_path / "part.csv", 6
     table.write_text("\n".join((planted[0] / "manifest.csv").read_text().splitlines()[: count + 1]) + "\n")
     config = ClipsConfig(videos=str(planted[0]))
     prepare_clips(tmp_path / "whole", table, config)
@@ -104,13 +105,13 @@ def test_a_killed_run_continues_to_the_same_bytes(planted: tuple[Path, list[Any]
     words = [sys.executable, "-c", code, "data", "prepare", str(output), str(table), f"videos={planted[0]}"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 120
-    while not (log.is_file() and log.read_bytes().count(b"\n") >= 3):
+    while not (log.is_file() and log.read_bytes().count(b"\n") >= 2):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     done = log.read_bytes()
-    assert 3 <= done.count(b"\n") < count and not (output / "clips.jsonl").exists()
+    assert 2 <= done.count(b"\n") < count and not (output / "clips.jsonl").exists()
     log.write_bytes(done + b'{"manifest": "cli')  # and half a line, as a full disk leaves it
     prepare_clips(output, table, config)
     assert log.read_bytes().startswith(done), "what was measured stays"

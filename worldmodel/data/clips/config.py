@@ -28,7 +28,7 @@ flags: --json prints the summary as JSON
 
 examples:
   physis data prepare runs/clips rovid-x/robot.csv videos=rovid-x
-  physis data prepare runs/clips my_clips alignment.least=0.3
+  physis data prepare runs/clips my_clips to=clips alignment.least=0.3
   physis data prepare runs/clips my_lerobot_dataset to=clips"""
 
 FILTERS = ("motion", "duplicates", "alignment")
