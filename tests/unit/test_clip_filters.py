@@ -49,14 +49,21 @@ def test_noise_lamps_and_single_pictures_do_not_move() -> None:
     assert motion_score(noisy[:1], 0.25) == 0.0
 
 
-def test_a_cut_is_one_large_step() -> None:
+def test_a_cut_is_one_large_change() -> None:
     one, two = texture(32, 32, 1), texture(32, 32, 2)
-    step = float(np.abs(one.astype(float) - two).mean() / 255)
-    assert cut_score([one] * 4 + [two] * 4) == pytest.approx(step, abs=1e-6)
-    assert cut_score([one] * 4 + [two] + [one] * 4) == pytest.approx(0.0, abs=1e-6), "a flash is no cut"
-    slide = [np.roll(one, k, axis=1) for k in range(9)]
-    assert abs(cut_score(slide)) < 0.02, "fast motion is no cut"
+    grey, red = np.full((32, 32, 3), 100, np.uint8), np.full((32, 32, 3), (151, 100, 100), np.uint8)
+    # Between plain pictures every pixel is as far from its nearest as they differ: 51 of 255 in one of three channels.
+    assert cut_score([grey] * 4 + [red] * 4) == pytest.approx(0.2 / 3, abs=1e-6)
+    assert cut_score([one] * 4 + [two] * 4) > 0.04
+    assert cut_score([one] * 4 + [two] + [one] * 4) == 0.0, "a flash is no cut"
+    assert cut_score([np.roll(one, k, axis=1) for k in range(9)]) == 0.0, "fast motion is no cut"
     assert cut_score([one, two, one]) == 0.0
+    arm = [grey.copy() for _ in range(8)]
+    for k, picture in enumerate(arm):
+        left = 4 if k < 4 else 7  # it jumps by a tenth of the picture between two frames
+        picture[:, left : left + 6] = 20
+    assert cut_score(arm) < 0.005
+    assert cut_score(arm[:4] + [grey] * 4) > 0.02, "but it does not vanish"
 
 
 def test_sharpness_falls_with_blur_and_ignores_contrast() -> None:

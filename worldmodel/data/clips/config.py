@@ -16,7 +16,7 @@ settings (field=value):
   columns=[video:path,caption:text]       names of a table's columns that are not found by themselves; videos=FOLDER: where its paths start
   captions=captions.csv                   table of captions of a folder          camera=head   camera of a dataset
   min_seconds=1                           shorter clips are dropped
-  motion.least=0.03 motion.cut=0.02       static below, camera cut above
+  motion.least=0.03 motion.cut=0.012      static below, camera cut above
   duplicates.likeness=0.97                  one recording from this on; duplicates.neighbours=4, duplicates.shift=2 (seconds)
   duplicates.per_task=0                   the most clips of one task, the best of them; 0: any number
   alignment.least=null                    captions below are dropped; alignment.model=image_text alignment.path=FOLDER takes a CLIP or SigLIP model
@@ -37,11 +37,11 @@ MODELS = ("predicted", "image_text")
 
 @dataclass(slots=True, kw_only=True)
 class MotionConfig:
-    """``least``: a clip moves less than this (picture heights a second, see ``motion.motion_score``) and is static. ``cut``: a step
+    """``least``: a clip moves less than this (picture heights a second, see ``motion.motion_score``) and is static. ``cut``: a change
     between two frames larger than this (mean difference in [0,1], see ``motion.cut_score``) is a camera cut."""
 
     least: float = 0.03
-    cut: float = 0.02
+    cut: float = 0.012
 
 
 @dataclass(slots=True, kw_only=True)

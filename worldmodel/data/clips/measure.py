@@ -30,7 +30,7 @@ from .motion import cut_score, motion_score, sharpness
 from .sources import ClipSource
 
 #: Part of the key: raise it when a measure changes.
-VERSION = 1
+VERSION = 2
 #: Pictures a second that motion and appearance are read from, and the most of them: half a minute.
 RATE, MOST = 4.0, 120
 #: Height of those pictures, and the sides of the thumbnails that cuts are found in.
