@@ -140,3 +140,24 @@ def test_episodes_of_a_dataset_are_pieces_of_its_videos(tmp_path: Path) -> None:
     ].span.path.parent.parent.parent == data / "videos"
     with pytest.raises(UserError, match="hed"):
         list_clips(tmp_path / "v3", camera="hed")
+
+
+def test_episodes_of_an_older_dataset_have_a_video_each(tmp_path: Path) -> None:
+    root, key = tmp_path / "v21", "observation.images.cam_high"
+    (root / "meta").mkdir(parents=True)
+    (root / "data" / "chunk-000").mkdir(parents=True)
+    info = {"codebase_version": "v2.1", "fps": 5, "chunks_size": 1000, "total_episodes": 2}
+    info |= {"features": {key: video_feature(16, 16, 5.0)}}
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    (root / "meta" / "tasks.jsonl").write_text('{"task_index": 0, "task": "ring"}\n{"task_index": 1, "task": "pour"}\n')
+    rows = [{"episode_index": i, "length": 6 + i, "tasks": [text]} for i, text in enumerate(("pour", "ring"))]
+    (root / "meta" / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in range(2):
+        pq.write_table(pa.table({"episode_index": [i]}), root / f"data/chunk-000/episode_{i:06d}.parquet")
+        write_mp4(root / f"videos/chunk-000/{key}/episode_{i:06d}.mp4", np.zeros((6 + i, 16, 16, 3), np.uint8), 5)
+    layout, clips = list_clips(root)
+    assert layout == "LeRobot v2.1" and [(c.caption, c.span.seconds) for c in clips] == [
+        ("pour", 6 / 5),
+        ("ring", 7 / 5),
+    ]
+    assert clips[1].span.path.name == "episode_000001.mp4" and clips[1].span.start == 0
