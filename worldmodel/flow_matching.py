@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 #: Timesteps seen by the transformer are ``TIMESTEP_SCALE * sigma``.
@@ -75,13 +76,18 @@ def flow_matching_loss(
 ) -> Tensor:
     """Weighted mean squared velocity error over latent frames 1..F-1, a float32 scalar.
 
-    The weights are normalised to mean 1 over the batch, so that the value stays comparable between weightings.
+    The weights are normalised to mean 1 over the batch, so that the value stays comparable between weightings. With several processes
+    (``torch.distributed``) over the batch of all of them: the mean of what they get is the loss of the whole batch.
     """
     error = (velocity_BCFhw.float() - (noise_BCFhw.float() - x0_BCFhw.float()))[:, :, 1:].square()
     if config.motion_weight == 0.0:
         return error.mean()
     weights = motion_weights(x0_BCFhw.float(), config.motion_weight, config.motion_cap)[:, :, 1:]
-    return (error * weights).sum() / weights.sum()
+    total, count = (error * weights).sum(), weights.sum()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        total = total * dist.get_world_size()
+    return total / count
 
 
 def euler_sample(

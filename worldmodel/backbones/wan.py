@@ -112,14 +112,20 @@ class WanDenoiser(nn.Module):
         self.conditioner = conditioner
         self.actions = actions
         self.tap = tap
-        self._compiled: Callable[..., Tensor] | None = None
+        #: How a block is called, ``block_forward`` or what a trainer puts in its place to compile, shard or recompute it.
+        self.run_block: Callable[..., Tensor] = block_forward
 
     def compile_blocks(self) -> None:
         """Compile the block computation for training (one graph shared by all blocks). Parameters and exports stay as they are.
 
         Without gradients the plain computation runs: evaluation has other shapes and would make the graph dynamic.
         """
-        self._compiled = torch.compile(block_forward, dynamic=False)
+        compiled = torch.compile(block_forward, dynamic=False)
+
+        def run(*inputs: Any) -> Tensor:
+            return compiled(*inputs) if torch.is_grad_enabled() else block_forward(*inputs)
+
+        self.run_block = run
 
     def context(self, text_BLD: Tensor, proprioception_BKA: Tensor) -> Tensor:
         """Text tokens [B,32,384] (zero padded) and the proprioception tokens behind them: [B,32+K,384]."""
@@ -156,9 +162,8 @@ class WanDenoiser(nn.Module):
         at = embed(model, x_BCFhw, timesteps_BF, context_BLD, action_BFD)
         x = at.x_BLD
         tapped = None
-        run = self._compiled if self._compiled is not None and torch.is_grad_enabled() else block_forward
         for index, block in enumerate(model.blocks, start=1):
-            x = run(block, x, at.context_BLD, at.modulation_BF6D, at.rotary)
+            x = self.run_block(block, x, at.context_BLD, at.modulation_BF6D, at.rotary)
             if need_tap and index == self.tap:
                 tapped = x
         return unembed(model, x, at.temb_BFD, x_BCFhw.shape), tapped

@@ -61,7 +61,7 @@ class WanBackbone(nn.Module):
         self.stride, self.patch = stride, tuple(config.patch_size)
         self.run_block: Callable[..., Tensor] = call_block
         for block in transformer.blocks:
-            block.__class__ = _frame_block()
+            block.__class__ = frame_block()
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -146,7 +146,7 @@ def has_condition(config: Any) -> bool:
 
 
 @functools.cache
-def _frame_block() -> type[nn.Module]:
+def frame_block() -> type[nn.Module]:
     """The stock block with a forward that also takes modulations once a latent frame.
 
     The class of the stock blocks is replaced, not the modules: names, parameters and exports stay, and a call of the block is still a

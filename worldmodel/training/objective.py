@@ -30,9 +30,17 @@ def draw_noise(
     return noise, sigma, token_order(batch, latents_BCFhw[0, 0].numel(), generator)
 
 
-def without_text(text_BLD: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Text tokens [B,L,D] with those of a random ``share`` of the samples set to zero, which is what padding is."""
-    keep_B = torch.rand(len(text_BLD), generator=generator, device=generator.device) >= share
+def without_text(
+    text_BLD: Tensor,
+    share: float,
+    generator: torch.Generator,
+    count: int | None = None,
+    rows: slice = slice(None),
+) -> Tensor:
+    """Text tokens [B,L,D] with those of a random ``share`` of the samples set to zero, which is what padding is. ``text_BLD`` may be the
+    ``rows`` of a batch of ``count`` samples, for which is drawn."""
+    drawn = torch.rand(len(text_BLD) if count is None else count, generator=generator, device=generator.device)
+    keep_B = drawn[rows] >= share
     return text_BLD * keep_B[:, None, None].to(text_BLD.dtype)
 
 
