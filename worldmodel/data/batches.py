@@ -187,7 +187,7 @@ class WindowBank:
 
     ``latents_WCFhw`` (bfloat16 on a GPU, else float32), ``text_SLD`` with ``sentence_W``, ``proprioception_WKA``; ``targets``
     gives the physics targets of rows, or None where a run has no physics losses. ``actions_WPA``: drive targets of the window's
-    control steps, which only an action model reads.
+    control steps, which only an action model reads. ``names_E``: what an episode of the table is called in messages.
     """
 
     table: WindowTable
@@ -197,6 +197,13 @@ class WindowBank:
     proprioception_WKA: Tensor
     targets: Targets | None = None
     actions_WPA: Tensor | None = None
+    names_E: list[str] = field(default_factory=list)
+
+    def name(self, row: int) -> str:
+        """Dataset, episode and first control step of a window."""
+        episode, start = int(self.table.episode_W[row]), int(self.table.start_W[row])
+        known = self.names_E[episode] if self.names_E else f"episode {episode}"
+        return f"{known} from step {start}"
 
     def physics_rows(self) -> Tensor:
         """Rows of the windows that have physics targets, on the CPU."""
@@ -246,5 +253,6 @@ def build_bank(
         text_SLD=TextEmbedder(text_cache).batch(sentences)[0].to(device),
         sentence_W=torch.from_numpy(spoken)[table.episode_W].to(device),
         proprioception_WKA=torch.from_numpy(proprioception).to(device),
+        names_E=[f"{item.root} episode {item.index}" for item in store.episodes],
         actions_WPA=torch.from_numpy(actions).to(device),
     )

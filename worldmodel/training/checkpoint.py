@@ -1,13 +1,13 @@
 """Atomic checkpoints: ``step-000500/{model/, training/, COMPLETE}``, safetensors and JSON only.
 
 A checkpoint is written under a hidden name beside its place, every file and folder is synced, ``COMPLETE`` (sizes and SHA-256 of
-all files) is written last, and the folder is renamed. ``last`` is a symbolic link that is swapped atomically. Whatever kills the
-process, ``last`` or the newest folder with a ``COMPLETE`` that matches is a good checkpoint.
+all files) is written last, and the folder is renamed. ``last`` is a symbolic link that is swapped atomically. Whatever kills a
+process, ``last`` or the newest folder with a ``COMPLETE`` that matches is a good checkpoint. With several processes each writes, syncs
+and hashes the file of its parts, and the first does the rest once all have.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -22,19 +22,14 @@ from torch import Tensor, nn
 
 from physisforcing.core.errors import UserError
 
-from ..storage import as_dtype
-from .optim import WeightAverage
+from .binding import binding_settings, check_settings
+from .optim import WeightAverage, local
+from .processes import Processes
+from .tensors import read_tensors, read_whole, shard_name, stored_tensors, write_tensors
+
+__all__ = ["binding_settings", "check_settings", "is_complete", "latest_checkpoint", "load_training", "save_checkpoint"]
 
 COMPLETE = "COMPLETE"
-#: Settings that may differ when a run continues: they say where it runs and what it reports, not what it computes.
-FREE_SETTINGS = (
-    frozenset(f"run.{name}" for name in ("out", "resume", "device", "log_every", "save_every", "eval_every"))
-    | frozenset(f"fit.{name}" for name in ("log_every", "save_every"))
-    | frozenset(f"data.{name}" for name in ("workers", "text_cache", "targets_cache"))
-    | frozenset(
-        f"teacher.{kind}.{name}" for kind in ("tracker", "depth", "encoder") for name in ("path", "source", "device")
-    )
-)
 
 
 def save_checkpoint(
@@ -43,35 +38,73 @@ def save_checkpoint(
     write_model: Callable[[Path], None],
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
+    processes: Processes | None = None,
 ) -> Path:
-    """Write ``run/step-000500`` (the step in six digits). ``write_model(folder)`` fills ``model/``; each entry of ``tensors``
-    becomes ``training/<name>.safetensors`` bit-exactly; ``state`` becomes ``training/state.json`` with the step in it.
+    """Write ``run/step-000500`` (the step in six digits). ``write_model(folder)`` fills ``model/``; ``tensors`` go into ``training/``
+    bit-exactly under ``<group>/<name>``; ``state`` becomes ``training/state.json`` with the step in it. Every one of ``processes`` calls
+    this, and ``write_model`` in each of them.
 
     Raises ``FloatingPointError`` and writes nothing where a tensor is not finite: a run must not go on from there.
     """
-    from safetensors.torch import save_file
-
-    for file, values in tensors.items():
-        for entry, value in values.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise FloatingPointError(f"step {step}: {file}/{entry} is not finite; the checkpoint is not written")
-    run.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(run)
-    aside = run / f".writing-{uuid.uuid4().hex}"
-    (aside / "training").mkdir(parents=True)
+    together = processes if processes is not None else Processes()
+    flat = {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
+    bad = _not_finite(flat)
+    if together.total([float(bad is not None)])[0]:
+        name = bad or "a tensor of another process"
+        raise FloatingPointError(f"step {step}: {name} is not finite; the checkpoint is not written")
+    aside, target = run / f".writing-{step:06d}", run / f"step-{step:06d}"
+    if together.first:
+        _remove_leftovers(run)
+        (aside / "training").mkdir(parents=True)
+    together.barrier()
     write_model(aside / "model")
-    for name, group in tensors.items():
-        save_file(as_dtype(group, None), aside / "training" / f"{name}.safetensors")
-    (aside / "training" / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    for path in files:
-        _sync(path)
-    listing = {str(path.relative_to(aside)): [path.stat().st_size, _sha256(path)] for path in files}
+    write_tensors(aside / "training", flat, together)
+    hashes = _hashes(aside / "training", together)
+    if together.first:
+        (aside / "training" / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        _complete(aside, hashes)
+        _put(aside, target)
+    together.barrier()
+    return target
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor with a value that is not finite in the part that lies here."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(local(value)).all()):
+            return name
+    return None
+
+
+def _hashes(folder: Path, processes: Processes) -> dict[str, str]:
+    """SHA-256 of the file that each process wrote into ``folder``, by name; each hashes and syncs its own."""
+    mine, digest = folder / shard_name(processes.rank), [0.0] * 32
+    if mine.is_file():
+        _sync(mine)
+        digest = [float(byte) for byte in bytes.fromhex(_sha256(mine))]
+    before, after = [0.0] * 32 * processes.rank, [0.0] * 32 * (processes.world - 1 - processes.rank)
+    known = [int(value) for value in processes.total(before + digest + after)]
+    found = {shard_name(rank): bytes(known[32 * rank : 32 * rank + 32]).hex() for rank in range(processes.world)}
+    return {name: value for name, value in found.items() if (folder / name).is_file()}
+
+
+def _complete(aside: Path, hashes: Mapping[str, str]) -> None:
+    """Sync what lies in ``aside`` and write ``COMPLETE``. ``hashes``: of files in ``training`` that are hashed and synced already."""
+    listing: dict[str, list[Any]] = {}
+    for path in sorted(path for path in aside.rglob("*") if path.is_file()):
+        known = hashes.get(path.name) if path.parent.name == "training" else None
+        if known is None:
+            _sync(path)
+        listing[str(path.relative_to(aside))] = [path.stat().st_size, known or _sha256(path)]
     (aside / COMPLETE).write_text(json.dumps(listing, indent=1) + "\n")
     _sync(aside / COMPLETE)
     for folder in [path for path in aside.rglob("*") if path.is_dir()] + [aside]:
         _sync(folder)
-    target = run / f"step-{step:06d}"
+
+
+def _put(aside: Path, target: Path) -> None:
+    """Give a complete checkpoint its name and make it ``last``."""
+    run = target.parent
     if target.exists():  # the same step again, after a resume from an older checkpoint
         os.rename(target, run / f".writing-old-{uuid.uuid4().hex}")
     os.rename(aside, target)
@@ -81,7 +114,6 @@ def save_checkpoint(
     os.replace(link, run / "last")
     _sync(run)
     _remove_leftovers(run)
-    return target
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -122,66 +154,35 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def load_training(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """-> (tensors by file name, state) of a checkpoint. Raises ``UserError`` for an incomplete one."""
-    from safetensors.torch import load_file
+    """-> (whole tensors by group, state) of a checkpoint. Raises ``UserError`` for an incomplete one."""
+    _require_complete(checkpoint)
+    folder = checkpoint / "training"
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in read_whole(folder).items():
+        group, name = key.split("/", 1)
+        groups.setdefault(group, {})[name] = value
+    return groups, json.loads((folder / "state.json").read_text())
 
+
+def _require_complete(checkpoint: Path) -> None:
     if not is_complete(checkpoint):
         raise UserError(
             "checkpoint", got=str(checkpoint), wanted="a complete checkpoint", fix="resume from the run folder's last"
         )
-    folder = checkpoint / "training"
-    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-    return tensors, json.loads((folder / "state.json").read_text())
-
-
-def binding_settings(config: Any) -> dict[str, Any]:
-    """The settings that a continued run must share with its checkpoints: dotted name -> plain value of the config dataclass."""
-    flat: dict[str, Any] = {}
-
-    def walk(values: Mapping[str, Any], prefix: str) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{name}.")
-            elif prefix + name not in FREE_SETTINGS:
-                flat[prefix + name] = value
-
-    walk(
-        json.loads(json.dumps(dataclasses.asdict(config))), ""
-    )  # through JSON: tuples become lists, as in the checkpoint
-    return flat
-
-
-def check_settings(checkpoint: Path, config: Any) -> None:
-    """Raise ``UserError`` naming the first setting of ``config`` that is not that of the run which wrote ``checkpoint``. A setting that
-    did not exist then has its default, which must mean what happened without it."""
-    stored = json.loads((checkpoint / "training" / "state.json").read_text()).get("settings", {})
-    now = binding_settings(config)
-    stored = {name: value for name, value in _defaults(config).items() if name in now} | stored
-    for name in sorted({*stored, *now}):
-        if name not in stored or name not in now or stored[name] != now[name]:
-            before = stored.get(name, "nothing")
-            raise UserError(
-                name,
-                got=now.get(name, "nothing"),
-                wanted=f"{before!r}, with which {checkpoint} was trained",
-                fix=f"continue with {name}={before}, or start a new run in another run.out",
-            )
-
-
-def _defaults(config: Any) -> dict[str, Any]:
-    """The settings of a config dataclass as it is without any choice; empty where it cannot be made so."""
-    try:
-        return binding_settings(type(config)())
-    except TypeError:
-        return {}
 
 
 def training_tensors(
-    module: nn.Module, average: WeightAverage, optimizer: torch.optim.Optimizer, device: torch.device
+    module: nn.Module,
+    average: WeightAverage,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    *,
+    frozen: bool = True,
 ) -> dict[str, Mapping[str, Tensor]]:
-    """Everything that ``restore_training`` needs, by file name."""
+    """Everything that ``restore_training`` needs, by group. ``frozen``: also the parameters that are not trained; without them the run
+    continues with those that the module has."""
     return {
-        "weights": module.state_dict(),
+        "weights": _weights(module, frozen),
         "average": average.tensors(),
         "optimizer": optimizer_tensors(optimizer, dict(module.named_parameters())),
         "rng": rng_tensors(device),
@@ -194,14 +195,38 @@ def restore_training(
     average: WeightAverage,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
+    *,
+    frozen: bool = True,
+    processes: Processes | None = None,
 ) -> int:
-    """Continue from a checkpoint, bit-exactly; returns the number of updates it holds. RNG states come last."""
-    tensors, state = load_training(checkpoint)
-    module.load_state_dict(tensors["weights"])
-    average.restore(tensors["average"])
-    restore_optimizer(optimizer, dict(module.named_parameters()), tensors["optimizer"])
-    restore_rng(tensors["rng"], device)
-    return int(state["step"])
+    """Continue from a checkpoint, bit-exactly, also one of another number of processes; returns the number of updates it holds. RNG
+    states come last. Raises ``UserError`` for an incomplete checkpoint and for tensors of another model."""
+    if processes is None or processes.first:
+        _require_complete(checkpoint)
+    folder = checkpoint / "training"
+    stored = stored_tensors(folder)
+    fresh: dict[str, Mapping[str, Tensor]] = {"weights": _weights(module, frozen), "average": average.tensors()}
+    into = {f"{group}/{name}": value for group, values in fresh.items() for name, value in values.items()}
+    states = {name.removeprefix("optimizer/"): meta for name, meta in stored.items() if name.startswith("optimizer/")}
+    prepare_optimizer(optimizer, dict(module.named_parameters()), states)
+    into |= {f"optimizer/{name}": value for name, value in _entries(optimizer, module).items()}
+    rng = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in stored.items() if name.startswith("rng/")}
+    into |= rng
+    for name in sorted({*into} ^ {*stored}):
+        where = "the checkpoint" if name in stored else "this run"
+        raise UserError("checkpoint", got=f"{name} only in {where}", wanted="the same model", fix="start another run")
+    read_tensors(folder, into, processes)
+    restore_rng({name.removeprefix("rng/"): value for name, value in rng.items()}, device)
+    return int(json.loads((folder / "state.json").read_text())["step"])
+
+
+def _weights(module: nn.Module, frozen: bool) -> dict[str, Tensor]:
+    left_out = set() if frozen else {name for name, p in module.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in left_out}
+
+
+def _entries(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    return optimizer_tensors(optimizer, dict(module.named_parameters()))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -213,18 +238,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, Tens
     return flat
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], flat: Mapping[str, Tensor]
+def prepare_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], stored: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of ``optimizer_tensors``; every parameter's state gets the parameter's device and memory layout."""
-    for key, value in flat.items():
+    """Give the optimiser empty state for what is ``stored``; every parameter's has its device, layout and sharding."""
+    fused = bool(optimizer.param_groups[0].get("fused"))
+    for key, meta in stored.items():
         name, entry = key.rsplit("/", 1)
+        if name not in names:
+            continue
         parameter = names[name]
         if entry == "step":
-            fused = bool(optimizer.param_groups[0].get("fused"))
-            optimizer.state[parameter][entry] = value.to(parameter.device if fused else "cpu")
+            device = local(parameter).device if fused else "cpu"
+            optimizer.state[parameter][entry] = torch.zeros(meta.shape, dtype=meta.dtype, device=device)
         else:
-            optimizer.state[parameter][entry] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            optimizer.state[parameter][entry] = torch.zeros_like(parameter, dtype=meta.dtype, requires_grad=False)
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from physisforcing.core.errors import unknown_name
 
@@ -15,6 +16,11 @@ HELP = """usage: physis train {vae|worldmodel} [experiment=pico] [key=value ...]
   physis train worldmodel experiment=pico codec=runs/vae/codec data.roots=[runs/bell,runs/stack] run.out=runs/worldmodel
   physis train worldmodel experiment=pico run.resume=true ...        continue from the last complete checkpoint
   physis train worldmodel physics=none ...                           flow matching without the physics losses
+  physis train worldmodel run.init=runs/worldmodel/export lora.rank=32 ...   adapters on a trained model (needs peft)
+  torchrun --nproc_per_node=2 -m physisforcing train worldmodel ...  in two processes; run.batch is that of both together
+
+SIGTERM, or Ctrl-C once, saves after the update under way and ends with exit code 3; run.resume=true continues. A loss or gradient that
+is not finite stops the run (exit code 1) or, with run.nonfinite=skip, leaves that update out; the log names step and windows.
 
 Fields and defaults: worldmodel/training/config.py. A run folder holds config.yaml, provenance.json, metrics.jsonl, checkpoints
 step-000500 and the trained model (codec/ or export/)."""
@@ -28,6 +34,16 @@ def main(argv: Sequence[str]) -> int:
     kind, overrides = argv[0], list(argv[1:])
     if kind not in KINDS:
         raise unknown_name("train", kind, KINDS, see="physis train --help")
+    try:
+        print(_train(kind, overrides))
+    except FloatingPointError as error:
+        print(f"physis: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(kind: str, overrides: list[str]) -> Path:
+    """The folder of the trained model."""
     from physisforcing.core.config import compose
 
     from .config import TrainVaeConfig, TrainWorldModelConfig
@@ -39,12 +55,10 @@ def main(argv: Sequence[str]) -> int:
         named = [
             entry.replace("experiment=", "vae=", 1) if entry.startswith("experiment=") else entry for entry in overrides
         ]
-        print(train_vae(compose("train_vae", named, TrainVaeConfig)))
-    else:
-        from .worldmodel import train_world_model
+        return train_vae(compose("train_vae", named, TrainVaeConfig))
+    from .worldmodel import train_world_model
 
-        print(train_world_model(compose("train_worldmodel", overrides, TrainWorldModelConfig)))
-    return 0
+    return train_world_model(compose("train_worldmodel", overrides, TrainWorldModelConfig))
 
 
 if __name__ == "__main__":

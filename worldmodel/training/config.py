@@ -52,7 +52,10 @@ class RunConfig:
     that holds checkpoints is refused.
 
     ``precision``: auto (bfloat16 on a GPU, float32 on a CPU), bf16 or fp32. ``compile``: none, or blocks (torch.compile of the
-    repeated blocks). ``init``: a model folder to start from (fine-tuning); the sizes of the model are then its own.
+    repeated blocks). ``init``: a model folder to start from (fine-tuning); the sizes of the model are then its own. ``nonfinite``:
+    an update whose loss or gradient is not finite stops the run, or skip: is left out, counted and logged.
+    ``checkpointing``: what the backward pass of the world model's blocks computes again to save memory (``recompute.py``): none, full,
+    or selective, which keeps what attention made.
     """
 
     out: str = "runs/train"
@@ -64,9 +67,25 @@ class RunConfig:
     compile: str = "none"
     resume: bool = False
     init: str | None = None
+    nonfinite: str = "stop"
+    checkpointing: str = "none"
     log_every: int = 50
     save_every: int = 1000
     eval_every: int = 1000
+
+
+@dataclass(slots=True, kw_only=True)
+class LoraConfig:
+    """``rank`` 0: all weights are trained. ``targets``: ends of the names of the layers that get adapters; empty: the backbone's usual
+    ones. Adapters are scaled with ``alpha / rank``."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UserError("lora.rank", got=self.rank, wanted="0 or more", fix="lora.rank=32")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,6 +144,7 @@ class TrainWorldModelConfig:
     physics: PhysicsConfig = field(default_factory=PhysicsConfig)
     teacher: TeachersConfig = field(default_factory=TeachersConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.text_dropout <= 1:

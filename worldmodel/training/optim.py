@@ -33,14 +33,16 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices only; the fused kernel on a GPU."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    """Weight decay on matrices only; the fused kernel on a GPU. Sharded parameters are groups of their own: one call of a kernel
+    takes either kind."""
+    known: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
-        (matrices if parameter.ndim >= 2 else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    fused = any(parameter.is_cuda for parameter in matrices + others)
+        known.setdefault((parameter.ndim < 2, is_sharded(parameter)), []).append(parameter)
+    groups = [
+        {"params": found, "weight_decay": 0.0 if other else config.weight_decay}
+        for (other, _), found in sorted(known.items(), key=lambda item: item[0])
+    ]
+    fused = any(parameter.is_cuda for found in known.values() for parameter in found)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
 
 
@@ -49,19 +51,31 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
+def is_sharded(value: Tensor) -> bool:
+    """Whether a tensor is a DTensor, told without importing what makes them."""
+    return hasattr(value, "full_tensor")
+
+
+def local(value: Tensor) -> Tensor:
+    """The part of a sharded tensor that lies in this process; another tensor as it is. Shares memory with it."""
+    return value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
+
+
 class WeightAverage:
-    """Exponential moving average of a module's parameters, with ``min(decay, (1 + n) / (10 + n))`` after n updates."""
+    """Exponential moving average of a module's trainable parameters, with ``min(decay, (1 + n) / (10 + n))`` after n updates. Of sharded
+    parameters every process averages its own part."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.names = [name for name, _ in module.named_parameters()]
-        self._live: list[Tensor] = [parameter for _, parameter in module.named_parameters()]
-        self.shadow = [parameter.detach().clone() for parameter in self._live]
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self.names = list(trained)
+        self.shadow = [parameter.detach().clone() for parameter in trained.values()]
+        self._trained = list(trained.values())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.shadow, self._live, 1.0 - decay)
+        torch._foreach_lerp_([local(value) for value in self.shadow], [local(p) for p in self._trained], 1.0 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.shadow, strict=True))
@@ -74,7 +88,7 @@ class WeightAverage:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange averaged and live weights (call twice to come back)."""
-        for live, shadow in zip(self._live, self.shadow, strict=True):
-            kept = live.detach().clone()
+        for live, shadow in zip(map(local, self._trained), map(local, self.shadow), strict=True):
+            kept = live.clone()
             live.copy_(shadow)
             shadow.copy_(kept)

@@ -57,8 +57,7 @@ def heldout_pictures(trainer: Trainer, bank: WindowBank, step: int, log: StepLog
         relations=relations(targets, physics, trainer.config.teacher.encoder.name),
     )
     conditions = batch["text_BLD"], batch["proprioception_BKA"]
-    trainer.average.swap()
-    try:
+    with trainer.averaged():
         window.prediction = predict(
             trainer.denoiser,
             forcing,
@@ -70,7 +69,5 @@ def heldout_pictures(trainer: Trainer, bank: WindowBank, step: int, log: StepLog
             model=f"the model after {step} steps",
             actions_1PA=batch["actions_BPA"],
         )
-    finally:
-        trainer.average.swap()
     for name, image in draw(window).items():
         log.picture(f"heldout/{name}", image, step)

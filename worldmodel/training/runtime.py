@@ -19,17 +19,10 @@ from physisforcing.core.provenance import git_commit
 
 from .checkpoint import check_settings, latest_checkpoint, refuse_used_folder
 from .config import RunConfig, TrainVaeConfig, TrainWorldModelConfig
+from .finite import check_policy
+from .processes import Processes, pick_device
 
 T = TypeVar("T")
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where torch finds one. Raises ``UserError`` for a GPU that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("run.device", got=name, wanted="a device that torch sees", fix="run.device=cpu")
-    return torch.device(name)
 
 
 def autocast(run: RunConfig, device: torch.device) -> AbstractContextManager:
@@ -54,22 +47,32 @@ def fast_matmuls(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def begin_run(config: TrainVaeConfig | TrainWorldModelConfig) -> tuple[Path, torch.device, Path | None]:
-    """-> (run folder, device, checkpoint to continue from or None); writes the config and the provenance into the folder.
+def begin_run(
+    config: TrainVaeConfig | TrainWorldModelConfig, processes: Processes | None = None
+) -> tuple[Path, torch.device, Path | None]:
+    """-> (run folder, device, checkpoint to continue from or None); writes the config and the provenance into the folder. Of several
+    ``processes`` the first looks for the checkpoint and writes.
 
     Raises ``UserError`` for an unknown precision or way to compile, and where the folder holds checkpoints and ``run.resume`` is
     not set, or those of a run with other settings.
     """
-    run, device = Path(config.run.out), pick_device(config.run.device)
+    run = Path(config.run.out)
+    together = processes if processes is not None else Processes(device=pick_device(config.run.device))
+    device = together.device
     fast_matmuls(device)
     compiles(config.run)  # refuses a wrong name before any work
     autocast(config.run, device)
+    check_policy(config.run.nonfinite)
     if not config.run.resume:
         refuse_used_folder(run)
-    found = latest_checkpoint(run) if config.run.resume else None
-    if found is not None:
+    found = latest_checkpoint(run) if config.run.resume and together.first else None
+    told = together.total([float(found.name.removeprefix("step-")) + 1.0 if found is not None else 0.0])[0]
+    if told:
+        found = run / f"step-{int(told) - 1:06d}"
         check_settings(found, config)
-    write_provenance(run, config)
+    if together.first:
+        write_provenance(run, config)
+    together.barrier()
     return run, device, found
 
 

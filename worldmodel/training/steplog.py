@@ -24,16 +24,26 @@ class StepLog:
     """Accumulates loss terms on the device and reads them only when a line is written (one host sync a line).
 
     ``done``: updates that the run holds already. Lines of later steps, which a killed process wrote after its last checkpoint,
-    are dropped when the file is opened: those steps are made again.
+    are dropped when the file is opened: those steps are made again. ``quiet``: write nothing (all processes of a run but the first).
     """
 
     def __init__(
-        self, run: Path, steps: int, batch: int, step_flops: float, device: torch.device, done: int = 0
+        self,
+        run: Path,
+        steps: int,
+        batch: int,
+        step_flops: float,
+        device: torch.device,
+        done: int = 0,
+        quiet: bool = False,
     ) -> None:
         self.run, self.steps, self.batch, self.flops, self.device = run, steps, batch, step_flops, device
-        _drop_lines_after(run / "metrics.jsonl", done)
-        self._stream = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = _tensorboard(run)
+        self._stream = None
+        self._board = None
+        if not quiet:
+            _drop_lines_after(run / "metrics.jsonl", done)
+            self._stream = (run / "metrics.jsonl").open("a", encoding="utf-8")
+            self._board = _tensorboard(run)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._count = 0
@@ -55,7 +65,10 @@ class StepLog:
         self._wait += wait_s
 
     def line(self, step: int, lr: float) -> dict[str, float]:
-        """Write the mean of the steps since the last line. Raises ``FloatingPointError`` when a loss is not finite."""
+        """Write the mean of the steps since the last line; nothing where there were none. Raises ``FloatingPointError`` when a loss is
+        not finite."""
+        if not self._count:
+            return {}
         # what some steps measure alone is the mean of those
         values = torch.stack([total / self._counts[name] for name, total in self._sums.items()]).tolist()
         now = time.perf_counter()
@@ -81,8 +94,8 @@ class StepLog:
 
     @property
     def takes_pictures(self) -> bool:
-        """Whether there is a TensorBoard to show pictures in."""
-        return self._board is not None
+        """Whether there is a TensorBoard to show pictures in; the same in every process of a run, which all compute them."""
+        return self._board is not None or (self._stream is None and _has_tensorboard())
 
     def picture(self, name: str, image_HWC: NDArray[np.uint8], step: int) -> None:
         """An RGB picture as image summary. The clock of the next step line restarts."""
@@ -91,6 +104,8 @@ class StepLog:
             self._since = time.perf_counter()
 
     def _write(self, record: dict) -> None:
+        if self._stream is None:
+            return
         self._stream.write(json.dumps(record) + "\n")
         self._stream.flush()
         text = " ".join(
@@ -103,7 +118,8 @@ class StepLog:
                     self._board.add_scalar(name, value, int(record["step"]))
 
     def close(self) -> None:
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
         if self._board is not None:
             self._board.close()
 
@@ -123,8 +139,12 @@ def _drop_lines_after(path: Path, done: int) -> None:
     os.replace(aside, path)
 
 
+def _has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
+
+
 def _tensorboard(run: Path) -> Any:
-    if importlib.util.find_spec("tensorboard") is None:
+    if not _has_tensorboard():
         return None
     from torch.utils.tensorboard import SummaryWriter
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +17,15 @@ from ..autoencoder import CausalVideoAutoencoder
 from ..codec import latent_frames, to_unit_range
 from ..data.batches import WindowSampler, step_generator
 from ..data.windows import WINDOW_FRAMES, Episode, FrameStore, WindowTable, read_episodes
-from ..storage import load_diffusers, save_diffusers
+from ..storage import load_diffusers, read_json, save_diffusers
 from .checkpoint import binding_settings, restore_training, save_checkpoint, training_tensors
 from .config import TrainVaeConfig, VaeLossConfig
+from .finite import FiniteGuard
 from .initial import adopt_codec
 from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
 from .runtime import autocast, begin_run, compiles, split_heldout
 from .steplog import StepLog
+from .stopping import StopSignals, TrainingStopped
 
 
 def motion_map(pictures_BTCHW: Tensor) -> Tensor:
@@ -107,6 +110,11 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
     ``episodes``: given by callers that hold the data already; read from ``config.data.roots`` otherwise.
     """
     adopt_codec(config)
+    if config.run.checkpointing != "none":
+        fix = "leave it out: the codec is small"
+        raise UserError("run.checkpointing", got=config.run.checkpointing, wanted="none for a codec", fix=fix)
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError("torchrun", got=f"{world} processes", wanted="one for a codec", fix="start it without torchrun")
     run, device, found = begin_run(config)
     data = config.data
     if episodes is None:
@@ -130,37 +138,65 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
     terms_of = torch.compile(train_step_terms, dynamic=False) if compiles(config.run) else train_step_terms
     log = StepLog(run, config.run.steps, config.run.batch, 0.0, device, done=first)
 
-    for step in range(first, config.run.steps):
-        begun = time.perf_counter()
-        rows = sampler.draw(config.run.batch, step_generator(config.run.seed, step))
-        frames = store.windows(
-            table.episode_W[rows].to(device, non_blocking=True), table.start_W[rows].to(device, non_blocking=True)
-        )
-        shape = (len(rows), model.latent_channels, latent_frames(WINDOW_FRAMES), *(n // 8 for n in frames.shape[2:4]))
-        generator = step_generator(config.run.seed + 1, step, device)
-        noise = torch.randn(shape, generator=generator, device=device)
-        wait = time.perf_counter() - begun
-        lr = learning_rate(config.optim, step, config.run.steps)
-        set_learning_rate(optimizer, lr)
-        with autocast(config.run, device):
-            terms = terms_of(model, frames, noise, config.loss)
-        terms["loss"].backward()
-        terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(step)
-        log.add(terms, wait)
-        done = step + 1
-        if done % config.run.log_every == 0 or done == config.run.steps:
-            log.line(done, lr)
-        if done % config.run.eval_every == 0 or done == config.run.steps:
-            average.swap()
-            log.event({"step": done, **heldout_psnr(model, heldout or train)})
-            average.swap()
-        if done % config.run.save_every == 0 or done == config.run.steps:
-            tensors = training_tensors(model, average, optimizer, device)
-            state = {"settings": binding_settings(config)}
-            save_checkpoint(run, done, lambda folder: _write_average(folder, model, average), tensors, state)
+    def clips(step: int) -> list[str]:
+        rows = sampler.draw(config.run.batch, step_generator(config.run.seed, step)).tolist()
+        places = [(train[int(table.episode_W[row])], int(table.start_W[row])) for row in rows]
+        return [f"{episode.root} episode {episode.index} from step {start}" for episode, start in places]
+
+    guard = FiniteGuard(config.run.nonfinite, clips)
+    if found is not None:
+        guard.skipped = read_json(found / "training" / "state.json").get("skipped", 0)
+
+    with StopSignals() as signals:
+        for step in range(first, config.run.steps):
+            begun = time.perf_counter()
+            rows = sampler.draw(config.run.batch, step_generator(config.run.seed, step))
+            frames = store.windows(
+                table.episode_W[rows].to(device, non_blocking=True), table.start_W[rows].to(device, non_blocking=True)
+            )
+            shape = (
+                len(rows),
+                model.latent_channels,
+                latent_frames(WINDOW_FRAMES),
+                *(n // 8 for n in frames.shape[2:4]),
+            )
+            generator = step_generator(config.run.seed + 1, step, device)
+            noise = torch.randn(shape, generator=generator, device=device)
+            wait = time.perf_counter() - begun
+            lr = learning_rate(config.optim, step, config.run.steps)
+            set_learning_rate(optimizer, lr)
+            with autocast(config.run, device):
+                terms = terms_of(model, frames, noise, config.loss)
+            terms["loss"].backward()
+            terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+            if guard.admits(step, terms["loss"], terms["grad_norm"]):
+                optimizer.step()
+                average.update(step)
+            optimizer.zero_grad(set_to_none=True)
+            if (skipped := guard.take_skipped()) is not None:
+                log.event(skipped)
+            else:
+                log.add(terms, wait)
+            done = step + 1
+            last = done == config.run.steps
+            told = None if last else signals.told
+            if done % config.run.log_every == 0 or last:
+                guard.check()
+                log.line(done, lr)
+            if not told and (done % config.run.eval_every == 0 or last):
+                average.swap()
+                log.event({"step": done, **heldout_psnr(model, heldout or train)})
+                average.swap()
+            if done % config.run.save_every == 0 or last or told:
+                guard.check()
+                tensors = training_tensors(model, average, optimizer, device)
+                state = {"settings": binding_settings(config), "skipped": guard.skipped}
+                saved = save_checkpoint(
+                    run, done, lambda folder: _write_average(folder, model, average), tensors, state
+                )
+                if told:
+                    log.close()
+                    raise TrainingStopped(told, done, config.run.steps, saved)
     average.swap()
     if not config.decoder_only:
         measure_statistics(model, store, table, config.run.seed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,85 +14,58 @@ from torch import Tensor, nn
 
 from physisforcing.core.errors import UserError
 
-from ..backbones.actions import ActionConfig
-from ..backbones.wan import WanDenoiser, build_denoiser, load_denoiser
-from ..codec import VideoCodec, load_codec
-from ..data.batches import BankTargets, OnlineTargets, WindowBank, WindowSampler, build_bank, step_generator
-from ..data.windows import Episode, FrameStore, WindowTable, read_episodes
-from ..model import load_heads, save_world_model
+from ..backbones.wan import WanDenoiser
+from ..data.batches import WindowBank, WindowSampler, step_generator
 from ..physics.forcing import PhysisForcing
-from ..storage import latents_fingerprint
-from ..teachers.online import OnlineTeachers
-from ..teachers.selection import Teachers
+from ..storage import fingerprint
+from .banks import load_bank, prepare_banks
 from .checkpoint import binding_settings, restore_training, save_checkpoint, training_tensors
 from .config import TrainWorldModelConfig
 from .evaluate import heldout_losses
+from .export import export_world_model
+from .finite import FiniteGuard
 from .initial import adopt_world_model
+from .modules import build_modules, prepare_modules
 from .objective import draw_noise, objective, without_text
 from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
+from .parallel import average_gradients, clip_gradients, mean_terms
 from .pictures import heldout_pictures
-from .runtime import autocast, begin_run, compiles, split_heldout
+from .processes import Processes
+from .runtime import autocast, begin_run
 from .steplog import StepLog
+from .stopping import StopSignals, TrainingStopped
 
-
-def prepare_banks(
-    config: TrainWorldModelConfig, device: torch.device, episodes: list[Episode] | None = None
-) -> tuple[WindowBank, WindowBank]:
-    """-> (training windows, held-out windows): latents, conditions and physics targets on ``device``.
-
-    With ``run.init`` the sizes in ``config`` become those of that model first (``adopt_world_model``).
-    """
-    adopt_world_model(config)
-    data = config.data
-    if data.heldout < 1:
-        wanted = "at least 1: the run measures its losses on held-out episodes"
-        raise UserError("data.heldout", got=data.heldout, wanted=wanted, fix="data.heldout=1")
-    if episodes is None:
-        episodes = read_episodes(
-            data.roots, success_only=data.success_only, tasks=data.tasks, limit=data.limit, workers=data.workers
-        )
-    codec = load_codec(config.codec, device)
-    banks = []
-    for part in split_heldout(episodes, data.heldout):
-        table = WindowTable.build([episode.length for episode in part], data.start_stride)
-        banks.append(load_bank(config, part, table, codec, device))
-    return banks[0], banks[1]
-
-
-def load_bank(
-    config: TrainWorldModelConfig, episodes: list[Episode], table: WindowTable, codec: VideoCodec, device: torch.device
-) -> WindowBank:
-    """Latents, conditions and, with physics losses, targets of the windows of ``table``."""
-    data = config.data
-    cache = Path(data.text_cache) if data.text_cache else None
-    store = FrameStore.build(episodes, device)
-    bank = build_bank(store, table, codec, config.conditioner.lags, text_cache=cache)
-    if config.physics.lambda_pix == 0 and config.physics.lambda_sem == 0:
-        return bank
-    if data.targets == "online":
-        teachers = OnlineTeachers(Teachers(config.teacher, str(device)), config.physics)
-        rows = {"episode_W": table.episode_W.to(device), "start_W": table.start_W.to(device)}
-        grid = tuple(bank.latents_WCFhw.shape[2:])
-        bank.targets = OnlineTargets(store=store, **rows, teachers=teachers, grid=grid)  # type: ignore[arg-type]
-    else:
-        options = {"teachers": config.teacher, "cache": data.targets_cache, "workers": data.workers}
-        bank.targets = BankTargets.load(episodes, table, config.physics, device, **options)  # type: ignore[arg-type]
-    return bank
+__all__ = ["Trainer", "build_modules", "load_bank", "prepare_banks", "train_world_model"]
 
 
 class Trainer:
-    """Model, heads, optimiser and average of one run; ``step`` makes one update. Random numbers depend on (seed, step) only."""
+    """Model, heads, optimiser and average of one run; ``step`` makes one update. Random numbers depend on (seed, step) only.
 
-    def __init__(self, config: TrainWorldModelConfig, bank: WindowBank, device: torch.device) -> None:
+    ``processes``: those that share the run (``None``: one, on ``device``). All of them make the same calls.
+    """
+
+    def __init__(
+        self,
+        config: TrainWorldModelConfig,
+        bank: WindowBank,
+        device: torch.device,
+        processes: Processes | None = None,
+    ) -> None:
         self.config, self.bank, self.device = config, bank, device
+        self.processes = processes if processes is not None else Processes(device=device)
+        #: The rows of a batch that this process computes.
+        self.part = self.processes.share(config.run.batch)
         assert bank.proprioception_WKA.shape[1] == len(config.conditioner.lags), "windows of another conditioner"
         torch.manual_seed(config.run.seed)
         self.model = nn.ModuleDict(build_modules(config, bank)).to(device).train()
-        if compiles(config.run):
-            self.denoiser.compile_blocks()
-        self.optimizer = build_optimizer(self.model.parameters(), config.optim)
+        prepare_modules(self.denoiser, config, self.processes)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.trained, config.optim)
         self.average = WeightAverage(self.model, config.optim.ema)
         self.sampler = WindowSampler.build(bank.table, config.data.start_fraction, config.data.end_fraction)
+        self.guard = FiniteGuard(config.run.nonfinite, self.clips)
+        #: The frozen weights that adapters belong to; they are not in checkpoints.
+        self.base = fingerprint(Path(config.run.init)) if config.lora.rank and config.run.init else None
         self.wait_s = 0.0
         #: The held-out window whose pictures are shown, once it is chosen.
         self.shown: Tensor | None = None
@@ -103,58 +78,89 @@ class Trainer:
     def forcing(self) -> PhysisForcing | None:
         return self.model["forcing"] if "forcing" in self.model else None  # type: ignore[return-value]
 
+    def rows(self, step: int) -> Tensor:
+        """Window rows of the batch of a step, on the CPU: a function of (seed, step)."""
+        return self.sampler.draw(self.config.run.batch, step_generator(self.config.run.seed, step))
+
+    def clips(self, step: int) -> list[str]:
+        """What the windows in the batch of a step are called."""
+        return [self.bank.name(row) for row in self.rows(step).tolist()]
+
     def batch(self, step: int) -> dict[str, Any]:
-        """The batch of a step, a function of (seed, step)."""
-        rows = self.sampler.draw(self.config.run.batch, step_generator(self.config.run.seed, step))
+        """What this process computes of the batch of a step."""
+        rows = self.rows(step)[self.part]
         if self.device.type == "cuda":
             rows = rows.pin_memory()
         return self.bank.batch(rows.to(self.device, non_blocking=True))
 
     def step(self, step: int) -> dict[str, Tensor]:
-        """Update number ``step`` (from 0). Returns loss terms and gradient norm as device scalars.
+        """Update number ``step`` (from 0). Returns loss terms and gradient norm (before clipping) as device scalars.
 
-        Gradient shares of the physics losses are measured at the steps whose line is logged.
+        Gradient shares of the physics losses are measured at the steps whose line is logged. What is not finite is for ``guard``.
         """
         begun = time.perf_counter()
         if self.forcing is not None:
             self.forcing.measure = (step + 1) % self.config.run.log_every == 0
         batch = self.batch(step)
         generator = step_generator(self.config.run.seed + 1, step, self.device)
-        drawn = draw_noise(batch["latents_BCFhw"], self.config.flow, generator)
+        whole = torch.empty((self.config.run.batch, *batch["latents_BCFhw"].shape[1:]), device="meta")
+        noise, sigma, order = (value[self.part] for value in draw_noise(whole, self.config.flow, generator))
         if self.config.text_dropout > 0:
-            batch["text_BLD"] = without_text(batch["text_BLD"], self.config.text_dropout, generator)
+            shared = self.config.run.batch, self.part
+            batch["text_BLD"] = without_text(batch["text_BLD"], self.config.text_dropout, generator, *shared)
         self.wait_s = time.perf_counter() - begun
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, step, self.config.run.steps))
-        terms = objective(
-            self.denoiser, self.forcing, batch, drawn, self.config.flow, autocast(self.config.run, self.device)
-        )
+        precision = autocast(self.config.run, self.device)
+        terms = objective(self.denoiser, self.forcing, batch, (noise, sigma, order), self.config.flow, precision)
         terms["loss"].backward()
         if self.forcing is not None and self.forcing.measures:
             terms |= self.forcing.shares()
-        terms["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
-        self.optimizer.step()
+        average_gradients(self.trained, self.processes)
+        norm = clip_gradients(self.trained, self.config.optim.clip, self.processes)
+        terms = mean_terms(terms, self.processes) | {"grad_norm": norm.detach()}
+        if self.guard.admits(step, terms["loss"], norm):
+            self.optimizer.step()
+            self.average.update(step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.average.update(step)
-        return {name: value.detach() for name, value in terms.items()}
+        return terms
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights. Weights that are gathered or frozen in bfloat16 are used in it, others in float32."""
+        half = self.config.lora.rank > 0 or (self.processes.many and self.device.type == "cuda")
+        self.average.swap()
+        try:
+            with autocast(self.config.run, self.device) if half else contextlib.nullcontext():
+                yield
+        finally:
+            self.average.swap()
 
     def heldout(self, bank: WindowBank) -> dict[str, float]:
-        """Held-out values of the averaged weights."""
-        self.average.swap()
-        values = heldout_losses(
-            self.denoiser, self.forcing, bank, self.config.flow, windows=self.config.heldout_windows
-        )
-        self.average.swap()
+        """Held-out values of the averaged weights; each of several processes computes all of them, which gives what one would."""
+        with self.averaged():
+            values = heldout_losses(
+                self.denoiser, self.forcing, bank, self.config.flow, windows=self.config.heldout_windows
+            )
         return {f"heldout_{name}": value for name, value in values.items()}
 
     def save(self, run: Path, done: int) -> Path:
-        def write_model(folder: Path) -> None:
-            self.average.swap()
-            self.export(folder, dtype=None)
-            self.average.swap()
+        """Write the checkpoint after ``done`` updates; every process takes part."""
 
-        tensors = training_tensors(self.model, self.average, self.optimizer, self.device)
-        state = {"settings": binding_settings(self.config), "teachers": self.teachers}
-        return save_checkpoint(run, done, write_model, tensors, state)
+        def write_model(folder: Path) -> None:
+            with self.averaged():
+                self.export(folder, dtype=None)
+
+        tensors = training_tensors(
+            self.model, self.average, self.optimizer, self.device, frozen=self.config.lora.rank == 0
+        )
+        state = {
+            "settings": binding_settings(self.config),
+            "teachers": self.teachers,
+            "skipped": self.guard.skipped,
+            "base": self.base,
+            "processes": self.processes.world,
+        }
+        return save_checkpoint(run, done, write_model, tensors, state, self.processes)
 
     @property
     def teachers(self) -> dict[str, Any] | None:
@@ -163,93 +169,112 @@ class Trainer:
 
     def restore(self, checkpoint: Path) -> int:
         """Continue from a checkpoint, bit-exactly; returns the number of updates it holds. ``UserError`` where the targets are of
-        other teachers, whose settings may look the same."""
-        began = json.loads((checkpoint / "training" / "state.json").read_text()).get("teachers", self.teachers)
+        other teachers or the frozen weights of another model, whose settings may look the same."""
+        state = json.loads((checkpoint / "training" / "state.json").read_text())
+        began, self.guard.skipped = state.get("teachers", self.teachers), state.get("skipped", 0)
         if began != self.teachers:
             fix = "give the weights that the run began with (teacher.*.path), or begin another run"
             raise UserError("teacher", got=str(self.teachers), wanted=str(began), fix=fix)
-        return restore_training(checkpoint, self.model, self.average, self.optimizer, self.device)
-
-    def export(self, folder: Path, dtype: torch.dtype | None) -> None:
-        """Write the live weights as a world-model folder."""
-        firsts = self.bank.proprioception_WKA[self.bank.table.start_W.to(self.device) == 0, 0]
-        save_world_model(
-            folder,
-            self.denoiser,
-            self.forcing,
-            sample_shift=self.config.flow.sample_shift,
-            latents_fingerprint=latents_fingerprint(Path(self.config.codec)),
-            home_state=firsts.median(0).values.tolist(),
-            dtype=dtype,
+        if state.get("base") != self.base:
+            fix = "give run.init the model that the run began with, or begin another run"
+            raise UserError("run.init", got=f"weights {self.base}", wanted=f"weights {state.get('base')}", fix=fix)
+        return restore_training(
+            checkpoint,
+            self.model,
+            self.average,
+            self.optimizer,
+            self.device,
+            frozen=self.config.lora.rank == 0,
+            processes=self.processes,
         )
 
+    def export(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Write the live weights as a world-model folder; every process takes part, and the first writes."""
+        export_world_model(folder, self.model, self.config, self.bank, dtype, self.processes)
+
     def flops(self) -> float:
-        """Floating-point operations of one update: 6 a parameter and token, and attention (forward once, backward twice)."""
+        """Floating-point operations of one update in this process: for each parameter and token 2 forward, 2 for the gradient of what went
+        in and, where it is trained, 2 for its own; attention once forward and twice backward. Recomputation does not count."""
         config, shape = self.config.backbone, self.bank.latents_WCFhw.shape
         tokens = shape[2] * shape[3] * shape[4]
-        dense = sum(p.numel() for p in self.denoiser.transformer.blocks.parameters())
-        attention = config.num_layers * 4 * tokens * tokens * config.dim
-        return self.config.run.batch * 3.0 * (2.0 * dense * tokens + attention)
-
-
-def build_modules(config: TrainWorldModelConfig, bank: WindowBank) -> dict[str, nn.Module]:
-    """``denoiser`` and, where the windows have physics targets, ``forcing``: as ``run.init`` has them, or freshly initialised from
-    torch's global generator (seed it first)."""
-    init = Path(config.run.init) if config.run.init else None
-    if init is None:
-        denoiser = build_denoiser(config.backbone, config.conditioner)
-        denoiser.conditioner.set_statistics(bank.proprioception_WKA.cpu())
-    else:
-        denoiser = load_denoiser(init)
-    if config.actions and denoiser.actions is None:
-        assert bank.actions_WPA is not None, "windows without actions"
-        present_WA = bank.proprioception_WKA[:, 0]
-        denoiser.add_actions(ActionConfig()).set_statistics(bank.actions_WPA.cpu(), present_WA.cpu())
-    modules: dict[str, nn.Module] = {"denoiser": denoiser}
-    if bank.targets is not None:
-        # without an encoder relations come from bodies, whose psi may have any width
-        teacher_dim = bank.targets.teacher_dim or config.physics.feature_dim
-        forcing = PhysisForcing(config.physics, width=config.backbone.dim, teacher_dim=teacher_dim)
-        if init is not None:
-            load_heads(forcing, init)
-        modules["forcing"] = forcing
-    return modules
+        dense = sum((6 if p.requires_grad else 4) * p.numel() for p in self.denoiser.transformer.blocks.parameters())
+        attention = 3 * config.num_layers * 4 * tokens * tokens * config.dim
+        return self.config.run.batch / self.processes.world * (float(dense) * tokens + attention)
 
 
 def train_world_model(config: TrainWorldModelConfig, banks: tuple[WindowBank, WindowBank] | None = None) -> Path:
     """Train and write checkpoints, metrics and the exported model (``<out>/export``, float16, averaged weights).
 
-    ``heldout.json`` in the run folder holds the held-out values before and after. Returns the export folder.
+    ``heldout.json`` in the run folder holds the held-out values before and after. Returns the export folder. Raises
+    ``TrainingStopped`` once a signal has ended the run and its checkpoint is written, and ``FloatingPointError`` as ``FiniteGuard`` does.
     """
     adopt_world_model(config)
-    run, device, found = begin_run(config)
-    bank, heldout = banks if banks is not None else prepare_banks(config, device)
-    trainer = Trainer(config, bank, device)
+    processes = Processes.start(config.run.device)
+    try:
+        return _train(config, banks, processes)
+    finally:
+        processes.close()
+
+
+def _train(config: TrainWorldModelConfig, banks: tuple[WindowBank, WindowBank] | None, processes: Processes) -> Path:
+    run, device, found = begin_run(config, processes)
+    if banks is None:
+        banks = processes.one_after_the_other(lambda: prepare_banks(config, device))
+    bank, heldout = banks
+    trainer = Trainer(config, bank, device, processes)
     first = trainer.restore(found) if found is not None else 0
-    log = StepLog(run, config.run.steps, config.run.batch, trainer.flops(), device, done=first)
-    report = run / "heldout.json"
+    quiet = not processes.first
+    log = StepLog(run, config.run.steps, config.run.batch, trainer.flops(), device, done=first, quiet=quiet)
     if first == 0:
-        before = trainer.heldout(heldout)
-        report.write_text(json.dumps({"before": before}, indent=2) + "\n")
-        log.event({"step": 0, **before})
-        heldout_pictures(trainer, heldout, 0, log)
-    for step in range(first, config.run.steps):
-        terms = trainer.step(step)
-        log.add(terms, trainer.wait_s)
-        done = step + 1
-        last = done == config.run.steps
-        if done % config.run.log_every == 0 or last:
-            log.line(done, trainer.optimizer.param_groups[0]["lr"])
-        if done % config.run.eval_every == 0 or last:
-            values = trainer.heldout(heldout)
-            log.event({"step": done, **values})
-            heldout_pictures(trainer, heldout, done, log)
-            if last:
-                record = json.loads(report.read_text()) if report.is_file() else {}
-                report.write_text(json.dumps({**record, "after": values}, indent=2) + "\n")
-        if done % config.run.save_every == 0 or last:
-            trainer.save(run, done)
+        _measure(trainer, heldout, 0, log)
+    with StopSignals() as signals:
+        for step in range(first, config.run.steps):
+            terms = trainer.step(step)
+            done, last = step + 1, step + 1 == config.run.steps
+            _after_update(trainer, log, terms, done)
+            told = None if last else _told(signals, processes)
+            if not told and (done % config.run.eval_every == 0 or last):
+                _measure(trainer, heldout, done, log)
+            if done % config.run.save_every == 0 or last or told:
+                trainer.guard.check()
+                saved = trainer.save(run, done)
+                if told:
+                    log.close()
+                    raise TrainingStopped(told, done, config.run.steps, saved)
     log.close()
     trainer.average.swap()
     trainer.export(run / "export", dtype=torch.float16)
+    processes.barrier()
     return run / "export"
+
+
+def _told(signals: StopSignals, processes: Processes) -> str | None:
+    """What tells the run to end, in any of its processes."""
+    if not processes.total([float(signals.told is not None)])[0]:
+        return None
+    return signals.told or "a signal to another process"
+
+
+def _measure(trainer: Trainer, heldout: WindowBank, done: int, log: StepLog) -> None:
+    """Held-out values and pictures into the log; those before and after the run into ``heldout.json``."""
+    values = trainer.heldout(heldout)
+    log.event({"step": done, **values})
+    report, place = log.run / "heldout.json", {0: "before", trainer.config.run.steps: "after"}.get(done)
+    if place is not None and trainer.processes.first:
+        known = json.loads(report.read_text()) if report.is_file() and done else {}
+        report.write_text(json.dumps({**known, place: values}, indent=2) + "\n")
+    heldout_pictures(trainer, heldout, done, log)
+
+
+def _after_update(trainer: Trainer, log: StepLog, terms: dict[str, Tensor], done: int) -> None:
+    """Put the update into the log, and write its line where one is due. On a CPU every update is looked at, which costs nothing there."""
+    run = trainer.config.run
+    if (skipped := trainer.guard.take_skipped()) is not None:
+        log.event(skipped)
+    else:
+        log.add(terms, trainer.wait_s)
+    due = done % run.log_every == 0 or done == run.steps
+    if due or trainer.device.type == "cpu":
+        trainer.guard.check()
+    if due:
+        log.line(done, trainer.optimizer.param_groups[0]["lr"])

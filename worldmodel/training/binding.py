@@ -1,0 +1,66 @@
+"""The settings that a continued run must share with its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from physisforcing.core.errors import UserError
+
+#: Settings that may differ when a run continues: they say where it runs and what it reports, not what it computes.
+FREE_SETTINGS = (
+    frozenset(
+        f"run.{name}"
+        for name in ("out", "resume", "device", "nonfinite", "checkpointing", "log_every", "save_every", "eval_every")
+    )
+    | frozenset(f"fit.{name}" for name in ("log_every", "save_every"))
+    | frozenset(f"data.{name}" for name in ("workers", "text_cache", "targets_cache"))
+    | frozenset(
+        f"teacher.{kind}.{name}" for kind in ("tracker", "depth", "encoder") for name in ("path", "source", "device")
+    )
+)
+
+
+def binding_settings(config: Any) -> dict[str, Any]:
+    """The settings that a continued run must share with its checkpoints: dotted name -> plain value of the config dataclass."""
+    flat: dict[str, Any] = {}
+
+    def walk(values: Mapping[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}.")
+            elif prefix + name not in FREE_SETTINGS:
+                flat[prefix + name] = value
+
+    walk(
+        json.loads(json.dumps(dataclasses.asdict(config))), ""
+    )  # through JSON: tuples become lists, as in the checkpoint
+    return flat
+
+
+def check_settings(checkpoint: Path, config: Any) -> None:
+    """Raise ``UserError`` naming the first setting of ``config`` that is not that of the run which wrote ``checkpoint``. A setting that
+    did not exist then has its default, which must mean what happened without it."""
+    stored = json.loads((checkpoint / "training" / "state.json").read_text()).get("settings", {})
+    now = binding_settings(config)
+    stored = {name: value for name, value in _defaults(config).items() if name in now} | stored
+    for name in sorted({*stored, *now}):
+        if name not in stored or name not in now or stored[name] != now[name]:
+            before = stored.get(name, "nothing")
+            raise UserError(
+                name,
+                got=now.get(name, "nothing"),
+                wanted=f"{before!r}, with which {checkpoint} was trained",
+                fix=f"continue with {name}={before}, or start a new run in another run.out",
+            )
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The settings of a config dataclass as it is without any choice; empty where it cannot be made so."""
+    try:
+        return binding_settings(type(config)())
+    except TypeError:
+        return {}

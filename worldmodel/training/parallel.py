@@ -1,0 +1,106 @@
+"""One run in several processes: ``fully_shard`` (FSDP2) spreads the transformer over them.
+
+The batch of a step is drawn whole in every process from (seed, step) and each keeps its rows, so that neither the sample stream nor the
+loss depends on how many there are. Of the transformer every process keeps a part of each weight, its average and its optimiser state;
+what is small (conditioner, action conditioner, physics heads) every process keeps whole, in float32, with gradients averaged here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .optim import is_sharded, local
+from .processes import Processes
+
+
+def shard(module: nn.Module, blocks: Iterable[nn.Module], whole: Iterable[nn.Module], processes: Processes) -> None:
+    """Spread ``module`` over the processes, each of ``blocks`` by itself and the rest together, but for the modules in ``whole``.
+
+    On GPUs the blocks are gathered in bfloat16 and gradients are summed in float32; the small rest stays in float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # the velocity is a view of what the last layer gives, and nothing writes into it: a warning at every step says nothing
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    kept = {parameter for part in whole for parameter in part.parameters()}
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if processes.device.type == "cuda":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=processes.mesh, mp_policy=policy)
+    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(module, mesh=processes.mesh, mp_policy=plain, ignored_params=kept)
+
+
+@torch.no_grad()
+def whole(value: Tensor) -> Tensor:
+    """A sharded tensor put together (every process must ask); another tensor as it is."""
+    return value.full_tensor() if is_sharded(value) else value  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> None:
+    """Mean of the gradients of parameters that every process keeps whole; sharded ones have it already."""
+    kept = [p for p in parameters if p.requires_grad and not is_sharded(p)]
+    if not processes.many or not kept:
+        return
+    for parameter in kept:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([p.grad.flatten().float() for p in kept])  # type: ignore[union-attr]
+    dist.all_reduce(flat)
+    flat /= processes.world
+    for parameter, mean in zip(kept, flat.split([p.numel() for p in kept]), strict=True):
+        parameter.grad.copy_(mean.view_as(parameter))  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, processes: Processes) -> Tensor:
+    """Scale all gradients to a common norm of at most ``limit``; returns the norm before, a scalar that is the same everywhere."""
+    if not processes.many:
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    found = [p.grad for p in parameters if p.grad is not None]
+    parts = [local(grad) for grad in found if is_sharded(grad)]
+    rest = [grad for grad in found if not is_sharded(grad)]
+    square = torch.stack(torch._foreach_norm(parts)).square().sum()
+    dist.all_reduce(square)
+    if rest:
+        square = square + torch.stack(torch._foreach_norm(rest)).square().sum()
+    norm = square.sqrt()
+    torch._foreach_mul_(parts + rest, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+#: Metrics that are means over the points in the loss of a process, and what a process has counted.
+_OF_POINTS = ("epe_cells", "epe_px", "epe_uniform_px", "epe_still_px")
+_COUNTS = ("pairs", "related")
+
+
+@torch.no_grad()
+def mean_terms(terms: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Loss terms and metrics of the whole batch, the same in every process."""
+    terms = {name: value.detach().float() for name, value in terms.items()}
+    if not processes.many:
+        return terms
+    pairs = terms.get("pairs")
+    for name in _OF_POINTS:
+        if pairs is not None and name in terms:
+            terms[name] = terms[name] * pairs
+    values = torch.stack(list(terms.values()))
+    dist.all_reduce(values)
+    summed = dict(zip(terms, values, strict=True))
+    count = None if pairs is None else summed["pairs"].clamp(min=1e-12)
+    means = {}
+    for name, value in summed.items():
+        if name in _COUNTS:
+            means[name] = value
+        elif name in _OF_POINTS and count is not None:
+            means[name] = value / count
+        else:
+            means[name] = value / processes.world
+    return means
