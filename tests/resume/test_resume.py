@@ -1,76 +1,25 @@
 """Training resumes bit-exactly, and whatever kills a process leaves the last good checkpoint loadable."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.backbones.wan import ConditionerConfig, WanConfig
-from physisforcing.worldmodel.data.batches import BankTargets, WindowBank, WindowSampler, step_generator
-from physisforcing.worldmodel.data.window_targets import WindowTargets
+from physisforcing.worldmodel.data.batches import WindowSampler, step_generator
 from physisforcing.worldmodel.data.windows import WindowTable
 from physisforcing.worldmodel.flow_matching import FlowMatchingConfig
 from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.training.checkpoint import is_complete, latest_checkpoint, load_training, save_checkpoint
 from physisforcing.worldmodel.training.config import DataConfig, TrainWorldModelConfig
 from physisforcing.worldmodel.training.evaluate import heldout_losses
+from physisforcing.worldmodel.training.tensors import shard_name
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
-
-
-def bank(seed: int) -> WindowBank:
-    """Four episodes of 40 steps with random latents, conditions and targets."""
-    generator = torch.Generator().manual_seed(seed)
-    table = WindowTable.build([40] * 4, stride=8)
-    count, shape = len(table), (3, 4, 5)
-    targets = WindowTargets(
-        points_WFN2=torch.rand(count, 3, 6, 2, generator=generator),
-        visible_WFN=torch.rand(count, 3, 6, generator=generator) > 0.2,
-        select_WN=torch.rand(count, 6, generator=generator) > 0.5,
-        mask_WFhw=torch.rand(count, *shape, generator=generator) > 0.5,
-        teacher_WF=torch.randint(5, (count, 3), generator=generator),
-        body_WFhw=torch.zeros(count, 0, *shape[1:], dtype=torch.int32),
-        token_WK=torch.zeros(count, 0, dtype=torch.int16),
-        relation_WR=torch.zeros(count, 0, dtype=torch.int8),
-        teacher_EhwC=torch.randn(5, 4, 5, 8, generator=generator).half(),
-        channels=8,
-    )
-    return WindowBank(
-        table=table,
-        latents_WCFhw=torch.randn(count, 4, *shape, generator=generator),
-        text_SLD=torch.randn(2, 32, 384, generator=generator),
-        sentence_W=torch.randint(2, (count,), generator=generator),
-        proprioception_WKA=torch.randn(count, 3, 14, generator=generator),
-        targets=BankTargets(row_W=torch.arange(count), targets=targets),
-        actions_WPA=torch.randn(count, 16, 14, generator=generator),
-    )
-
-
-def config(tmp_path, name: str, steps: int) -> TrainWorldModelConfig:
-    made = TrainWorldModelConfig(codec=str(codec_folder(tmp_path)), heldout_windows=4)
-    made.run.out, made.run.steps, made.run.batch, made.run.device = str(tmp_path / name), steps, 3, "cpu"
-    made.run.log_every, made.run.save_every, made.run.eval_every = 2, 5, 100
-    made.optim.warmup = 3
-    made.backbone = WanConfig(latent_channels=4, num_heads=2, head_dim=12, num_layers=2, ffn_dim=32, tap=1)
-    made.conditioner = ConditionerConfig(hidden=16)
-    made.physics.phi_hidden = made.physics.psi_hidden = made.physics.feature_dim = 16
-    return made
-
-
-def codec_folder(tmp_path, name="codec", settings="{}"):
-    folder = tmp_path / name
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(settings)  # only its fingerprint is read here
-    save_file({"encode_in.weight": torch.zeros(2)}, folder / "weights.safetensors")
-    return folder
+from tiny_training import bank, codec_folder, config
 
 
 @pytest.mark.parametrize("actions", [False, True])
@@ -290,53 +239,58 @@ def test_heldout_values_do_not_depend_on_the_chunk_size(tmp_path, options):
     assert "epe_px" not in values(8), "a value of nothing is left out, not 0"
 
 
-WRITER = """
-import os, sys, torch
+#: Forks one writer a trial, so that imports are paid for once, and says how far each had come.
+WRITERS = """
+import json, os, random, signal, sys, time, torch
 from pathlib import Path
 from physisforcing.worldmodel.training.checkpoint import save_checkpoint
 from safetensors.torch import save_file
-def model(folder):
-    folder.mkdir()
-    save_file({"w": torch.full((400_000,), float(step))}, folder / "model.safetensors")
-for line in sys.stdin:
-    writer = os.fork()
-    if writer == 0:
-        run, step = Path(line.strip()), 0
-        print(os.getpid(), flush=True)
-        while True:
-            step += 1
-            save_checkpoint(run, step, model, {"weights": {"w": torch.full((400_000,), float(step))}}, {"seed": 0})
-            print(step, flush=True)
-    os.waitpid(writer, 0)
-    print("dead", flush=True)
+folder, draw = Path(sys.argv[1]), random.Random(0)
+def save(run, step):
+    def model(folder):
+        folder.mkdir()
+        save_file({"w": torch.full((400_000,), float(step))}, folder / "model.safetensors")
+    save_checkpoint(run, step, model, {"weights": {"w": torch.full((400_000,), float(step))}}, {"seed": 0})
+torch.set_num_threads(1)
+save(folder / "first", 1)  # imports what is imported late
+found = []
+for trial in range(int(sys.argv[2])):
+    run = folder / f"run{trial}"
+    said, say = os.pipe()
+    child = os.fork()
+    if child == 0:
+        for step in range(1, 1000):
+            save(run, step)
+            os.write(say, b"%d " % step)
+    os.close(say)
+    told = b""
+    while told.count(b" ") < 3:
+        told += os.read(said, 4096)
+    time.sleep(draw.uniform(0.0, 0.05))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while more := os.read(said, 4096):
+        told += more
+    found.append(int(told.split()[-1]))
+print(json.dumps(found))
 """
 
 
 def test_kill_during_saving_leaves_a_good_checkpoint(tmp_path):
-    """Each writer is a fork of one process, which has torch already, and is killed."""
-    delays = np.random.default_rng(0).uniform(0.0, 0.05, 4)
-    words = [sys.executable, "-c", WRITER]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdin is not None and parent.stdout is not None
-        for trial, delay in enumerate(delays):
-            run = tmp_path / f"run{trial}"
-            print(run, file=parent.stdin, flush=True)
-            writer = int(parent.stdout.readline())
-            for _ in range(3):
-                reported = int(parent.stdout.readline())
-            time.sleep(delay)
-            os.kill(writer, signal.SIGKILL)
-            while (line := parent.stdout.readline()) != "dead\n":
-                reported = int(line)
-            found = latest_checkpoint(run)
-            assert found is not None and int(found.name.removeprefix("step-")) >= reported
-            tensors, state = load_training(found)
-            assert (tensors["weights"]["w"] == state["step"]).all()
-            assert is_complete(run / "last")
-            # The next writer of this folder clears what the killed one left behind.
-            save_checkpoint(run, 999, lambda folder: folder.mkdir(), {}, {})
-            assert not list(run.glob(".writing-*"))
-        parent.stdin.close()
+    done = subprocess.run(
+        [sys.executable, "-c", WRITERS, str(tmp_path), "6"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for trial, reported in enumerate(json.loads(done.stdout)):
+        run = tmp_path / f"run{trial}"
+        found = latest_checkpoint(run)
+        assert found is not None and int(found.name.removeprefix("step-")) >= reported >= 3
+        tensors, state = load_training(found)
+        assert (tensors["weights"]["w"] == state["step"]).all()
+        assert is_complete(run / "last")
+        # The next writer of this folder clears what the killed one left behind.
+        save_checkpoint(run, 999, lambda folder: folder.mkdir(), {}, {})
+        assert not list(run.glob(".writing-*"))
 
 
 def save(run, step: int) -> None:
@@ -380,7 +334,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path):
 def test_damaged_checkpoints_are_passed_over(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
-    newest = tmp_path / "step-000002" / "training" / "weights.safetensors"
+    newest = tmp_path / "step-000002" / "training" / shard_name(0)
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(bytes(data))

@@ -1,0 +1,147 @@
+"""Runs of two gloo processes for tests/numerics/test_training_distributed.py: ``python two_processes.py FOLDER BASE``.
+
+One process imports everything and forks both ranks of each case, which costs one start-up. ``FOLDER`` has a run ``one`` of one process
+with checkpoints after 5 and 10 updates; ``BASE`` is a model to put adapters on, or empty.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from physisforcing.worldmodel.data.batches import WindowBank
+from physisforcing.worldmodel.training.config import LoraConfig, TrainWorldModelConfig
+from physisforcing.worldmodel.training.processes import Processes
+from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
+from tiny_training import bank, config
+
+BATCH = 4
+
+
+def half_empty() -> tuple[WindowBank, WindowBank]:
+    """Banks in which most windows have no targets, so that at some steps one process has none at all."""
+    train = bank(0)
+    train.targets.row_W[
+        torch.randperm(len(train.table), generator=torch.Generator().manual_seed(5))[: 3 * len(train.table) // 4]
+    ] = -1
+    return train, bank(1)
+
+
+def settings(folder: Path, name: str, steps: int = 10, base: str = "") -> TrainWorldModelConfig:
+    made = config(folder, name, steps)
+    made.run.batch, made.run.log_every, made.run.save_every, made.text_dropout = BATCH, 1, 5, 0.3
+    made.optim.lr, made.run.resume = 1e-2, True
+    if base:
+        made.run.init, made.lora = base, LoraConfig(rank=3, alpha=6.0)
+    return made
+
+
+def recorded(train: WindowBank) -> list[list[int]]:
+    """Rows of the training bank that are asked for from now on."""
+    rows, batch = [], WindowBank.batch
+
+    def noting(self, rows_B):
+        if self is train:
+            rows.append(rows_B.tolist())
+        return batch(self, rows_B)
+
+    WindowBank.batch = noting
+    return rows
+
+
+def train(folder: Path, name: str, base: str = "", checkpointing: str = "none") -> None:
+    banks = half_empty()
+    rows, made = recorded(banks[0]), settings(folder, name, base=base)
+    made.run.checkpointing = checkpointing
+    train_world_model(made, banks)
+    (folder / f"{name}-rows{os.environ['RANK']}.json").write_text(json.dumps(rows))
+
+
+def restore_and_save(folder: Path) -> None:
+    """Load a checkpoint of one process into two, and write it again."""
+    processes, banks = Processes.start("cpu"), half_empty()
+    trainer = Trainer(settings(folder, "again"), banks[0], torch.device("cpu"), processes)
+    done = trainer.restore(folder / "one" / "step-000005")
+    trainer.save(folder / "again", done)
+    processes.close()
+
+
+def forever(folder: Path) -> None:
+    made = settings(folder, "killed", steps=100_000)
+    made.run.save_every = made.run.log_every = 1
+    train_world_model(made, half_empty())
+
+
+def pair(case: Callable[[], None]) -> list[int]:
+    """Fork two ranks that run ``case``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in (0, 1):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            code = 1
+            try:
+                case()
+                code = 0
+            except BaseException as error:
+                print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(code)
+        ranks.append(child)
+    return ranks
+
+
+def both(case: Callable[[], None]) -> None:
+    ended = [os.waitpid(child, 0)[1] for child in pair(case)]
+    assert ended == [0, 0], ended
+
+
+def killed(folder: Path, trials: int) -> list[dict]:
+    """Kill one rank at random moments; the other has to end by itself."""
+    draw, found, run = random.Random(0), [], folder / "killed"
+    for trial in range(trials):
+        ranks, before = pair(lambda: forever(folder)), len(list(run.glob("step-*")))
+        deadline = time.monotonic() + 60
+        while len(list(run.glob("step-*"))) < before + 2 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0.0, 0.1))
+        seen = max(path.name for path in run.glob("step-*"))
+        os.kill(ranks[trial % 2], signal.SIGKILL)
+        ended = [os.waitpid(child, 0)[1] for child in ranks]
+        found.append({"ended": ended, "seen": seen, "killed": trial % 2})
+    return found
+
+
+def main(folder: Path, base: str) -> None:
+    torch.set_num_threads(1)
+    Trainer(settings(folder, "first", base=base), bank(0), torch.device("cpu")).step(0)  # imports what is imported late
+    importlib.import_module("torch.distributed.checkpoint")
+    importlib.import_module("torch.distributed.fsdp")
+    both(lambda: train(folder, "two"))
+    both(lambda: train(folder, "recomputed", checkpointing="full"))
+    for name, source in (("halves", "two"), ("one_to_two", "one")):
+        shutil.copytree(folder / source / "step-000005", folder / name / "step-000005")
+        both(lambda name=name: train(folder, name))
+    both(lambda: restore_and_save(folder))
+    if base:
+        both(lambda: train(folder, "two_lora", base))
+    (folder / "killed.json").write_text(json.dumps(killed(folder, 2)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

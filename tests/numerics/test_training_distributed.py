@@ -1,0 +1,158 @@
+"""A run in two gloo processes against one process: the same samples and losses, exact checkpoints, and an end with the first that dies.
+
+Two processes sum what one sums in another order, so weights agree within float32 rounding that Adam's first steps enlarge: LOSS and
+WEIGHT below. Everything that only moves numbers (checkpoints, other numbers of processes) is held to equal bits.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from physisforcing.core.errors import UserError
+from physisforcing.worldmodel.backbones.wan import load_denoiser
+from physisforcing.worldmodel.data.batches import step_generator
+from physisforcing.worldmodel.flow_matching import FlowMatchingConfig
+from physisforcing.worldmodel.training.checkpoint import is_complete, latest_checkpoint, load_training
+from physisforcing.worldmodel.training.objective import draw_noise
+from physisforcing.worldmodel.training.processes import Processes
+from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
+from two_processes import BATCH, half_empty, settings
+
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+#: Relative difference of logged losses, and absolute difference of weights, after ten updates at a learning rate of 0.01.
+LOSS, WEIGHT = 1e-4, 2e-3
+
+try:
+    import peft  # noqa: F401
+
+    PEFT = True
+except ImportError:
+    PEFT = False
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with all runs of this file."""
+    folder = tmp_path_factory.mktemp("runs")
+    train_world_model(settings(folder, "one"), half_empty())
+    base = str(folder / "one" / "step-000010" / "model") if PEFT else ""
+    if PEFT:
+        train_world_model(settings(folder, "one_lora", base=base), half_empty())
+    done = subprocess.run(
+        [sys.executable, str(HELPERS / "two_processes.py"), str(folder), base],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def lines(run: Path) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if "grad_norm" in line]
+
+
+def same(one: Path, two: Path) -> bool:
+    first, second = load_training(one)[0], load_training(two)[0]
+    assert {group: set(values) for group, values in first.items()} == {g: set(v) for g, v in second.items()}
+    return all(torch.equal(value, second[group][key]) for group in first for key, value in first[group].items())
+
+
+def close(one: Path, two: Path) -> None:
+    first, second = load_training(one)[0], load_training(two)[0]
+    for group in ("weights", "average"):
+        assert first[group].keys() == second[group].keys()
+        for name, value in first[group].items():
+            torch.testing.assert_close(
+                value, second[group][name], rtol=0, atol=WEIGHT, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("name", ["", pytest.param("_lora", marks=pytest.mark.skipif(not PEFT, reason="needs peft"))])
+def test_losses_norms_and_weights_are_those_of_one_process(runs, name):
+    one, two = lines(runs / f"one{name}"), lines(runs / f"two{name}")
+    assert len(one) == len(two) == 10
+    for first, second in zip(one, two, strict=True):
+        for term in ("loss", "fm", "pix", "sem", "grad_norm", "pairs", "related", "valid", "tokens", "epe_px"):
+            assert second[term] == pytest.approx(first[term], rel=LOSS, abs=1e-6), (term, first["step"])
+    assert any(line["pix"] > 0 for line in one) and one[0]["loss"] != one[-1]["loss"]
+    close(runs / f"one{name}" / "last", runs / f"two{name}" / "last")
+    before, after = (json.loads((runs / f"{n}{name}" / "heldout.json").read_text())["after"] for n in ("one", "two"))
+    assert after == pytest.approx(before, rel=2e-3, abs=1e-5)
+
+
+def test_each_process_computes_its_part_of_the_same_batches(runs):
+    bank = half_empty()[0]
+    trainer = Trainer(settings(runs, "rows"), bank, torch.device("cpu"))
+    parts = [json.loads((runs / f"two-rows{rank}.json").read_text()) for rank in (0, 1)]
+    drawn = [trainer.rows(step).tolist() for step in range(10)]
+    assert [first + second for first, second in zip(*parts, strict=True)] == drawn
+    without = [not bool((bank.targets.row_W[torch.tensor(rows)] >= 0).any()) for rows in parts[0] + parts[1]]
+    assert any(without) and not all(without), "at some step one process has no targets at all"
+
+
+def test_the_noise_of_a_sample_does_not_depend_on_the_number_of_processes():
+    flow, whole = FlowMatchingConfig(), torch.empty((BATCH, 4, 3, 4, 5), device="meta")
+    drawn = draw_noise(torch.zeros(BATCH, 4, 3, 4, 5), flow, step_generator(3, 7))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, draw_noise(whole, flow, step_generator(3, 7)), strict=True))
+
+
+def test_batches_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match=r"run\.batch.*multiple of the 4 processes.*run\.batch=8"):
+        Processes(world=4).share(6)
+    assert [Processes(world=4, rank=rank).share(8) for rank in (0, 3)] == [slice(0, 2), slice(6, 8)]
+
+
+def test_resume_on_two_processes_is_bit_equal(runs):
+    assert same(runs / "two" / "step-000010", runs / "halves" / "step-000010")
+
+
+def test_recomputed_blocks_under_sharding_give_the_same_bits(runs):
+    assert same(runs / "two" / "step-000010", runs / "recomputed" / "step-000010")
+
+
+def test_a_checkpoint_of_one_process_is_loaded_exactly_by_two_and_goes_on(runs):
+    again = runs / "again" / "step-000005"
+    assert len(list((again / "training").glob("shard-*"))) == 2
+    assert same(runs / "one" / "step-000005", again)
+    close(runs / "one" / "step-000010", runs / "one_to_two" / "step-000010")
+
+
+def test_a_checkpoint_of_two_processes_is_loaded_exactly_by_one_and_goes_on(runs):
+    made = settings(runs, "two_to_one")
+    trainer = Trainer(made, half_empty()[0], torch.device("cpu"))
+    done = trainer.restore(runs / "two" / "step-000005")
+    assert same(runs / "two" / "step-000005", trainer.save(runs / "two_to_one", done))
+    train_world_model(made, half_empty())
+    close(runs / "two" / "step-000010", runs / "two_to_one" / "step-000010")
+
+
+def test_the_first_process_exports_the_whole_average(runs):
+    average = load_training(runs / "two" / "last")[0]["average"]
+    state = load_denoiser(runs / "two" / "last" / "model").state_dict()
+    trained = {name.removeprefix("denoiser."): value for name, value in average.items() if name.startswith("denoiser.")}
+    assert set(trained) <= set(state) and len(trained) > 40
+    assert all(torch.equal(value, state[name]) for name, value in trained.items())
+    assert sorted(p.name for p in (runs / "two" / "export").iterdir()) == sorted(
+        p.name for p in (runs / "one" / "export").iterdir()
+    )
+
+
+def test_a_killed_process_ends_the_others_and_leaves_a_good_checkpoint(runs):
+    trials = json.loads((runs / "killed.json").read_text())
+    for trial in trials:
+        assert os.WTERMSIG(trial["ended"][trial["killed"]]) == 9
+        assert os.waitstatus_to_exitcode(trial["ended"][1 - trial["killed"]]) not in (0, -9)
+    found = latest_checkpoint(runs / "killed")
+    assert found is not None and found.name >= trials[-1]["seen"] and is_complete(found)
+    tensors, state = load_training(found)
+    assert int(found.name.removeprefix("step-")) == state["step"] and state["processes"] == 2
+    steps = [value for name, value in tensors["optimizer"].items() if name.endswith("/step")]
+    assert all(int(value) == state["step"] for value in steps)
