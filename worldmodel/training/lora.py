@@ -34,7 +34,7 @@ def add_lora(transformer: Any, config: LoraConfig, usual: Sequence[str], base_dt
     try:
         from peft import LoraConfig as PeftConfig
     except ImportError as error:
-        fix = "pip install 'physisforcing[gpu]', or lora.rank=0"
+        fix = "pip install 'physisforcing[lora]', or lora.rank=0"
         raise UserError("lora.rank", got=config.rank, wanted="the package peft", fix=fix) from error
     targets = list(config.targets or usual)
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
