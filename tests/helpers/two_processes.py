@@ -18,11 +18,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from physisforcing.worldmodel.data.batches import WindowBank
 from physisforcing.worldmodel.training.config import LoraConfig, TrainWorldModelConfig
 from physisforcing.worldmodel.training.processes import Processes
+from physisforcing.worldmodel.training.stopping import TrainingStopped
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
 from tiny_training import bank, config
 
@@ -66,6 +68,29 @@ def train(folder: Path, name: str, base: str = "", checkpointing: str = "none") 
     made.run.checkpointing = checkpointing
     train_world_model(made, banks)
     (folder / f"{name}-rows{os.environ['RANK']}.json").write_text(json.dumps(rows))
+
+
+def spoiled(folder: Path) -> tuple[TrainWorldModelConfig, tuple[WindowBank, WindowBank]]:
+    """A run that leaves out what is not finite, and banks with one such window, which stands in one half of some batches."""
+    made, banks = settings(folder, f"{'two' if 'RANK' in os.environ else 'one'}_skip"), half_empty()
+    made.run.nonfinite = "skip"
+    banks[0].latents_WCFhw[11, 0, 1] = float("nan")
+    return made, banks
+
+
+def told_once(folder: Path) -> None:
+    """The second process alone is told to end, in the fourth update."""
+    step = Trainer.step
+
+    def telling(self, number):
+        if number == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    Trainer.step = telling
+    with pytest.raises(TrainingStopped) as stopped:
+        train_world_model(settings(folder, "told"), half_empty())
+    assert stopped.value.done == 4
 
 
 def restore_and_save(folder: Path) -> None:
@@ -120,7 +145,7 @@ def killed(folder: Path, trials: int) -> list[dict]:
         while len(list(run.glob("step-*"))) < before + 2 and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(draw.uniform(0.0, 0.1))
-        seen = max(path.name for path in run.glob("step-*"))
+        seen = (run / "last").readlink().name
         os.kill(ranks[trial % 2], signal.SIGKILL)
         ended = [os.waitpid(child, 0)[1] for child in ranks]
         found.append({"ended": ended, "seen": seen, "killed": trial % 2})
@@ -138,6 +163,9 @@ def main(folder: Path, base: str) -> None:
         shutil.copytree(folder / source / "step-000005", folder / name / "step-000005")
         both(lambda name=name: train(folder, name))
     both(lambda: restore_and_save(folder))
+    both(lambda: train_world_model(*spoiled(folder)))
+    both(lambda: told_once(folder))
+    both(lambda: train(folder, "told"))
     if base:
         both(lambda: train(folder, "two_lora", base))
     (folder / "killed.json").write_text(json.dumps(killed(folder, 2)))

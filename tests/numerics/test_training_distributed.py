@@ -21,7 +21,7 @@ from physisforcing.worldmodel.training.checkpoint import is_complete, latest_che
 from physisforcing.worldmodel.training.objective import draw_noise
 from physisforcing.worldmodel.training.processes import Processes
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
-from two_processes import BATCH, half_empty, settings
+from two_processes import BATCH, half_empty, settings, spoiled
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 #: Relative difference of logged losses, and absolute difference of weights, after ten updates at a learning rate of 0.01.
@@ -40,6 +40,7 @@ def runs(tmp_path_factory) -> Path:
     """A folder with all runs of this file."""
     folder = tmp_path_factory.mktemp("runs")
     train_world_model(settings(folder, "one"), half_empty())
+    train_world_model(*spoiled(folder))
     base = str(folder / "one" / "step-000010" / "model") if PEFT else ""
     if PEFT:
         train_world_model(settings(folder, "one_lora", base=base), half_empty())
@@ -112,6 +113,26 @@ def test_batches_that_do_not_divide_are_refused():
 
 def test_resume_on_two_processes_is_bit_equal(runs):
     assert same(runs / "two" / "step-000010", runs / "halves" / "step-000010")
+
+
+def test_a_signal_to_one_process_saves_and_ends_both(runs):
+    assert (runs / "told" / "step-000004" / "COMPLETE").is_file()
+    assert same(runs / "two" / "step-000010", runs / "told" / "step-000010")
+
+
+def test_what_is_not_finite_in_one_process_is_skipped_by_both(runs):
+    states = [load_training(runs / f"{name}_skip" / "last")[1] for name in ("one", "two")]
+    assert 0 < states[0]["skipped"] == states[1]["skipped"] < 10
+    close(runs / "one_skip" / "last", runs / "two_skip" / "last")
+    skipped = [
+        [
+            json.loads(line)
+            for line in (runs / f"{name}_skip" / "metrics.jsonl").read_text().splitlines()
+            if '"clips"' in line
+        ]
+        for name in ("one", "two")
+    ]
+    assert skipped[0] == skipped[1] and all(len(line["clips"]) == BATCH for line in skipped[0])
 
 
 def test_recomputed_blocks_under_sharding_give_the_same_bits(runs):

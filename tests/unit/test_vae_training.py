@@ -1,5 +1,7 @@
 """Training a codec's decoder further: better pictures, the same latents."""
 
+import os
+import signal
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from physisforcing.worldmodel.training import vae
 from physisforcing.worldmodel.training.checkpoint import latest_checkpoint, load_training
 from physisforcing.worldmodel.training.config import AutoencoderConfig, TrainVaeConfig
 from physisforcing.worldmodel.training.optim import learning_rate
+from physisforcing.worldmodel.training.stopping import TrainingStopped
 from physisforcing.worldmodel.training.vae import train_vae
 
 SMALL = AutoencoderConfig(
@@ -124,7 +127,37 @@ def test_ten_updates_equal_five_and_five(tmp_path, monkeypatch):
         train_vae(stopped, episodes())
 
 
-@pytest.mark.parametrize("field", ["compile", "precision"])
+def test_a_codec_is_trained_by_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes"):
+        train_vae(config(tmp_path / "run"), episodes())
+
+
+def test_a_signal_saves_and_what_is_not_finite_is_left_out(tmp_path, monkeypatch):
+    made = config(tmp_path / "run")
+    made.run.steps, made.run.batch, made.run.save_every, made.run.eval_every = 6, 1, 100, 100
+    made.run.nonfinite, plain = "skip", vae.train_step_terms
+    calls = []
+
+    def terms(model, frames, noise, loss):
+        calls.append(len(calls))
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        made_terms = plain(model, frames, noise, loss)
+        return made_terms | {"loss": made_terms["loss"] * (float("nan") if len(calls) == 2 else 1.0)}
+
+    monkeypatch.setattr(vae, "train_step_terms", terms)
+    with pytest.raises(TrainingStopped, match=r"4 of 6 updates.*run\.resume=true"):
+        train_vae(made, episodes())
+    tensors, state = load_training(tmp_path / "run" / "step-000004")
+    assert (state["step"], state["skipped"]) == (4, 1)
+    assert all(int(value) == 3 for name, value in tensors["optimizer"].items() if name.endswith("/step"))
+    made.run.resume = True
+    train_vae(made, episodes())
+    assert len(calls) == 6 and latest_checkpoint(tmp_path / "run").name == "step-000006"
+
+
+@pytest.mark.parametrize("field", ["compile", "precision", "nonfinite", "checkpointing"])
 def test_an_unknown_way_to_run_is_refused_before_any_work(tmp_path, field):
     made = config(tmp_path / "run")
     setattr(made.run, field, "graph")

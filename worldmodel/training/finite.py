@@ -56,7 +56,7 @@ class FiniteGuard:
             if not good:
                 clips = ", ".join(self.clips(step))
                 raise FloatingPointError(
-                    f"step {step}: the loss or its gradient is not finite. Its batch: {clips}. Nothing was saved after it; "
+                    f"step {step}: a loss is not finite, or its gradient. The batch: {clips}. Nothing was saved after it; "
                     "run.nonfinite=skip leaves such updates out"
                 )
 

@@ -6,6 +6,7 @@ Only adapters, conditioner and physics heads are trained, averaged and saved in 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,17 +26,22 @@ NAME, FILE = "default", "pytorch_lora_weights.safetensors"
 SETTINGS = "lora_adapter_metadata"
 
 
+def require_peft(config: LoraConfig) -> None:
+    """``UserError`` where peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        fix = "pip install 'physisforcing[lora]', or lora.rank=0"
+        raise UserError("lora.rank", got=config.rank, wanted="0 without the package peft", fix=fix)
+
+
 def add_lora(transformer: Any, config: LoraConfig, usual: Sequence[str], base_dtype: torch.dtype) -> None:
     """Freeze ``transformer`` and put adapters on its linear layers whose names end with one of ``config.targets`` (empty: ``usual``).
     The weights of those layers are kept in ``base_dtype``, all others and the adapters as they are; draws A from torch's global generator.
 
     Raises ``UserError`` without peft, and for a target that no layer of the transformer has.
     """
-    try:
-        from peft import LoraConfig as PeftConfig
-    except ImportError as error:
-        fix = "pip install 'physisforcing[lora]', or lora.rank=0"
-        raise UserError("lora.rank", got=config.rank, wanted="the package peft", fix=fix) from error
+    require_peft(config)
+    from peft import LoraConfig as PeftConfig
+
     targets = list(config.targets or usual)
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:

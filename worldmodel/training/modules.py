@@ -18,7 +18,7 @@ from ..data.batches import WindowBank
 from ..model import load_heads
 from ..physics.forcing import PhysisForcing
 from .config import TrainWorldModelConfig
-from .lora import add_lora
+from .lora import add_lora, require_peft
 from .parallel import shard
 from .processes import Processes
 from .recompute import check_checkpointing, recomputed
@@ -49,14 +49,22 @@ def build_modules(config: TrainWorldModelConfig, bank: WindowBank) -> dict[str, 
     return modules
 
 
+def check_run(config: TrainWorldModelConfig, processes: Processes) -> None:
+    """``UserError`` for what ``prepare_modules`` could not do, before any data is read."""
+    check_checkpointing(config.run.checkpointing, config.run.compile)
+    processes.share(config.run.batch)
+    if config.lora.rank:
+        require_peft(config.lora)
+        if not config.run.init:
+            fix = "run.init=<folder of a trained model>, or lora.rank=0"
+            raise UserError("lora.rank", got=config.lora.rank, wanted="0 without run.init", fix=fix)
+
+
 def prepare_modules(denoiser: WanDenoiser, config: TrainWorldModelConfig, processes: Processes) -> None:
     """Put what the config asks for onto a denoiser that lies on its device: adapters, compilation, recomputation, sharding."""
     run, device = config.run, processes.device
-    check_checkpointing(run.checkpointing, run.compile)
+    check_run(config, processes)
     if config.lora.rank:
-        if not run.init:
-            fix = "run.init=<folder of a trained model>, or lora.rank=0"
-            raise UserError("lora.rank", got=config.lora.rank, wanted="0 without run.init", fix=fix)
         half = not isinstance(autocast(run, device), contextlib.nullcontext)
         add_lora(denoiser.transformer, config.lora, WAN_LORA_TARGETS, torch.bfloat16 if half else torch.float32)
     if processes.many:

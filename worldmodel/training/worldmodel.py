@@ -25,7 +25,7 @@ from .evaluate import heldout_losses
 from .export import export_world_model
 from .finite import FiniteGuard
 from .initial import adopt_world_model
-from .modules import build_modules, prepare_modules
+from .modules import build_modules, check_run, prepare_modules
 from .objective import draw_noise, objective, without_text
 from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
 from .parallel import average_gradients, clip_gradients, mean_terms
@@ -217,6 +217,7 @@ def train_world_model(config: TrainWorldModelConfig, banks: tuple[WindowBank, Wi
 
 
 def _train(config: TrainWorldModelConfig, banks: tuple[WindowBank, WindowBank] | None, processes: Processes) -> Path:
+    check_run(config, processes)
     run, device, found = begin_run(config, processes)
     if banks is None:
         banks = processes.one_after_the_other(lambda: prepare_banks(config, device))
