@@ -1,4 +1,4 @@
-"""Runs of two gloo processes for tests/numerics/test_training_distributed.py: ``python two_processes.py FOLDER BASE``.
+"""Runs of two gloo processes, and of one that is killed, for tests/numerics/test_training_distributed.py: ``python two_processes.py FOLDER BASE``.
 
 One process imports everything and forks both ranks of each case, which costs one start-up. ``FOLDER`` has a run ``one`` of one process
 with checkpoints after 5 and 10 updates; ``BASE`` is a model to put adapters on, or empty.
@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from killed_lives import killed_lives
 from physisforcing.worldmodel.data.batches import WindowBank
 from physisforcing.worldmodel.training.config import LoraConfig, TrainWorldModelConfig
 from physisforcing.worldmodel.training.processes import Processes
@@ -168,6 +169,9 @@ def main(folder: Path, base: str) -> None:
     both(lambda: train(folder, "told"))
     if base:
         both(lambda: train(folder, "two_lora", base))
+    kills = int(os.environ.get("PHYSIS_KILLS", "6"))
+    (folder / "alone").mkdir()
+    (folder / "alone" / "lives.json").write_text(json.dumps(killed_lives(folder / "alone", kills)))
     (folder / "killed.json").write_text(json.dumps(killed(folder, 2)))
 
 

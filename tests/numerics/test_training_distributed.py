@@ -1,4 +1,5 @@
-"""A run in two gloo processes against one process: the same samples and losses, exact checkpoints, and an end with the first that dies.
+"""A run in two gloo processes against one process: the same samples and losses, exact checkpoints, and an end with the first that dies;
+and one process that is killed again and again.
 
 Two processes sum what one sums in another order, so weights agree within float32 rounding that Adam's first steps enlarge: LOSS and
 WEIGHT below. Everything that only moves numbers (checkpoints, other numbers of processes) is held to equal bits.
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from killed_lives import steps_for
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.backbones.wan import load_denoiser
 from physisforcing.worldmodel.data.batches import step_generator
@@ -49,7 +51,7 @@ def runs(tmp_path_factory) -> Path:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -177,3 +179,18 @@ def test_a_killed_process_ends_the_others_and_leaves_a_good_checkpoint(runs):
     assert int(found.name.removeprefix("step-")) == state["step"] and state["processes"] == 2
     steps = [value for name, value in tensors["optimizer"].items() if name.endswith("/step")]
     assert all(int(value) == state["step"] for value in steps)
+
+
+def test_one_process_killed_at_random_moments_ends_with_the_weights_of_one_that_was_left_alone(runs):
+    """``PHYSIS_KILLS=20`` kills more often than the suite does."""
+    folder = runs / "alone"
+    lives = json.loads((folder / "lives.json").read_text())
+    assert len(lives) >= 6 and all(life["signal"] == 9 for life in lives), lives
+    for life in lives:
+        assert life["kept"] >= life["seen"] and life["complete"], (
+            life
+        )  # never older than what was there before the kill
+    assert any(life["saving"] for life in lives), "no kill fell into a save"
+    assert same(folder / "straight" / "last", folder / "killed" / "last")
+    assert load_training(folder / "killed" / "last")[1]["step"] == steps_for(len(lives))
+    assert not list((folder / "killed").glob(".writing-*"))

@@ -1,7 +1,8 @@
 """Tensors of a checkpoint on disk: PyTorch's distributed checkpoint (DCP) with its safetensors storage, for one process and for many.
 
 Every process writes one file with its parts; the headers say which part of which tensor they are, so that any number of processes can
-read them again. DCP's usual storage pickles its index and is not used.
+read them again. DCP's usual storage pickles its index and is not used; what the processes of a run tell one another while they plan a
+write never reaches the disk.
 """
 
 from __future__ import annotations
