@@ -109,3 +109,18 @@ def test_a_folder_without_weights_and_one_with_two_kinds(folder: Path, tmp_path:
     save_file(original_transformer(transformer().state_dict()), folder / f"{NAME}.safetensors")
     with pytest.raises(UserError, match="one of them"):
         loading.folder_entries(folder)
+
+
+def test_weights_keep_the_memory_format_of_their_module() -> None:
+    """The codec's convolutions are channels last: in another layout they round differently, and take longer."""
+    from physisforcing.core.paths import weights_root
+    from physisforcing.worldmodel.autoencoder import CausalVideoAutoencoder
+    from physisforcing.worldmodel.storage import load_diffusers
+
+    folder = weights_root() / "vae"
+    kept = load_diffusers(CausalVideoAutoencoder, folder)
+    made = CausalVideoAutoencoder.from_config(CausalVideoAutoencoder.load_config(folder))
+    strides = {name: value.stride() for name, value in made.named_parameters()}
+    assert {name: value.stride() for name, value in kept.named_parameters()} == strides
+    four = [value for value in kept.parameters() if value.ndim == 4 and value.shape[2] > 1]
+    assert four and all(value.is_contiguous(memory_format=torch.channels_last) for value in four)

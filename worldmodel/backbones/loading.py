@@ -246,6 +246,8 @@ def _place(model: nn.Module, name: str, value: Tensor) -> None:
         return
     old = module._parameters[leaf]
     assert old is not None
+    if old.stride() != value.stride():  # a module may want its weights channels last
+        value = torch.empty_like(old, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
     if old.is_meta:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
     else:  # the same object: an optimizer may hold it
