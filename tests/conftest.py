@@ -149,3 +149,27 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
     found = Chromium(tmp_path_factory.mktemp("profile"))
     yield found
     found.close()
+
+
+@pytest.fixture(scope="session")
+def wan_settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the shapes of ``wan_release`` do not say, as ``config=`` of a conversion."""
+    from tiny_releases import write_settings
+
+    return write_settings(tmp_path_factory.mktemp("settings") / "tiny.jsonc")
+
+
+@pytest.fixture(scope="session")
+def wan_release(tmp_path_factory: pytest.TempPathFactory, tiny_wan_folder: Path) -> Path:
+    """A Wan2.2-TI2V-5B of tiny size as its authors release it. To be read only."""
+    from tiny_releases import write_release
+
+    return write_release(tmp_path_factory.mktemp("release") / "Wan2.2-TI2V-5B", tiny_wan_folder / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def converted_wan(wan_release: Path, wan_settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``wan_release`` as a diffusers folder. To be read only."""
+    from tiny_releases import convert_release
+
+    return convert_release(wan_release, wan_settings, tmp_path_factory.mktemp("converted") / "wan")

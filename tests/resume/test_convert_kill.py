@@ -14,28 +14,13 @@ import torch
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.convert import writing
 from physisforcing.worldmodel.convert.command import ConvertConfig, run
-from tiny_releases import convert_release, tree, write_release, write_settings
+from tiny_releases import tree
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_settings(tmp_path_factory.mktemp("settings") / "tiny.jsonc")
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory, tiny_wan_folder: Path) -> Path:
-    return write_release(tmp_path_factory.mktemp("release") / "Wan2.2-TI2V-5B", tiny_wan_folder / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def converted(release: Path, settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert_release(release, settings, tmp_path_factory.mktemp("converted") / "wan")
-
-
-def test_only_one_tensor_is_alive_at_a_time(release: Path, settings: Path, tmp_path: Path) -> None:
+def test_only_one_tensor_is_alive_at_a_time(wan_release: Path, wan_settings: Path, tmp_path: Path) -> None:
     from physisforcing.worldmodel.convert import find
 
-    found = find.find(release, "wan", find.asked(str(settings), {}, torch.bfloat16))
+    found = find.find(wan_release, "wan", find.asked(str(wan_settings), {}, torch.bfloat16))
     alive: list[weakref.ref] = []
     most = 0
     for part in found.parts:
@@ -75,10 +60,10 @@ def killed_at(step: int, config: ConvertConfig) -> int:
 
 
 def test_a_killed_conversion_leaves_nothing_and_is_continued(
-    release: Path, settings: Path, converted: Path, tmp_path: Path
+    wan_release: Path, wan_settings: Path, converted_wan: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "wan"
-    config = ConvertConfig(source=str(release), output=str(output), dtype="keep", config=str(settings))
+    config = ConvertConfig(source=str(wan_release), output=str(output), dtype="keep", config=str(wan_settings))
     hidden, kept = tmp_path / ".wan.converting", {}
     for step in (1, 4, 9, 14):
         assert killed_at(step, config) == -signal.SIGKILL and not output.exists()
@@ -88,17 +73,17 @@ def test_a_killed_conversion_leaves_nothing_and_is_continued(
     assert len(kept) > 3
     (next(iter(kept))).write_bytes(b"cut")  # a file of another size is not taken for a complete one
     run(config, shard_bytes=20_000)
-    assert tree(output) == tree(converted) and not hidden.exists() and not list(tmp_path.glob(".*"))
+    assert tree(output) == tree(converted_wan) and not hidden.exists() and not list(tmp_path.glob(".*"))
 
 
 def test_other_settings_do_not_continue_a_killed_conversion(
-    release: Path, settings: Path, converted: Path, tmp_path: Path
+    wan_release: Path, wan_settings: Path, converted_wan: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "wan"
-    config = ConvertConfig(source=str(release), output=str(output), dtype="bf16", config=str(settings))
+    config = ConvertConfig(source=str(wan_release), output=str(output), dtype="bf16", config=str(wan_settings))
     assert killed_at(14, config) == -signal.SIGKILL
     config.dtype = "keep"
     run(config, shard_bytes=20_000)
-    assert tree(output) == tree(converted)
+    assert tree(output) == tree(converted_wan)
     with pytest.raises(UserError, match="not taken"):
         run(config)

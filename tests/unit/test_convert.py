@@ -13,7 +13,6 @@ from physisforcing import cli
 from physisforcing.worldmodel.convert.command import ConvertConfig, run
 from released_checkpoints import TINY_WAN
 from tiny_releases import (
-    convert_release,
     original_vae,
     same,
     settings_of,
@@ -21,31 +20,14 @@ from tiny_releases import (
     tree,
     wan_transformer,
     wan_vae,
-    write_release,
-    write_settings,
 )
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_settings(tmp_path_factory.mktemp("settings") / "tiny.jsonc")
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory, tiny_wan_folder: Path) -> Path:
-    return write_release(tmp_path_factory.mktemp("release") / "Wan2.2-TI2V-5B", tiny_wan_folder / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def converted(release: Path, settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert_release(release, settings, tmp_path_factory.mktemp("converted") / "wan")
-
-
-def test_a_converted_transformer_computes_bit_for_bit_what_it_did(converted: Path) -> None:
+def test_a_converted_transformer_computes_bit_for_bit_what_it_did(converted_wan: Path) -> None:
     from diffusers import WanTransformer3DModel
 
-    began, loaded = wan_transformer(), WanTransformer3DModel.from_pretrained(converted / "transformer").eval()
-    assert same(began, loaded) and len(list((converted / "transformer").glob("*.safetensors"))) > 1
+    began, loaded = wan_transformer(), WanTransformer3DModel.from_pretrained(converted_wan / "transformer").eval()
+    assert same(began, loaded) and len(list((converted_wan / "transformer").glob("*.safetensors"))) > 1
     draw = torch.Generator().manual_seed(0)
     x, text = torch.randn(1, 8, 2, 4, 6, generator=draw), torch.randn(1, 5, 16, generator=draw)
     times = torch.tensor([[0.0] * 6 + [600.0] * 6])
@@ -55,12 +37,14 @@ def test_a_converted_transformer_computes_bit_for_bit_what_it_did(converted: Pat
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["Wan2.2", "Wan2.1"])
-def test_converted_autoencoders_compute_bit_for_bit_what_they_did(nested: bool, settings: Path, tmp_path: Path) -> None:
+def test_converted_autoencoders_compute_bit_for_bit_what_they_did(
+    nested: bool, wan_settings: Path, tmp_path: Path
+) -> None:
     from diffusers import AutoencoderKLWan
 
     began, name = wan_vae(nested), f"Wan2.{1 + nested}_VAE.pth"
     torch.save(original_vae(began, nested), tmp_path / name)
-    config = ConvertConfig(source=str(tmp_path / name), output=str(tmp_path / "out"), config=str(settings))
+    config = ConvertConfig(source=str(tmp_path / name), output=str(tmp_path / "out"), config=str(wan_settings))
     report = run(config)
     assert report["notes"][0].startswith(f"{name} is not the published file")
     loaded = AutoencoderKLWan.from_pretrained(tmp_path / "out" / "vae").eval()
@@ -96,10 +80,10 @@ def wan_t5(state: dict[str, torch.Tensor], ids: torch.Tensor, heads: int = 2) ->
     return norm(x, state["norm.weight"])
 
 
-def test_a_converted_text_encoder_computes_what_wans_own_does(converted: Path) -> None:
+def test_a_converted_text_encoder_computes_what_wans_own_does(converted_wan: Path) -> None:
     from transformers import UMT5EncoderModel
 
-    model = UMT5EncoderModel.from_pretrained(converted / "text_encoder", local_files_only=True).eval()
+    model = UMT5EncoderModel.from_pretrained(converted_wan / "text_encoder", local_files_only=True).eval()
     assert torch.equal(model.get_input_embeddings().weight, t5_state()["token_embedding.weight"])
     assert torch.equal(model.encoder.embed_tokens.weight, model.shared.weight)
     ids = torch.tensor([3, 14, 15, 9, 2, 6])
@@ -109,11 +93,11 @@ def test_a_converted_text_encoder_computes_what_wans_own_does(converted: Path) -
     assert torch.allclose(ours, theirs, atol=2e-6) and theirs.abs().max() > 0.1
 
 
-def test_a_converted_pipeline_generates(converted: Path) -> None:
+def test_a_converted_pipeline_generates(converted_wan: Path) -> None:
     from diffusers import WanImageToVideoPipeline
     from PIL import Image
 
-    pipeline = WanImageToVideoPipeline.from_pretrained(converted, local_files_only=True)
+    pipeline = WanImageToVideoPipeline.from_pretrained(converted_wan, local_files_only=True)
     assert pipeline.config.expand_timesteps and pipeline.config.boundary_ratio is None
     scheduler = pipeline.scheduler.config
     assert (scheduler.flow_shift, scheduler.prediction_type, scheduler.use_flow_sigmas) == (
@@ -136,37 +120,39 @@ def test_a_converted_pipeline_generates(converted: Path) -> None:
     assert made.shape == (1, 5, 32, 32, 3) and made.std() > 0
 
 
-def test_the_note_says_what_was_converted(converted: Path, release: Path) -> None:
-    note = json.loads((converted / "conversion.json").read_text())
-    assert note["kind"] == "wan" and note["source"] == release.name and note["shift"] == 5.0
+def test_the_note_says_what_was_converted(converted_wan: Path, wan_release: Path) -> None:
+    note = json.loads((converted_wan / "conversion.json").read_text())
+    assert note["kind"] == "wan" and note["source"] == wan_release.name and note["shift"] == 5.0
     files = {line["name"]: line for line in note["files"]}
     assert len(files) == 5
     for name, line in files.items():
-        assert line["bytes"] == (release / name).stat().st_size
+        assert line["bytes"] == (wan_release / name).stat().st_size
         assert (line["sha256"] is not None) is name.endswith(".pth")
     assert note["parts"]["transformer"]["tensors"] == len(wan_transformer().state_dict())
-    assert not list(converted.parent.glob(".*"))
+    assert not list(converted_wan.parent.glob(".*"))
 
 
-def test_a_converted_folder_is_checked_by_the_same_command(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["convert", f"source={converted}", "--json"]) == 0
+def test_a_converted_folder_is_checked_by_the_same_command(
+    converted_wan: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["convert", f"source={converted_wan}", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["kind"] == "diffusers" and not report["notes"]
     assert {name for name, part in report["parts"].items() if part["checked"]} == {"transformer", "vae", "text_encoder"}
-    assert cli.main(["convert", f"source={converted}", f"output={converted}2"]) == 2
+    assert cli.main(["convert", f"source={converted_wan}", f"output={converted_wan}2"]) == 2
     for part in ("transformer", "vae", "text_encoder"):
-        assert cli.main(["convert", f"source={converted / part}"]) == 0
+        assert cli.main(["convert", f"source={converted_wan / part}"]) == 0
         assert f"{part}: " in capsys.readouterr().out
 
 
 def test_the_way_back_gives_the_original_tensors(
-    converted: Path, release: Path, settings: Path, tmp_path: Path
+    converted_wan: Path, wan_release: Path, wan_settings: Path, tmp_path: Path
 ) -> None:
-    config = ConvertConfig(source=str(converted), output=str(tmp_path / "back"), kind="to_wan", dtype="keep")
+    config = ConvertConfig(source=str(converted_wan), output=str(tmp_path / "back"), kind="to_wan", dtype="keep")
     report = run(config, shard_bytes=20_000)
     back, began = (
         {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
-        for folder in (tmp_path / "back", release)
+        for folder in (tmp_path / "back", wan_release)
     )
     assert back.keys() == began.keys() and all(torch.equal(back[name], began[name]) for name in began)
     told = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -174,5 +160,5 @@ def test_the_way_back_gives_the_original_tensors(
     assert report["notes"] == [] and not (tmp_path / "back" / "scheduler").exists()
     config = ConvertConfig(source=str(tmp_path / "back"), output=str(tmp_path / "again"), dtype="keep")
     run(config, shard_bytes=20_000)
-    again, first = tree(tmp_path / "again" / "transformer"), tree(converted / "transformer")
+    again, first = tree(tmp_path / "again" / "transformer"), tree(converted_wan / "transformer")
     assert again == first

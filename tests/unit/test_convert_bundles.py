@@ -33,22 +33,10 @@ from tiny_releases import (
     t5_state,
     wan_transformer,
     wan_vae,
-    write_release,
-    write_settings,
 )
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_settings(tmp_path_factory.mktemp("settings") / "tiny.jsonc")
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory, tiny_wan_folder: Path) -> Path:
-    return write_release(tmp_path_factory.mktemp("release") / "Wan2.2-TI2V-5B", tiny_wan_folder / "tokenizer")
-
-
-def test_two_experts_become_one_pipeline(settings: Path, tmp_path: Path) -> None:
+def test_two_experts_become_one_pipeline(wan_settings: Path, tmp_path: Path) -> None:
     from diffusers import WanTransformer3DModel
 
     tiny = {**TINY_WAN, "in_dim": 20, "text_dim": 16}
@@ -101,11 +89,11 @@ def test_the_boundary_and_shift_are_the_models_own() -> None:
         assert (index["_class_name"] == "WanPipeline") is (name == "t2v_a14b")
 
 
-def test_the_authors_wan_bundle_inside_its_repository(settings: Path, release: Path, tmp_path: Path) -> None:
+def test_the_authors_wan_bundle_inside_its_repository(wan_settings: Path, wan_release: Path, tmp_path: Path) -> None:
     from diffusers import WanTransformer3DModel
 
     bundle = tmp_path / "repository" / "checkpoints" / "PF_Wan"
-    shutil.copytree(release / "google", bundle / "google")
+    shutil.copytree(wan_release / "google", bundle / "google")
     began = wan_transformer(in_channels=20)
     torch.save(original_transformer(began.state_dict()), bundle / "backbone.pth")
     torch.save(t5_state(), bundle / "models_t5_umt5-xxl-enc-bf16.pth")

@@ -25,23 +25,23 @@ _BLOCK = 1024
 
 @runtime_checkable
 class TextAlignment(Protocol):
-    """Scores captions against pictures.
-
-    ``key``: identity of what ``look`` returns, part of the key of measurements ("" where it is not called). ``looks``: whether
-    ``look`` is called for each clip; where not, ``scores`` gets the frame encoder's appearance.
-    """
-
-    key: str
-    looks: bool
-
-    def look(self, pictures_THWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """RGB pictures of one clip -> a vector of fixed length."""
-        ...
+    """Scores captions against pictures: against what its own ``look`` saw of them (``LooksItself``), else the frame encoder's appearance."""
 
     def scores(
         self, seen_ND: NDArray[np.float32], captions: Sequence[str], same: Sequence[tuple[int, int]]
     ) -> NDArray[np.float64]:
         """-> [N], larger where caption and pictures agree. ``same``: pairs of clips that are one recording."""
+        ...
+
+
+@runtime_checkable
+class LooksItself(TextAlignment, Protocol):
+    """One with a picture model of its own. ``key``: identity of what ``look`` returns, part of the key of measurements."""
+
+    key: str
+
+    def look(self, pictures_THWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """RGB pictures of one clip -> a vector of fixed length."""
         ...
 
 
@@ -52,12 +52,6 @@ class PredictedAlignment:
     asked about the rest, in turn; copies of a recording are never on both sides. Both vectors are taken from the mean caption, so that
     what all captions share says nothing. Below ``FEWEST`` clips nothing can be learned: every score is 1.
     """
-
-    key = ""
-    looks = False
-
-    def look(self, pictures_THWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        raise NotImplementedError("the measured features of the frame encoder are used")
 
     def scores(
         self, seen_ND: NDArray[np.float32], captions: Sequence[str], same: Sequence[tuple[int, int]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .alignment import PredictedAlignment, TextAlignment
+from .alignment import LooksItself, PredictedAlignment, TextAlignment
 from .config import ClipsConfig
 from .duplicates import candidates, keep_best
 from .measure import Measured, stacked
@@ -129,7 +129,7 @@ def _align(
 ) -> float:
     """Fill in the alignment of every clip that is left, and return the threshold."""
     model = alignment or PredictedAlignment()
-    seen = stacked((measured[i] for i in rest), "picture" if model.looks else "scene")
+    seen = stacked((measured[i] for i in rest), "picture" if isinstance(model, LooksItself) else "scene")
     place = {clip: row for row, clip in enumerate(rest)}
     copies = [(place[a], place[b]) for a, b in same]
     for i, value in zip(rest, model.scores(seen, [sources[i].caption for i in rest], copies), strict=True):

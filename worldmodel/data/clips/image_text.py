@@ -26,13 +26,11 @@ PICTURES, BATCH = 8, 64
 
 
 class ImageTextAlignment:
-    """Cosine between a caption and the mean of a clip's pictures, in the model's common space. Satisfies ``TextAlignment``.
+    """Cosine between a caption and the mean of a clip's pictures, in the model's common space. Satisfies ``LooksItself``.
 
     The folder has ``config.json``, safetensors and a tokenizer, as transformers saves them. Its own ``preprocessor_config.json``, where
     there is one, gives mean and deviation. Nothing is downloaded, and no code of the folder runs: a config that names any is refused.
     """
-
-    looks = True
 
     def __init__(self, path: str | Path, *, checksum: str | None = None, device: str = "cpu") -> None:
         """``UserError`` for a folder of another model, other weights than ``checksum``, or without a tokenizer."""

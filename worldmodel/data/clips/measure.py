@@ -24,7 +24,7 @@ from physisforcing.core.results import ResultKey, ResultsFile, config_hash
 from physisforcing.core.video import PixelConverter
 
 from ...teachers.frame_encoder import FINGERPRINT, FrameEncoder
-from .alignment import TextAlignment
+from .alignment import LooksItself, TextAlignment
 from .decode import Span, SpanReader, cover
 from .motion import cut_score, motion_score, sharpness
 from .sources import ClipSource
@@ -77,12 +77,13 @@ class Measurer:
 
     def __init__(self, folder: Path, alignment: TextAlignment | None = None, device: str = "cpu") -> None:
         self.file = ResultsFile(folder / NAME)
-        self.alignment, self.device = alignment, device
+        self.looker = alignment if isinstance(alignment, LooksItself) else None
+        self.device = device
         self.key = config_hash(
             {
                 "version": VERSION,
                 "encoder": FINGERPRINT,
-                "alignment": "" if alignment is None else alignment.key,
+                "alignment": "" if self.looker is None else self.looker.key,
                 "sampling": [RATE, MOST, HEIGHT, THUMBNAIL, *GRID],
             }
         )
@@ -133,8 +134,8 @@ class Measurer:
             "sharpness": sharpness(pictures),
         }
         seen |= dict(zip(("appearance", "scene"), map(_packed, self._features(pictures)), strict=True))
-        if self.alignment is not None and self.alignment.looks:
-            seen["picture"] = _packed(self.alignment.look(pictures))
+        if self.looker is not None:
+            seen["picture"] = _packed(self.looker.look(pictures))
         return seen
 
     @torch.no_grad()
