@@ -50,12 +50,6 @@ class SamplerConfig:
             raise UserError("boundary", got=self.boundary, wanted="a noise level in [0, 1]", fix=f"boundary={BOUNDARY}")
 
 
-def guidance_of_wan(sample_guide_scale: tuple[float, float]) -> dict[str, float]:
-    """Wan's own ``sample_guide_scale`` (low, high) as fields of ``SamplerConfig``."""
-    low, high = sample_guide_scale
-    return {"guidance": high, "guidance_low": low}
-
-
 def make_scheduler(config: SamplerConfig, like: Any = None) -> Any:
     """A diffusers scheduler with its timesteps set.
 

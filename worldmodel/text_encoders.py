@@ -126,14 +126,14 @@ class UMT5Text:
         if name not in self._parts:
             from transformers import AutoTokenizer, UMT5EncoderModel
 
+            from .teachers.preprocess import load_pretrained
+
             folder = self.folder / name
             if name == "tokenizer":
                 self._parts[name] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             else:
-                model = UMT5EncoderModel.from_pretrained(
-                    folder, local_files_only=True, use_safetensors=True, dtype=self.dtype
-                )
-                self._parts[name] = model.eval().requires_grad_(False)
+                found = load_pretrained(UMT5EncoderModel, folder, checksum=None, device="cpu", dtype=self.dtype)
+                self._parts[name] = found[0]
         return self._parts[name]
 
 

@@ -10,7 +10,7 @@ import torch
 
 import tiny_paper
 from physisforcing.worldmodel.paper_generate import KINDS
-from physisforcing.worldmodel.sampling import guidance_of_wan, make_scheduler, seed_noise
+from physisforcing.worldmodel.sampling import make_scheduler, seed_noise
 from tiny_paper import our_latents
 
 NAMES = ("a14b", "ti2v", "cosmos3")
@@ -18,7 +18,7 @@ NAMES = ("a14b", "ti2v", "cosmos3")
 
 def test_a14b_with_two_experts_is_bit_equal_to_the_stock_pipeline(paper_folders, paper_generator):
     """Wan writes guidance (low, high), diffusers (high, low): here they have names."""
-    guidance = guidance_of_wan((4.0, 2.0))
+    guidance = {"guidance": 2.0, "guidance_low": 4.0}
     made = our_latents(paper_generator("a14b", steps=6, **guidance), [7])[0]
     stock = tiny_paper.stock_pipeline(paper_folders["a14b"])
     stock.scheduler = tiny_paper.unipc(5.0)

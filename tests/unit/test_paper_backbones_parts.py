@@ -121,3 +121,22 @@ def test_cosmos3_ids_are_the_stock_ones_and_need_no_weights(paper_folders, tmp_p
     assert [ids[0].tolist() for ids in made] == list(theirs)
     rows = text.batch(["press the bell", "press"], frames=9, **size)
     assert rows[0].tolist() == theirs[0] and rows[1, -1] == -1 and (rows >= 0).sum() < rows.numel()
+
+
+def test_a_text_encoder_with_a_tensor_missing_is_refused(paper_folders, tmp_path):
+    """transformers would put random numbers there and go on."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from physisforcing.core.errors import UserError
+    from physisforcing.worldmodel.text_encoders import UMT5Text
+
+    folder = shutil.copytree(paper_folders["ti2v"], tmp_path / "folder")
+    path = folder / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    gone = next(name for name in state if name.endswith("SelfAttention.q.weight"))
+    del state[gone]
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=gone.replace(".", r"\.")):
+        UMT5Text(folder, cache=tmp_path / "cache").tokens("press the bell")
