@@ -1,0 +1,195 @@
+"""The files of a latent store: what the large backbones train on, made once by ``physis data latents``.
+
+A store is a folder::
+
+    latents.json                       what all windows share: autoencoder, text encoder, frame rate, teachers
+    windows.jsonl                      one line a window, in the order of datasets, episodes and starts
+    81x480x640/<content>.safetensors   the windows of one episode or clip, of that many frames, rows and columns of pixels
+    targets/<recipe>/<content>.safetensors    physics targets of the same windows, as ``data.target_shards`` writes them
+
+It needs none of the datasets it was made of, and may be moved. A shard holds ``latents_WCFhw`` (normalised, the mode of the
+autoencoder), of a backbone with conditioning channels also ``condition_WCFhw`` (the first picture and grey behind it), and the sentence:
+``text_LD``, embeddings without the zeros behind them, or ``text_L``, token ids int64.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from physisforcing.core.errors import DatasetError, UserError
+from physisforcing.core.files import replace_text
+
+SCHEMA = "physisforcing.latents/1"
+STORE_NAME, WINDOWS_NAME = "latents.json", "windows.jsonl"
+#: How the backbones read a sentence.
+KINDS = ("wan", "cosmos3")
+
+
+@dataclass(slots=True, kw_only=True)
+class StoreInfo:
+    """What all windows of a store share.
+
+    ``kind``: one of ``KINDS``. ``latents``, ``text``: fingerprints of the autoencoder (``storage.latents_fingerprint``) and of what read
+    the sentences. ``channels``, ``stride``: of the latents. ``conditioned``: whether there are latents of the first picture and grey.
+    ``fps``: frames a second of the videos. ``teachers``: who made the targets, by kind, or None where there are none.
+    """
+
+    kind: str
+    latents: str
+    text: str
+    channels: int
+    stride: tuple[int, int, int]
+    conditioned: bool
+    fps: float
+    teachers: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.stride = (int(self.stride[0]), int(self.stride[1]), int(self.stride[2]))
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class LatentWindow:
+    """One line of ``windows.jsonl``.
+
+    ``shard``, ``row``: where its latents are; ``targets``, ``target_row``: its physics targets, "" and -1 where it has none; paths are
+    relative to the store. ``shape``: [C,F,h,w] of its latents. ``source``, ``episode``, ``start``: what it was cut out of, for messages.
+    """
+
+    shard: str
+    row: int
+    shape: tuple[int, int, int, int]
+    caption: str
+    source: str
+    episode: int
+    start: int
+    targets: str = ""
+    target_row: int = -1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"{self.source} episode {self.episode} from step {self.start}"
+
+
+def write_store(folder: Path, info: StoreInfo, windows: Iterable[LatentWindow]) -> None:
+    """Write ``latents.json`` and ``windows.jsonl``; a reader sees the old files or whole new ones."""
+    lines = [json.dumps(asdict(window), ensure_ascii=False) for window in windows]
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / STORE_NAME, json.dumps({"schema": SCHEMA, **asdict(info)}, indent=2) + "\n")
+    replace_text(folder / WINDOWS_NAME, "".join(f"{line}\n" for line in lines))
+
+
+def read_store(folder: Path) -> tuple[StoreInfo, list[LatentWindow]]:
+    """What ``write_store`` wrote. ``DatasetError`` for a folder that is none and for a line that is no window."""
+    path = folder / STORE_NAME
+    fix = "physis data latents makes one"
+    if not path.is_file():
+        raise DatasetError("data.latents", got=str(folder), wanted=f"a folder with {STORE_NAME}", fix=fix)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("schema", None) != SCHEMA:
+            raise ValueError(f"not {SCHEMA}")
+        info = StoreInfo(**values)
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise DatasetError(str(path), got=str(error), wanted=f"what {SCHEMA} says", fix=fix) from error
+    windows = []
+    for number, line in enumerate((folder / WINDOWS_NAME).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            windows.append(LatentWindow(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            known = ", ".join(item.name for item in fields(LatentWindow))
+            where = f"{folder / WINDOWS_NAME} line {number}"
+            raise DatasetError(where, got=line[:80], wanted=f"an object with {known}", fix=fix) from error
+    return info, windows
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors of one episode's windows aside, with their checksum, and rename the file."""
+    from safetensors.torch import save_file
+
+    kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        save_file(kept, aside, metadata={"latents": SCHEMA, "payload_sha256": _payload(kept)})
+        aside.chmod(0o644)  # safetensors writes for the owner only
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_window(folder: Path, window: LatentWindow) -> dict[str, Tensor]:
+    """``latents_CFhw``, ``condition_CFhw`` where there is one, and ``text_LD`` or ``text_L`` of a window, on the CPU.
+
+    ``DatasetError`` for a shard that is missing, damaged or not the window's. Its checksum is compared once a process.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / window.shard
+    fix = "delete it and run physis data latents again"
+    if not path.is_file():
+        raise DatasetError(f"latents of {window.name}", got="none", wanted=str(path), fix=fix.split(" and ")[1])
+    try:
+        state = path.stat()
+        _verify(path, state.st_mtime_ns, state.st_size)
+        found = {}
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                whole = file.get_slice(name)
+                stem, axes = name.split("_")
+                found[name if axes[0] != "W" else f"{stem}_{axes[1:]}"] = (
+                    whole[window.row] if axes[0] == "W" else whole[:]
+                )
+        if tuple(found["latents_CFhw"].shape) != window.shape:
+            raise ValueError(f"latents of shape {list(found['latents_CFhw'].shape)}, not {list(window.shape)}")
+    except (SafetensorError, ValueError, KeyError, IndexError, OSError) as error:
+        raise DatasetError(
+            f"latents of {window.name}", got=f"{path}: {error}", wanted="a whole shard", fix=fix
+        ) from error
+    return found
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _verify(path: Path, _modified: int, _size: int) -> None:
+    """``ValueError`` where a shard's tensors do not match its checksum; once a process and state of the file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get("payload_sha256")
+        if said != _payload({name: file.get_tensor(name) for name in file.keys()}):  # noqa: SIM118 (not a dict)
+            raise ValueError("its tensors do not match its checksum")
+
+
+def _payload(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def check_same(stores: Mapping[Path, StoreInfo]) -> StoreInfo:
+    """What several stores share. ``UserError`` names the first that differs in what a run needs to be one."""
+    (first, info), *others = stores.items()
+    for folder, other in others:
+        for name in ("kind", "latents", "text", "channels", "stride", "conditioned", "fps", "teachers"):
+            if getattr(other, name) != getattr(info, name):
+                fix = "make them with the same model=, fps= and teacher="
+                wanted = f"{getattr(info, name)!r}, as in {first}"
+                raise UserError(f"data.latents: {name} of {folder}", got=getattr(other, name), wanted=wanted, fix=fix)
+    return info
