@@ -53,7 +53,9 @@ def random_batch(config: WanConfig, batch: int, points: int, device: str, genera
 def step_seconds(denoiser: WanDenoiser, forcing: PhysisForcing | None, batch: dict, precision: str) -> float:
     """One forward and backward pass, without the optimiser (equal in both variants up to the heads' few parameters)."""
     device = batch["latents_BCFhw"].device
-    drawn = draw_noise(batch["latents_BCFhw"], FlowMatchingConfig(), torch.Generator(device=device).manual_seed(SEED))
+    drawn = draw_noise(
+        batch["latents_BCFhw"].shape, FlowMatchingConfig(), torch.Generator(device=device).manual_seed(SEED)
+    )
     context = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     _wait(device)
     begun = time.perf_counter()

@@ -83,7 +83,7 @@ def overfit(
                 break
         batch = bank.batch(rows)
         noise, sigma, order = draw_noise(
-            batch["latents_BCFhw"], flow, step_generator(config.run.seed + 1, step, device)
+            batch["latents_BCFhw"].shape, flow, step_generator(config.run.seed + 1, step, device)
         )
         set_learning_rate(trainer.optimizer, learning_rate(config.optim, step, config.run.steps))
         x0 = batch["latents_BCFhw"]

@@ -127,7 +127,7 @@ def measure(
     """Errors of the read-outs on all windows of ``bank``, whose targets say which points count and where they are. In float32; the
     noise of a window depends on its place in the bank alone."""
     flow, device = flow or FlowMatchingConfig(), bank.latents_WCFhw.device
-    noise = draw_noise(bank.latents_WCFhw.cpu().float(), flow, step_generator(0, EVALUATION_STEP))[0]
+    noise = draw_noise(bank.latents_WCFhw.shape, flow, step_generator(0, EVALUATION_STEP))[0]
     sums: dict[tuple[str, str, float | None], list[Tensor]] = {}
     counts, losses, cells = [], dict.fromkeys(sigmas, 0.0), 0.0
     for part in torch.arange(len(bank.table)).split(chunk):
@@ -180,7 +180,7 @@ def train_probes(
     optimizer, sampler = build_optimizer(heads.parameters(), optim), WindowSampler.build(bank.table, 0.0)
     for step in range(steps):
         data = bank.batch(sampler.draw(batch, step_generator(seed, step)).to(device))
-        noise, sigma, order = draw_noise(data["latents_BCFhw"], flow, step_generator(seed + 1, step, device))
+        noise, sigma, order = draw_noise(data["latents_BCFhw"].shape, flow, step_generator(seed + 1, step, device))
         with torch.no_grad(), autocast(RunConfig(), device):
             outputs = block_outputs(denoiser, data, noise, sigma)[1]
         set_learning_rate(optimizer, learning_rate(optim, step, steps))

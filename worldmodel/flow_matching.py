@@ -1,7 +1,8 @@
 """Rectified-flow noising, its training loss and the Euler sampler.
 
 One convention everywhere: ``x_t = (1 - s) x0 + s eps``, velocity ``v = eps - x0``, timestep ``t = 1000 s`` with ``s`` in (0, 1].
-Latent frame 0 is the clean conditioning frame (TI2V-5B convention): it is pinned while sampling and carries no loss.
+Latent frame 0 is the clean conditioning frame (TI2V-5B convention): it is pinned while sampling and carries no loss. Where the picture
+comes in through channels of its own (A14B as released), nothing is pinned: ``first=0``.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ def sampling_sigmas(steps: int, shift: float) -> Tensor:
     return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
 
-def add_noise(x0_BCFhw: Tensor, noise_BCFhw: Tensor, sigma_B: Tensor) -> Tensor:
-    """Noisy latents at ``sigma_B`` with the clean latent frame 0 pinned. Same shape as ``x0_BCFhw``, float32."""
+def add_noise(x0_BCFhw: Tensor, noise_BCFhw: Tensor, sigma_B: Tensor, *, first: int = 1) -> Tensor:
+    """Noisy latents at ``sigma_B`` with the latent frames before ``first`` clean. Same shape as ``x0_BCFhw``, float32."""
     sigma = sigma_B.view(-1, 1, 1, 1, 1)
     noisy = (1.0 - sigma) * x0_BCFhw + sigma * noise_BCFhw
-    return torch.cat([x0_BCFhw[:, :, :1], noisy[:, :, 1:]], dim=2)
+    return torch.cat([x0_BCFhw[:, :, :first], noisy[:, :, first:]], dim=2)
 
 
 def frame_timesteps(sigma_B: Tensor, frames: int) -> Tensor:
@@ -72,17 +73,17 @@ def motion_weights(x0_BCFhw: Tensor, weight: float, cap: float) -> Tensor:
 
 
 def flow_matching_loss(
-    velocity_BCFhw: Tensor, x0_BCFhw: Tensor, noise_BCFhw: Tensor, config: FlowMatchingConfig
+    velocity_BCFhw: Tensor, x0_BCFhw: Tensor, noise_BCFhw: Tensor, config: FlowMatchingConfig, *, first: int = 1
 ) -> Tensor:
-    """Weighted mean squared velocity error over latent frames 1..F-1, a float32 scalar.
+    """Weighted mean squared velocity error over the latent frames from ``first`` on, a float32 scalar.
 
     The weights are normalised to mean 1 over the batch, so that the value stays comparable between weightings. With several processes
     (``torch.distributed``) over the batch of all of them: the mean of what they get is the loss of the whole batch.
     """
-    error = (velocity_BCFhw.float() - (noise_BCFhw.float() - x0_BCFhw.float()))[:, :, 1:].square()
+    error = (velocity_BCFhw.float() - (noise_BCFhw.float() - x0_BCFhw.float()))[:, :, first:].square()
     if config.motion_weight == 0.0:
         return error.mean()
-    weights = motion_weights(x0_BCFhw.float(), config.motion_weight, config.motion_cap)[:, :, 1:]
+    weights = motion_weights(x0_BCFhw.float(), config.motion_weight, config.motion_cap)[:, :, first:]
     total, count = (error * weights).sum(), weights.sum()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(count)

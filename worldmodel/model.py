@@ -48,7 +48,7 @@ def save_world_model(
     folder.mkdir(parents=True, exist_ok=True)
     save_denoiser(denoiser, folder, dtype)
     if forcing is not None:
-        save_tensors(as_dtype(forcing.state_dict(), dtype), folder / "physics_heads.safetensors")
+        save_heads(forcing, folder, dtype)
     settings = {
         "name": "physis-pico" if denoiser.actions is None else "physis-pico-actions",
         "frames": WINDOW_FRAMES,
@@ -59,6 +59,11 @@ def save_world_model(
         "home_state": list(home_state),
     }
     (folder / "world_model.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def save_heads(forcing: PhysisForcing, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write ``physics_heads.safetensors``, which nothing needs to imagine."""
+    save_tensors(as_dtype(forcing.state_dict(), dtype), folder / "physics_heads.safetensors")
 
 
 def load_heads(forcing: PhysisForcing, folder: Path) -> None:

@@ -26,7 +26,7 @@ def setting(batch: int = 8):
         "proprioception_BKA": torch.randn(batch, 3, 14, generator=generator, device="cuda"),
         "targets": None,
     }
-    return denoiser, data, draw_noise(data["latents_BCFhw"], FlowMatchingConfig(), generator)
+    return denoiser, data, draw_noise(data["latents_BCFhw"].shape, FlowMatchingConfig(), generator)
 
 
 def loss_and_gradient(denoiser, data, drawn, precision):

@@ -86,7 +86,7 @@ def test_read_outs_are_those_of_the_losses(benchmark: dict[str, ModuleType]) -> 
             torch.testing.assert_close(denoiser(noisy, times, context, need_tap=True)[1], outputs[tap - 1])
         found = readouts.measure(denoiser, {"head": readouts.ReadOut.of_head(2, forcing)}, bank, sigmas=(0.3,), chunk=1)
         evaluation = step_generator(0, readouts.EVALUATION_STEP)
-        drawn = draw_noise(bank.latents_WCFhw, FlowMatchingConfig(), evaluation)
+        drawn = draw_noise(bank.latents_WCFhw.shape, FlowMatchingConfig(), evaluation)
         _, outputs = readouts.block_outputs(denoiser, batch, drawn[0], sigma)
         said = forcing(outputs[1], GRID, batch["targets"]).metrics
     assert found.mean("head", "soft", 0.3) == pytest.approx(float(said["epe_cells"]), rel=1e-5)

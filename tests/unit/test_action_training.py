@@ -44,7 +44,7 @@ def fit(denoiser, bank: WindowBank, steps: int) -> list[float]:
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
     batch, losses, flow = bank.batch(torch.arange(2).repeat(4)), [], FlowMatchingConfig(motion_weight=0.0)
     for step in range(steps):
-        drawn = draw_noise(batch["latents_BCFhw"], flow, step_generator(0, step))
+        drawn = draw_noise(batch["latents_BCFhw"].shape, flow, step_generator(0, step))
         terms = objective(denoiser, None, batch, drawn, flow, contextlib.nullcontext())
         optimizer.zero_grad()
         terms["loss"].backward()

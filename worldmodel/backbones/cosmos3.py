@@ -8,6 +8,7 @@ embedding of the time, all others get the same one added. The tap is the stream 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ from .protocol import call_block, check_tap, pin, to_timesteps
 COSMOS3_LORA_TARGETS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 #: Pixel frames of a latent frame, which positions in time are counted in.
 TEMPORAL_STRIDE = 4
+
+
+@dataclass(slots=True, kw_only=True)
+class _Packed:
+    """A sample on its way through the layers: text and picture tokens, their rotary positions, (F,h,w) tokens, sizes of the latents."""
+
+    und: Tensor
+    gen: Tensor
+    rotary: tuple[Tensor, Tensor, Tensor, Tensor]
+    grid: tuple[int, int, int]
+    sizes: list[tuple[int, ...]]
 
 
 class Cosmos3Backbone(nn.Module):
@@ -84,17 +96,27 @@ class Cosmos3Backbone(nn.Module):
         """See ``VideoBackbone``; the velocity of latent frame 0 is zero."""
         x_BCFhw = pin(x_BCFhw, conditions["first_BC1hw"])
         timesteps, lengths = to_timesteps(sigma_B), conditions["text_length_B"].tolist()
-        made = [
-            self._sample(x_BCFhw[row : row + 1], timesteps[row], text_BL[row, :length], need_tap)
+        packed = [
+            self._pack(x_BCFhw[row : row + 1], timesteps[row], text_BL[row, :length])
             for row, length in enumerate(lengths)
         ]
-        velocity = torch.cat([velocity for velocity, _ in made])
-        return velocity, torch.stack([tapped for _, tapped in made if tapped is not None]) if need_tap else None
+        layers, tapped = list(self.blocks), None
+        if need_tap:
+            for sample in packed:
+                self._run(layers[: self.tap], sample)
+            # the rest of the network reads this very tensor, so that both losses have gradients at it
+            tapped = torch.stack([sample.gen for sample in packed])
+            for row, sample in enumerate(packed):
+                sample.gen = tapped[row]
+            layers = layers[self.tap :]
+        velocities = []
+        for sample in packed:
+            self._run(layers, sample)
+            velocities.append(self._velocity(sample))
+        return torch.cat(velocities), tapped
 
-    def _sample(
-        self, x_1CFhw: Tensor, timestep: Tensor, text_L: Tensor, need_tap: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """One packed sequence -> (velocity [1,C,F,h,w], tapped tokens [F*h*w,D] or None)."""
+    def _pack(self, x_1CFhw: Tensor, timestep: Tensor, text_L: Tensor) -> _Packed:
+        """One sample as the packed sequence that the layers read."""
         model = self.transformer
         und = model.embed_tokens(text_L)
         packed, sizes = model._patchify_and_pack_latents([x_1CFhw.to(model.proj_in.weight.dtype)])
@@ -102,21 +124,25 @@ class Cosmos3Backbone(nn.Module):
         clean = high * wide
         tokens = model.proj_in(packed)
         tokens = torch.cat([tokens[:clean], tokens[clean:] + self._time(timestep, len(tokens) - clean).to(und.dtype)])
-        gen, rotary = tokens.to(und.dtype), self._rotary(len(text_L), (frames, high, wide), und)
-        tapped = None
-        for index, layer in enumerate(model.layers, start=1):
-            und, gen = self.run_block(layer, und, gen, rotary)
-            if need_tap and index == self.tap:
-                tapped = gen
-        noisy = torch.arange(1, frames, device=gen.device)
-        predicted = model.proj_out(model.norm_moe_gen(gen)[clean:])
-        velocity = model._unpatchify_and_unpack_latents(
+        grid = (frames, high, wide)
+        rotary = self._rotary(len(text_L), grid, und)
+        return _Packed(und=und, gen=tokens.to(und.dtype), rotary=rotary, grid=grid, sizes=sizes)
+
+    def _run(self, layers: list[nn.Module], sample: _Packed) -> None:
+        for layer in layers:
+            sample.und, sample.gen = self.run_block(layer, sample.und, sample.gen, sample.rotary)
+
+    def _velocity(self, sample: _Packed) -> Tensor:
+        """The stock forward after its last layer: [1,C,F,h,w], zero in latent frame 0."""
+        model, (frames, high, wide) = self.transformer, sample.grid
+        noisy = torch.arange(1, frames, device=sample.gen.device)
+        predicted = model.proj_out(model.norm_moe_gen(sample.gen)[high * wide :])
+        return model._unpatchify_and_unpack_latents(
             predicted,
-            token_shapes_vision=[(frames, high, wide)],
+            token_shapes_vision=[sample.grid],
             noisy_frame_indexes_vision=[noisy],
-            original_latent_shapes=sizes,
-        )
-        return velocity[0], tapped
+            original_latent_shapes=sample.sizes,
+        )[0]
 
     def _time(self, timestep: Tensor, tokens: int) -> Tensor:
         """Embedding of the time: one row for all noisy tokens, or one each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,21 +47,70 @@ def load_backbone(
 
     Raises ``UserError`` for a folder that is none, a class that is not in ``LORA_TARGETS``, and weights that do not fit.
     """
+    found = describe_backbone(folder, first_latent=first_latent, tap=tap, part=part, stride=stride)
+    transformer = load_transformer(found.path, found.kind, device, dtype).eval()
+    return wrap_transformer(transformer, found, fps=fps, exact_times=exact_times)
+
+
+@dataclass(slots=True, kw_only=True)
+class Described:
+    """What a transformer's folder says before its weights are read. ``kind``: the diffusers class; ``path``: the folder with
+    ``config.json``; ``stride``: of its autoencoder; ``conditioned``: whether it has conditioning channels; ``tap``: None is the middle."""
+
+    kind: Any
+    path: Path
+    first_latent: str
+    tap: int | None
+    stride: tuple[int, int, int]
+    channels: int
+    conditioned: bool
+
+    @property
+    def cosmos(self) -> bool:
+        return self.kind.__name__ == "Cosmos3OmniTransformer"
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return LORA_TARGETS[self.kind.__name__]
+
+
+def describe_backbone(
+    folder: Path | str,
+    *,
+    first_latent: str | None = None,
+    tap: int | None = None,
+    part: str = "transformer",
+    stride: tuple[int, int, int] | None = None,
+) -> Described:
+    """What ``load_backbone`` would load, without its weights; arguments and errors as there."""
     import diffusers
 
     path = transformer_folder(Path(folder), part)
-    kind, config = _declared(path)
-    conditioned = kind == "WanTransformer3DModel" and has_condition(config)  # refused before anything large is read
+    name, config = _declared(path)
     known = read_settings(path)
-    transformer = load_transformer(path, getattr(diffusers, kind), device, dtype).eval()
-    first_latent = known.get("first_latent") if first_latent is None else first_latent
-    common: dict[str, Any] = {"tap": known.get("tap") if tap is None else tap, "exact_times": exact_times}
-    if kind == "Cosmos3OmniTransformer":
-        stride = stride or _stride(path, int(transformer.config.latent_channel))
-        return Cosmos3Backbone(transformer, stride=stride, first_latent=first_latent or "pinned", fps=fps, **common)
-    stride = stride or _stride(path, int(transformer.config.out_channels))
-    first = first_latent or ("mask" if conditioned else "pinned")
-    return WanBackbone(transformer, stride=stride, first_latent=first, **common)
+    cosmos = name == "Cosmos3OmniTransformer"
+    conditioned = not cosmos and has_condition(config)
+    channels = int(config.latent_channel if cosmos else config.out_channels)
+    first = known.get("first_latent") if first_latent is None else first_latent
+    return Described(
+        kind=getattr(diffusers, name),
+        path=path,
+        first_latent=first or ("mask" if conditioned else "pinned"),
+        tap=known.get("tap") if tap is None else tap,
+        stride=stride or _stride(path, channels),
+        channels=channels,
+        conditioned=conditioned,
+    )
+
+
+def wrap_transformer(
+    transformer: Any, found: Described, *, fps: float = 24.0, exact_times: bool = False
+) -> VideoBackbone:
+    """A stock transformer behind the protocol. ``UserError`` for a ``first_latent`` or ``tap`` that it cannot have."""
+    common: dict[str, Any] = {"stride": found.stride, "first_latent": found.first_latent, "tap": found.tap}
+    if found.cosmos:
+        return Cosmos3Backbone(transformer, fps=fps, exact_times=exact_times, **common)
+    return WanBackbone(transformer, exact_times=exact_times, **common)
 
 
 def save_settings(folder: Path, *, first_latent: str, tap: int | None = None) -> None:

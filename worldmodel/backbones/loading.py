@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,24 +202,45 @@ def load_weights(
     (``_keep_in_fp32_modules``) are float32 also where ``dtype`` is narrower. Raises ``UserError`` (see the module's docstring)
     before ``model`` is touched.
     """
-    from safetensors import safe_open
+    Weights(model, folder, dtype).place(device)
 
-    entries = folder_entries(folder)
-    check_entries(entries, shapes_of(model), folder)
-    device, kept = torch.device(device), kept_in_float32(model)
-    by_file: dict[Path, list[str]] = {}
-    for name, entry in entries.items():
-        by_file.setdefault(entry.file, []).append(name)
-    for file, names in by_file.items():
-        with safe_open(file, framework="pt") as opened:
-            for name in names:
-                wanted = dtype if dtype is None or not in_modules(name, kept) else torch.float32
-                _place(model, name, opened.get_tensor(name).to(device, wanted))
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
-            assert buffer is None or not buffer.is_meta, f"{name} has no values: build the model with build_empty"
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+class Weights:
+    """The weights of a diffusers ``folder`` for a ``model``, checked as in ``load_weights``, to be placed in parts: a model that is spread
+    over processes never lies whole in one of them."""
+
+    def __init__(self, model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
+        self.model, self.dtype = model, dtype
+        self.entries = folder_entries(folder)
+        check_entries(self.entries, shapes_of(model), folder)
+        self._kept = kept_in_float32(model)
+
+    def place(
+        self,
+        device: str | torch.device,
+        wanted: Callable[[str], bool] = lambda _name: True,
+        rename: Callable[[str], str] = lambda name: name,
+    ) -> None:
+        """Put the tensors with ``wanted`` names, and the buffers that the model computes itself, on ``device``. ``rename``: from a stored
+        name to that in the model as it is now."""
+        from safetensors import safe_open
+
+        device = torch.device(device)
+        by_file: dict[Path, list[str]] = {}
+        for name, entry in self.entries.items():
+            if wanted(name):
+                by_file.setdefault(entry.file, []).append(name)
+        for file, names in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for name in names:
+                    keep = self.dtype is None or not in_modules(name, self._kept)
+                    dtype = self.dtype if keep else torch.float32
+                    _place(self.model, rename(name), opened.get_tensor(name).to(device, dtype))
+        for module in self.model.modules():
+            for name in module._non_persistent_buffers_set:
+                buffer = module._buffers[name]
+                assert buffer is None or not buffer.is_meta, f"{name} has no values: build the model with build_empty"
+                module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

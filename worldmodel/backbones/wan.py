@@ -12,7 +12,7 @@ and the tap needs no hook. A test holds it against the stock forward.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..flow_matching import add_noise, frame_timesteps
 from ..storage import as_dtype, load_diffusers, save_diffusers, save_tensors
 from ..text import TEXT_WIDTH
 from .actions import ActionConditioner, ActionConfig
 
+#: Layers of every block that LoRA is put on: self-attention, cross-attention and feed-forward.
+WAN_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 #: One token a latent cell: the geometry of docs/architecture.md.
 PATCH = (1, 1, 1)
 
@@ -99,6 +102,10 @@ class ProprioceptionConditioner(nn.Module):
 class WanDenoiser(nn.Module):
     """Velocity of noisy latents under instruction, proprioception and, in an action model, actions; see the module's docstring."""
 
+    lora_targets = WAN_LORA_TARGETS
+    #: Latent frame 0 is given.
+    first_predicted = 1
+
     def __init__(
         self,
         transformer: Any,
@@ -114,6 +121,23 @@ class WanDenoiser(nn.Module):
         self.tap = tap
         #: How a block is called, ``block_forward`` or what a trainer puts in its place to compile, shard or recompute it.
         self.run_block: Callable[..., Tensor] = block_forward
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.blocks
+
+    @property
+    def width(self) -> int:
+        return int(self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim)
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a token."""
+        return tuple(self.transformer.config.patch_size)
+
+    def whole_parts(self) -> list[nn.Module]:
+        """What is too small to be spread over processes."""
+        return [part for part in (self.conditioner, self.actions) if part is not None]
 
     def compile_blocks(self) -> None:
         """Compile the block computation for training (one graph shared by all blocks). Parameters and exports stay as they are.
@@ -143,6 +167,16 @@ class WanDenoiser(nn.Module):
             return None
         assert actions_BPA is not None, "an action model needs actions"
         return self.actions(actions_BPA, proprioception_BKA[:, 0])
+
+    def predict(
+        self, batch: Mapping[str, Any], noise_BCFhw: Tensor, sigma_B: Tensor, *, need_tap: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``training.denoiser.Denoiser``."""
+        x0, now = batch["latents_BCFhw"], batch["proprioception_BKA"]
+        context = self.context(batch["text_BLD"], now)
+        action = self.action_embedding(batch.get("actions_BPA"), now)
+        noisy, times = add_noise(x0, noise_BCFhw, sigma_B), frame_timesteps(sigma_B, x0.shape[2])
+        return self(noisy, times, context, action_BFD=action, need_tap=need_tap)
 
     def forward(
         self,

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from physisforcing.core.errors import UserError, unknown_name
 
 from .protocol import FIRST_LATENT, call_block, check_tap, pin, to_timesteps
-from .wan import Embedded, block_forward, embed, unembed
+from .wan import WAN_LORA_TARGETS, Embedded, block_forward, embed, unembed
 
-#: Self-attention, cross-attention and feed-forward of every block.
-WAN_LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 #: Channels that say which pixel frames of a latent frame are given: as many as a latent frame has pixel frames.
 MASK_CHANNELS = 4
 

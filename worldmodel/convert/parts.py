@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from physisforcing.core.errors import UserError
 
@@ -57,6 +58,15 @@ class Part:
         if self.dtype is None:
             return found
         return torch.float32 if loading.in_modules(name, self.float32) else self.dtype
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the model, as the checkpoint has it."""
+        return self.source.read(self.origin[name])
+
+    def where(self, name: str) -> str:
+        """Where that tensor lies, for messages."""
+        original = self.origin[name]
+        return f"{self.source.entries[original].file}: {original}"
 
 
 def match(source: Source, keys: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], Counter[str]]:

@@ -14,18 +14,39 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from physisforcing.core.errors import UserError
 from physisforcing.core.files import replace_text
 
 from ..backbones.loading import DTYPES
-from .parts import Part
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NOTE = "conversion.json"
+
+
+class Part(Protocol):
+    """What is written: of a checkpoint (``parts.Part``) or of a model that is being trained. ``shapes``: of all tensors by name;
+    ``config``: content of ``config.json``."""
+
+    shapes: dict[str, tuple[int, ...]]
+    config: dict[str, Any]
+    weights_name: str
+
+    def stored(self, name: str) -> torch.dtype:
+        """The type in which a tensor is written."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU."""
+        ...
+
+    def where(self, name: str) -> str:
+        """What to call it in messages."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,15 +119,13 @@ def write_part(part: Part, shards: list[Shard], folder: Path, told: Callable[[in
 
 
 def _data(part: Part, name: str) -> memoryview:
-    original = part.origin[name]
-    value = part.source.read(original)
+    value = part.read(name)
     stored = value.to(part.stored(name)).contiguous()
     if not bool(stored.isfinite().all()):
         there = bool(value.isfinite().all())
         got = f"a number that {str(stored.dtype).removeprefix('torch.')} cannot hold" if there else "NaN or infinity"
         fix = "dtype=bf16" if there else "use another checkpoint: this one is damaged"
-        where = f"{part.source.entries[original].file}: {original}"
-        raise UserError(where, got=got, wanted="finite numbers", fix=fix)
+        raise UserError(part.where(name), got=got, wanted="finite numbers", fix=fix)
     return memoryview(stored.reshape(-1).view(torch.uint8).numpy())
 
 

@@ -58,6 +58,10 @@ class WindowSampler:
             end_fraction=end_fraction,
         )
 
+    def rows(self, batch: int, seed: int, step: int) -> Tensor:
+        """The rows of a training step, int64 [batch] on the CPU: a function of (seed, step)."""
+        return self.draw(batch, step_generator(seed, step))
+
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
         """int64 [batch] window rows on the CPU."""
         anywhere = torch.randint(self.count, (batch,), generator=generator)
@@ -210,9 +214,34 @@ class WindowBank:
         assert self.targets is not None
         return self.targets.available_rows()
 
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def device(self) -> torch.device:
+        return self.latents_WCFhw.device
+
+    def latent_shape(self, rows_B: Tensor) -> tuple[int, ...]:
+        """[B,C,F,h,w] of the latents of window rows."""
+        return len(rows_B), *self.latents_WCFhw.shape[1:]
+
+    def alike(self, *, physics: bool = True) -> Tensor:
+        """Rows of windows with latents of one shape, with ``physics`` those that have targets, where any have: int64 on the CPU."""
+        return self.physics_rows() if physics and self.targets is not None else torch.arange(len(self))
+
+    def sampler(self, start_fraction: float, end_fraction: float) -> WindowSampler:
+        """What draws the rows of the steps."""
+        return WindowSampler.build(self.table, start_fraction, end_fraction)
+
+    def expect(self, rows_B: Tensor) -> None:
+        """Rows that ``batch`` will be asked for soon. They are here already."""
+
     def batch(self, rows_B: Tensor) -> dict[str, Any]:
         """``latents_BCFhw``, ``text_BLD``, ``proprioception_BKA``, ``actions_BPA`` (float32) and ``targets`` of window rows on the
-        device."""
+        device. ``rows_B`` may be on the CPU."""
+        if self.device.type == "cuda" and rows_B.device.type == "cpu":
+            rows_B = rows_B.pin_memory()
+        rows_B = rows_B.to(self.device, non_blocking=True)
         return {
             "latents_BCFhw": self.latents_WCFhw[rows_B].float(),
             "text_BLD": self.text_SLD[self.sentence_W[rows_B]],

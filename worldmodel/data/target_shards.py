@@ -222,27 +222,46 @@ def read_shard(
             f"targets of episode {episode}", got="none", wanted=str(path), fix=fix.removeprefix("delete it and ")
         )
     try:
-        header, arrays = _mapped(path)
-        if header["recipe"] != recipe.describe() or header["content"] != content_digest(
-            dataset, episode, recipe.needs_truth
-        ):
+        content = content_digest(dataset, episode, recipe.needs_truth)
+        if (header := _mapped(path)[0])["recipe"] != recipe.describe() or header["content"] != content:
             raise ValueError("computed from something else")
-        state = path.stat()
-        if header["payload_sha256"] != _verified(path, state.st_mtime_ns, state.st_size):
-            raise ValueError("its arrays do not match its checksum")
-        targets = EpisodeTargets(
-            visible_WTN=np.unpackbits(arrays.pop("visible_WTb"), axis=-1, count=recipe.points).astype(bool),
-            size=(int(header["size"][0]), int(header["size"][1])),
-            subpixels=int(header["subpixels"]),
-            depth_kind=str(header["depth_kind"]),
-            channels=int(header["channels"]),
-            **arrays,
-        )
-        _check(targets, recipe)
+        return _targets(path, recipe)
     except (_unreadable(), ValueError, KeyError, TypeError, OSError) as error:
         raise DatasetError(
             f"targets of episode {episode}", got=f"{path}: {error}", wanted="a whole shard", fix=fix
         ) from error
+
+
+def open_shard(path: Path) -> tuple[TargetRecipe, EpisodeTargets]:
+    """A shard by its file alone, mapped into memory, where its dataset is not at hand: what it says it was computed by must be the recipe
+    that its folder is named after. Raises ``DatasetError`` when it is missing or damaged."""
+    fix = "make it again with the command that made its folder"
+    if not path.is_file():
+        raise DatasetError("targets", got="none", wanted=str(path), fix=fix)
+    try:
+        recipe = TargetRecipe.from_description(_mapped(path)[0]["recipe"])
+        if recipe.digest() != path.parent.name:
+            raise ValueError(f"of recipe {recipe.digest()}, not of its folder's")
+        return recipe, _targets(path, recipe)
+    except (_unreadable(), ValueError, KeyError, TypeError, OSError) as error:
+        raise DatasetError("targets", got=f"{path}: {error}", wanted="a whole shard", fix=fix) from error
+
+
+def _targets(path: Path, recipe: TargetRecipe) -> EpisodeTargets:
+    """The arrays of a shard of this recipe. Raises ``ValueError`` and others where it is not whole."""
+    header, arrays = _mapped(path)
+    state = path.stat()
+    if header["payload_sha256"] != _verified(path, state.st_mtime_ns, state.st_size):
+        raise ValueError("its arrays do not match its checksum")
+    targets = EpisodeTargets(
+        visible_WTN=np.unpackbits(arrays.pop("visible_WTb"), axis=-1, count=recipe.points).astype(bool),
+        size=(int(header["size"][0]), int(header["size"][1])),
+        subpixels=int(header["subpixels"]),
+        depth_kind=str(header["depth_kind"]),
+        channels=int(header["channels"]),
+        **arrays,
+    )
+    _check(targets, recipe)
     return targets
 
 

@@ -114,6 +114,11 @@ class PhysicsConfig:
     ratio_sem: float = 0.15
     unknown: list[str] = field(default_factory=list)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether there are physics losses at all."""
+        return self.lambda_pix > 0 or self.lambda_sem > 0
+
     def __post_init__(self) -> None:
         if self.unknown:
             fix = "fill them in configs/physics/authors.yaml from the authors' code, or use physics=paper"

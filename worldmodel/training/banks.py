@@ -1,7 +1,9 @@
-"""The windows that a run trains and is measured on: latents, conditions and physics targets, resident on the device."""
+"""The windows that a run trains and is measured on: latents, conditions and physics targets. Those of the small models are resident on
+the device, those of the large backbones are read from latent stores while the run trains."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,23 +12,32 @@ from physisforcing.core.errors import UserError
 
 from ..codec import VideoCodec, load_codec
 from ..data.batches import BankTargets, OnlineTargets, WindowBank, build_bank
+from ..data.latent_bank import LatentBank
+from ..data.latent_shards import LatentWindow, check_same, read_store
 from ..data.windows import Episode, FrameStore, WindowTable, read_episodes
+from ..physics.config import PhysicsConfig
 from ..teachers.online import OnlineTeachers
 from ..teachers.selection import Teachers
 from .config import TrainWorldModelConfig
-from .initial import adopt_world_model
+from .initial import adopt_model
 from .runtime import split_heldout
 
 
 def prepare_banks(
     config: TrainWorldModelConfig, device: torch.device, episodes: list[Episode] | None = None
-) -> tuple[WindowBank, WindowBank]:
+) -> tuple[WindowBank, WindowBank] | tuple[LatentBank, LatentBank | None]:
     """-> (training windows, held-out windows): latents, conditions and physics targets on ``device``.
 
-    With ``run.init`` the sizes in ``config`` become those of that model first (``adopt_world_model``).
+    With ``run.init`` the sizes in ``config`` become those of that model first (``adopt_model``).
     """
-    adopt_world_model(config)
+    adopt_model(config)
     data = config.data
+    if config.model:
+        physics = config.physics if config.physics.wanted else None
+        return open_stores(data.latents, data.heldout, device, physics, ahead=data.workers)
+    if data.latents:
+        wanted = "none without model="
+        raise UserError("data.latents", got=data.latents, wanted=wanted, fix="model=<pipeline folder>, or data.roots")
     if data.heldout < 1:
         wanted = "at least 1: the run measures its losses on held-out episodes"
         raise UserError("data.heldout", got=data.heldout, wanted=wanted, fix="data.heldout=1")
@@ -50,7 +61,7 @@ def load_bank(
     cache = Path(data.text_cache) if data.text_cache else None
     store = FrameStore.build(episodes, device)
     bank = build_bank(store, table, codec, config.conditioner.lags, text_cache=cache)
-    if config.physics.lambda_pix == 0 and config.physics.lambda_sem == 0:
+    if not config.physics.wanted:
         return bank
     if data.targets == "online":
         teachers = OnlineTeachers(Teachers(config.teacher, str(device)), config.physics)
@@ -61,3 +72,27 @@ def load_bank(
         options = {"teachers": config.teacher, "cache": data.targets_cache, "workers": data.workers}
         bank.targets = BankTargets.load(episodes, table, config.physics, device, **options)  # type: ignore[arg-type]
     return bank
+
+
+def open_stores(
+    folders: Sequence[str | Path], heldout: int, device: torch.device, physics: PhysicsConfig | None, *, ahead: int = 4
+) -> tuple[LatentBank, LatentBank | None]:
+    """-> (training windows, windows of ``heldout`` episodes spread evenly, None for 0). Episodes are whole on one side."""
+    if not folders:
+        fix = "physis data latents, then data.latents=[<its folder>]"
+        raise UserError("data.latents", got="no store", wanted="one or more latent stores", fix=fix)
+    stores = {Path(folder): read_store(Path(folder)) for folder in folders}
+    info = check_same({folder: found for folder, (found, _) in stores.items()})
+    episodes: dict[tuple[Path, str, int], list[tuple[Path, LatentWindow]]] = {}
+    for folder, (_, windows) in stores.items():
+        for window in windows:
+            episodes.setdefault((folder, window.source, window.episode), []).append((folder, window))
+    if not episodes:
+        raise UserError("data.latents", got="stores without windows", wanted="windows", fix="see physis data latents")
+    banks = []
+    for part in split_heldout(list(episodes.values()), heldout):
+        windows = [one for episode in part for one in episode]
+        bank = LatentBank(info=info, windows=windows, device=device, physics=physics, ahead=ahead) if windows else None
+        banks.append(bank)
+    assert banks[0] is not None
+    return banks[0], banks[1]

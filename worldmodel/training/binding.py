@@ -14,10 +14,21 @@ from physisforcing.core.errors import UserError
 FREE_SETTINGS = (
     frozenset(
         f"run.{name}"
-        for name in ("out", "resume", "device", "nonfinite", "checkpointing", "log_every", "save_every", "eval_every")
+        for name in (
+            "out",
+            "resume",
+            "device",
+            "nonfinite",
+            "checkpointing",
+            "wandb",
+            "log_every",
+            "save_every",
+            "eval_every",
+        )
     )
     | frozenset(f"fit.{name}" for name in ("log_every", "save_every"))
-    | frozenset(f"data.{name}" for name in ("workers", "text_cache", "targets_cache"))
+    | frozenset(f"data.{name}" for name in ("workers", "text_cache", "targets_cache", "latents"))
+    | frozenset(("model", "large.videos", "large.video_steps"))
     | frozenset(
         f"teacher.{kind}.{name}" for kind in ("tracker", "depth", "encoder") for name in ("path", "source", "device")
     )

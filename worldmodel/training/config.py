@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from physisforcing.core.errors import UserError
+from physisforcing.core.errors import UserError, check_at_least
 
 from ..backbones.wan import ConditionerConfig, WanConfig
 from ..flow_matching import FlowMatchingConfig
@@ -23,6 +23,9 @@ class DataConfig:
     (the cache home's when empty). ``targets_cache``: folder of cached physics targets, as ``cache`` of ``physis data targets``
     (``targets`` inside each dataset when empty). ``targets``: ``cache``, or ``online``: the teachers look at each batch (at the
     pictures that are kept, 120x160), which costs their time at every step and nothing on disk.
+
+    ``latents``: the latent stores that a large backbone is trained on (``physis data latents``), in place of ``roots`` and all that
+    chooses among them; ``heldout`` 0 measures nothing then, and ``workers`` read ahead.
     """
 
     roots: list[str] = field(default_factory=list)
@@ -37,6 +40,7 @@ class DataConfig:
     text_cache: str | None = None
     targets_cache: str | None = None
     targets: str = "cache"
+    latents: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.targets not in ("cache", "online"):
@@ -55,7 +59,8 @@ class RunConfig:
     repeated blocks). ``init``: a model folder to start from (fine-tuning); the sizes of the model are then its own. ``nonfinite``:
     an update whose loss or gradient is not finite stops the run, or skip: is left out, counted and logged.
     ``checkpointing``: what the backward pass of the world model's blocks computes again to save memory (``recompute.py``): none, full,
-    or selective, which keeps what attention made.
+    or selective, which keeps what attention made. ``micro``: samples that a process computes at once, gradients are summed up; 0 is
+    all of its share of ``batch``. ``wandb``: a Weights & Biases project that is told the log's lines as well (needs wandb).
     """
 
     out: str = "runs/train"
@@ -69,6 +74,8 @@ class RunConfig:
     init: str | None = None
     nonfinite: str = "stop"
     checkpointing: str = "none"
+    micro: int = 0
+    wandb: str = ""
     log_every: int = 50
     save_every: int = 1000
     eval_every: int = 1000
@@ -86,6 +93,21 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise UserError("lora.rank", got=self.rank, wanted="0 or more", fix="lora.rank=32")
+
+
+@dataclass(slots=True, kw_only=True)
+class LargeConfig:
+    """What is said of a large backbone (``model``) alone. ``first_latent``, ``tap``: see ``backbones.folder.load_backbone``; None is what the
+    folder says. ``videos``: held-out windows that are imagined at every evaluation, in ``video_steps`` Euler steps without guidance.
+    """
+
+    first_latent: str | None = None
+    tap: int | None = None
+    videos: int = 1
+    video_steps: int = 20
+
+    def __post_init__(self) -> None:
+        check_at_least(self, videos=0, video_steps=1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,11 +149,14 @@ class TrainVaeConfig:
 
 @dataclass(slots=True, kw_only=True)
 class TrainWorldModelConfig:
-    """``codec``: folder of the video codec. ``teacher``: who makes the targets of the physics losses. ``heldout_windows``: windows of
+    """``model``: the pipeline folder of a large backbone (docs/training.md), empty for our own small models, which ``codec``, ``backbone`` and
+    ``conditioner`` describe. ``codec``: folder of the video codec. ``teacher``: who makes the targets of the physics losses. ``heldout_windows``: windows of
     the held-out measurement, at fixed noise and timesteps. ``actions``: train an action model; from a text model as ``run.init`` it
     starts with that model's velocities. ``text_dropout``: share of the training windows whose sentence is left out (its tokens are zeros), so
     that an action model must look at the actions."""
 
+    model: str = ""
+    large: LargeConfig = field(default_factory=LargeConfig)
     codec: str = ""
     actions: bool = False
     text_dropout: float = 0.0

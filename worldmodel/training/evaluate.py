@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbones.wan import WanDenoiser
 from ..data.batches import WindowBank, step_generator
+from ..data.latent_bank import LatentBank
 from ..flow_matching import FlowMatchingConfig, motion_weights
 from ..physics.forcing import PhysisForcing
+from .denoiser import Denoiser
 from .objective import draw_noise, objective
 
 #: Seed of the fixed noise; unlike any training seed's stream because no training step has this number.
@@ -46,9 +47,9 @@ class HeldoutTerms:
 
 
 def heldout_losses(
-    denoiser: WanDenoiser,
+    denoiser: Denoiser,
     forcing: PhysisForcing | None,
-    bank: WindowBank,
+    bank: WindowBank | LatentBank,
     flow: FlowMatchingConfig,
     *,
     windows: int = 64,
@@ -74,9 +75,9 @@ def heldout_losses(
 
 @torch.no_grad()
 def heldout_terms(
-    denoiser: WanDenoiser,
+    denoiser: Denoiser,
     forcing: PhysisForcing | None,
-    bank: WindowBank,
+    bank: WindowBank | LatentBank,
     flow: FlowMatchingConfig,
     *,
     windows: int = 64,
@@ -88,21 +89,22 @@ def heldout_terms(
     Windows are spread evenly; where there are physics targets only windows that have them are chosen. The noise belongs to a
     window's place in this choice, not to the batch size.
     """
-    device = bank.latents_WCFhw.device
-    physics = forcing is not None and bank.targets is not None
-    candidates = bank.physics_rows() if physics else torch.arange(len(bank.table))
+    device = bank.device
+    candidates = bank.alike() if forcing is not None else bank.alike(physics=False)
     assert len(candidates), "every episode has a window at its first step"
     rows = candidates[torch.linspace(0, len(candidates) - 1, min(windows, len(candidates))).long()]
-    latents = bank.latents_WCFhw[rows.to(device)].float().cpu()
-    noise, sigma, order = draw_noise(latents, flow, step_generator(seed, _EVALUATION_STEP))
+    shape, generator = bank.latent_shape(rows), step_generator(seed, _EVALUATION_STEP)
+    noise, sigma, order = draw_noise(shape, flow, generator, denoiser.patch)
     values: dict[str, list[float]] = {}
     weights: dict[str, list[float]] = {}
     for part in torch.arange(len(rows)).split(chunk):
         drawn = noise[part].to(device), sigma[part].to(device), order[part].to(device)
-        batch = bank.batch(rows[part].to(device))
+        batch = bank.batch(rows[part])
         terms = objective(denoiser, forcing, batch, drawn, flow, contextlib.nullcontext())
         del terms["loss"]
-        counts = _counts(batch, flow, {name: float(terms.pop(name)) for name in _COUNTS if name in terms})
+        counts = _counts(
+            batch, flow, denoiser.first_predicted, {name: float(terms.pop(name)) for name in _COUNTS if name in terms}
+        )
         for name, value in terms.items():
             values.setdefault(name, []).append(float(value))
             weights.setdefault(name, []).append(counts.get(name, float(len(part))))
@@ -113,10 +115,10 @@ def heldout_terms(
     )
 
 
-def _counts(batch: dict[str, Any], flow: FlowMatchingConfig, said: dict[str, float]) -> dict[str, float]:
+def _counts(batch: dict[str, Any], flow: FlowMatchingConfig, first: int, said: dict[str, float]) -> dict[str, float]:
     """How much of what the terms of a batch are means of: weighted latent cells, points in the loss, samples with relations.
     Terms that are not here are means over samples."""
-    cells = motion_weights(batch["latents_BCFhw"].float(), flow.motion_weight, flow.motion_cap)[:, :, 1:]
+    cells = motion_weights(batch["latents_BCFhw"].float(), flow.motion_weight, flow.motion_cap)[:, :, first:]
     counts = {"fm": float(cells.sum())}
     if said:
         counts |= {**dict.fromkeys(_OF_POINTS, said["pairs"]), "sem": said["related"]}

@@ -1,35 +1,69 @@
-"""The model of a run as a plain world-model folder, whatever the run did to it: sharded weights put together, adapters merged."""
+"""The model of a run as a plain folder, whatever the run did to it: sharded weights put together, adapters merged."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..backbones.folder import save_settings
+from ..backbones.loading import in_modules, kept_in_float32
 from ..backbones.wan import WanDenoiser, build_denoiser
+from ..convert.writing import plan_shards, write_part
 from ..data.batches import WindowBank
-from ..model import save_world_model
+from ..data.latent_bank import LatentBank
+from ..model import save_heads, save_world_model
 from ..physics.forcing import PhysisForcing
-from ..storage import latents_fingerprint
+from ..storage import WEIGHTS_NAME, latents_fingerprint
 from .config import TrainWorldModelConfig
-from .lora import merged, save_adapter
+from .denoiser import BackboneDenoiser
+from .lora import NAME, merge_one, merged, save_adapter
 from .parallel import whole
 from .processes import Processes
 
+#: Bytes of a file of weights, as diffusers cuts them.
+SHARD_BYTES = 5_000_000_000
 
-def export_world_model(
+
+def export_model(
     folder: Path,
     model: nn.ModuleDict,
+    config: TrainWorldModelConfig,
+    bank: WindowBank | LatentBank,
+    processes: Processes,
+    *,
+    checkpoint: bool = False,
+) -> None:
+    """Write ``denoiser`` and ``forcing`` of ``model`` into ``folder``, with LoRA merged and also as ``adapter/``. Every process takes part in
+    putting weights together, and the first writes.
+
+    A small model is stored in float16, in a ``checkpoint`` as it is. A large backbone is stored in bfloat16; its checkpoint has the
+    adapter alone where that is all that is trained.
+    """
+    forcing: PhysisForcing | None = model["forcing"] if "forcing" in model else None  # type: ignore[assignment]
+    if isinstance(bank, LatentBank):
+        live: BackboneDenoiser = model["denoiser"]  # type: ignore[assignment]
+        _export_large(folder, live, forcing, config, processes, checkpoint)
+        return
+    dtype = None if checkpoint else torch.float16
+    _export_small(folder, model["denoiser"], forcing, config, bank, dtype, processes)  # type: ignore[arg-type]
+
+
+def _export_small(
+    folder: Path,
+    live: WanDenoiser,
+    forcing: PhysisForcing | None,
     config: TrainWorldModelConfig,
     bank: WindowBank,
     dtype: torch.dtype | None,
     processes: Processes,
 ) -> None:
-    """Write ``denoiser`` and ``forcing`` of ``model`` into ``folder``, with LoRA merged and also as ``adapter/``. ``dtype``: stored
-    precision (None: as it is). Every process takes part in putting weights together, and the first writes."""
-    live: WanDenoiser = model["denoiser"]  # type: ignore[assignment]
-    forcing: PhysisForcing | None = model["forcing"] if "forcing" in model else None  # type: ignore[assignment]
     denoiser = live
     if processes.many or config.lora.rank:
         state = _gathered(live, processes)
@@ -50,10 +84,94 @@ def export_world_model(
     )
 
 
-def _gathered(denoiser: nn.Module, processes: Processes) -> dict[str, Tensor]:
-    """The whole state of ``denoiser`` on the CPU of the first process; the others keep nothing."""
+def _export_large(
+    folder: Path,
+    live: BackboneDenoiser,
+    forcing: PhysisForcing | None,
+    config: TrainWorldModelConfig,
+    processes: Processes,
+    checkpoint: bool,
+) -> None:
+    """``transformer/`` (a diffusers folder with ``physis_backbone.json``), ``adapter/`` and ``physics_heads.safetensors``. A tensor at a
+    time is put together, whatever the model's size."""
+    adapters = config.lora.rank > 0
+    if processes.first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    if not (checkpoint and adapters):
+        part = LivePart.of(live, config)
+        shards = plan_shards(part, SHARD_BYTES)
+        if processes.first:
+            (folder / "transformer").mkdir()
+            write_part(part, shards, folder / "transformer", lambda _bytes: None)
+            save_settings(folder / "transformer", first_latent=live.first_latent, tap=live.tap)
+        else:
+            for name in (name for shard in shards for name in shard.tensors):
+                part.read(name)
+    if adapters:
+        state = _gathered(live, processes, only=".lora_")
+        if processes.first:
+            state = {name.removeprefix("backbone."): value for name, value in state.items()}
+            save_adapter(state, config.lora, live.transformer, folder / "adapter", None)
+    if processes.first and forcing is not None:
+        save_heads(forcing, folder, None)
+
+
+@dataclass(slots=True, kw_only=True)
+class LivePart:
+    """The transformer of a run, as ``convert.writing`` writes one. ``tensors``: the stock name -> how the tensor is put together."""
+
+    tensors: dict[str, Callable[[], Tensor]]
+    shapes: dict[str, tuple[int, ...]]
+    config: dict[str, Any]
+    float32: tuple[str, ...]
+    weights_name: str = WEIGHTS_NAME
+
+    @classmethod
+    def of(cls, live: BackboneDenoiser, config: TrainWorldModelConfig) -> LivePart:
+        transformer, prefix = live.transformer, "backbone.transformer."
+        # of the outermost module: asking it makes FSDP take back weights that lie around gathered
+        state = {name.removeprefix(prefix): value for name, value in live.state_dict().items()}
+        tensors: dict[str, Callable[[], Tensor]] = {}
+        shapes = {}
+        for name, value in state.items():
+            if ".lora_" in name:
+                continue
+            plain, stem = name.replace(".base_layer.", "."), name.removesuffix(".base_layer.weight")
+            shapes[plain] = tuple(value.shape)
+            if stem == name or f"{stem}.lora_A.{NAME}.weight" not in state:
+                tensors[plain] = lambda value=value: whole(value.detach())
+                continue
+            down, up = (state[f"{stem}.lora_{part}.{NAME}.weight"] for part in "AB")
+            tensors[plain] = lambda value=value, down=down, up=up: merge_one(
+                *(whole(part.detach()) for part in (value, down, up)), config.lora
+            )
+        return cls(
+            tensors=tensors,
+            shapes=shapes,
+            config=json.loads(transformer.to_json_string()),
+            float32=kept_in_float32(transformer),
+        )
+
+    def stored(self, name: str) -> torch.dtype:
+        """The type in which a tensor is written: bfloat16, where the class does not keep float32."""
+        return torch.float32 if in_modules(name, self.float32) else torch.bfloat16
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor on the CPU; every process must ask for the same ones in the same order."""
+        return self.tensors[name]().to("cpu")
+
+    def where(self, name: str) -> str:
+        """What a tensor is called in messages."""
+        return f"weights of the run: {name}"
+
+
+def _gathered(denoiser: nn.Module, processes: Processes, only: str = "") -> dict[str, Tensor]:
+    """The whole state of ``denoiser`` (names with ``only``) on the CPU of the first process; the others keep nothing."""
     state = {}
     for name, value in denoiser.state_dict().items():
+        if only not in name:
+            continue
         together = whole(value.detach())
         if processes.first:
             state[name] = together.to("cpu", copy=True)

@@ -19,6 +19,16 @@ from ..storage import latents_fingerprint, read_json
 from .config import TrainVaeConfig, TrainWorldModelConfig
 
 
+def adopt_model(config: TrainWorldModelConfig) -> None:
+    """Check what a run starts from and take its sizes into the config: of a large backbone (``model``) or one of our own."""
+    if not config.model:
+        adopt_world_model(config)
+        return
+    from .large import check_large
+
+    check_large(config)
+
+
 def adopt_world_model(config: TrainWorldModelConfig) -> None:
     """Set ``backbone``, ``conditioner`` and the widths of the physics heads to those of ``run.init``, and ``actions`` where it is an
     action model; nothing without it.

@@ -64,9 +64,13 @@ def merged(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]
         if name.endswith(f".lora_A.{NAME}.weight"):
             stem = name.removesuffix(f".lora_A.{NAME}.weight")
             up = state[f"{stem}.lora_B.{NAME}.weight"]
-            weight = plain[f"{stem}.weight"]
-            plain[f"{stem}.weight"] = weight.float() + config.alpha / config.rank * (up.float() @ down.float())
+            plain[f"{stem}.weight"] = merge_one(plain[f"{stem}.weight"], down, up, config)
     return plain
+
+
+def merge_one(weight: Tensor, down: Tensor, up: Tensor, config: LoraConfig) -> Tensor:
+    """W + alpha / rank * B A in float32. ``down`` is A [rank,in], ``up`` B [out,rank]."""
+    return weight.float() + config.alpha / config.rank * (up.float() @ down.float())
 
 
 def save_adapter(

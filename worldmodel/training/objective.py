@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backbones.wan import WanDenoiser
-from ..flow_matching import (
-    FlowMatchingConfig,
-    add_noise,
-    flow_matching_loss,
-    frame_timesteps,
-    sample_train_sigma,
-)
+from ..flow_matching import FlowMatchingConfig, flow_matching_loss, sample_train_sigma
 from ..physics.forcing import PhysisForcing
 from ..physics.relation import token_order
+from .denoiser import Denoiser
 
 
 def draw_noise(
-    latents_BCFhw: Tensor, config: FlowMatchingConfig, generator: torch.Generator
+    shape: Sequence[int], config: FlowMatchingConfig, generator: torch.Generator, patch: Sequence[int] = (1, 1, 1)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The random numbers of one step: (noise like the latents, sigma [B], token order [B,F*h*w]), on the generator's device."""
-    batch = latents_BCFhw.shape[0]
-    noise = torch.randn(latents_BCFhw.shape, generator=generator, device=generator.device)
-    sigma = sample_train_sigma(batch, config.train_shift, generator)
-    return noise, sigma, token_order(batch, latents_BCFhw[0, 0].numel(), generator)
+    """The random numbers of one step for latents of this ``shape`` [B,C,F,h,w]: (noise, sigma [B], order of the tokens [B,L]), on the
+    generator's device."""
+    noise = torch.randn(tuple(shape), generator=generator, device=generator.device)
+    sigma = sample_train_sigma(shape[0], config.train_shift, generator)
+    return noise, sigma, token_order(shape[0], math.prod(token_grid(shape, patch)), generator)
+
+
+def token_grid(shape: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:
+    """(F, h, w) tokens of latents of ``shape`` [B,C,F,h,w]. ``patch``: latent frames, rows and columns of a token."""
+    frames, rows, columns = (side // part for side, part in zip(shape[2:], patch, strict=True))
+    return frames, rows, columns
 
 
 def without_text(
@@ -44,10 +46,18 @@ def without_text(
     return text_BLD * keep_B[:, None, None].to(text_BLD.dtype)
 
 
+def part_of(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """Some samples of a batch."""
+    return {
+        name: part_of(value, rows) if isinstance(value, dict) else value if value is None else value[rows]
+        for name, value in batch.items()
+    }
+
+
 def objective(
-    denoiser: WanDenoiser,
+    denoiser: Denoiser,
     forcing: PhysisForcing | None,
-    batch: dict[str, Any],
+    batch: Mapping[str, Any],
     drawn: tuple[Tensor, Tensor, Tensor | None],
     flow: FlowMatchingConfig,
     precision: AbstractContextManager,
@@ -56,21 +66,13 @@ def objective(
     x0, (noise, sigma, order) = batch["latents_BCFhw"], drawn
     physics = forcing is not None and batch["targets"] is not None
     with precision:
-        context = denoiser.context(batch["text_BLD"], batch["proprioception_BKA"])
-        action = denoiser.action_embedding(batch.get("actions_BPA"), batch["proprioception_BKA"])
-        velocity, tapped = denoiser(
-            add_noise(x0, noise, sigma),
-            frame_timesteps(sigma, x0.shape[2]),
-            context,
-            action_BFD=action,
-            need_tap=physics,
-        )
-    fm = flow_matching_loss(velocity, x0, noise, flow)
+        velocity, tapped = denoiser.predict(batch, noise, sigma, need_tap=physics)
+    fm = flow_matching_loss(velocity, x0, noise, flow, first=denoiser.first_predicted)
     terms = {"loss": fm, "fm": fm.detach()}
     if physics:
         assert tapped is not None and forcing is not None
         forcing.watch(tapped)
-        out = forcing(tapped, tuple(x0.shape[2:]), batch["targets"], order, sigma_B=sigma)
+        out = forcing(tapped, token_grid(x0.shape, denoiser.patch), batch["targets"], order, sigma_B=sigma)
         terms["loss"] = fm + out.loss
         terms |= {"pix": out.pix, "sem": out.sem, **out.metrics}
     return terms

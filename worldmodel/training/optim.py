@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and a cosine to ``final_lr * lr``. ``ema``: decay of the averaged weights that are exported."""
+    """AdamW with linear warm-up and a cosine to ``final_lr * lr``. ``ema``: decay of the averaged weights that are exported; 0 exports
+    the weights as they are and keeps no average. ``heads``: learning rate of the physics heads, as a multiple of ``lr``."""
 
     lr: float = 1e-3
     final_lr: float = 0.02
@@ -22,6 +23,7 @@ class OptimConfig:
     beta2: float = 0.95
     clip: float = 1.0
     ema: float = 0.999
+    heads: float = 1.0
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -32,23 +34,32 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimConfig, heads: Iterable[nn.Parameter] = ()
+) -> torch.optim.AdamW:
     """Weight decay on matrices only; the fused kernel on a GPU. Sharded parameters are groups of their own: one call of a kernel
-    takes either kind."""
-    known: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    takes either kind. ``heads``: those of the parameters that learn at ``config.heads`` times the rate."""
+    scaled = {id(parameter) for parameter in heads} if config.heads != 1.0 else set()
+    known: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for parameter in parameters:
-        known.setdefault((parameter.ndim < 2, is_sharded(parameter)), []).append(parameter)
+        kind = parameter.ndim < 2, is_sharded(parameter), id(parameter) in scaled
+        known.setdefault(kind, []).append(parameter)
     groups = [
-        {"params": found, "weight_decay": 0.0 if other else config.weight_decay}
-        for (other, _), found in sorted(known.items(), key=lambda item: item[0])
+        {
+            "params": found,
+            "weight_decay": 0.0 if other else config.weight_decay,
+            "scale": config.heads if head else 1.0,
+        }
+        for (other, _, head), found in sorted(known.items(), key=lambda item: item[0])
     ]
     fused = any(parameter.is_cuda for found in known.values() for parameter in found)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """``value`` for every group, times its ``scale``."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("scale", 1.0)
 
 
 def is_sharded(value: Tensor) -> bool:
@@ -63,17 +74,19 @@ def local(value: Tensor) -> Tensor:
 
 class WeightAverage:
     """Exponential moving average of a module's trainable parameters, with ``min(decay, (1 + n) / (10 + n))`` after n updates. Of sharded
-    parameters every process averages its own part."""
+    parameters every process averages its own part. A ``decay`` of 0 keeps no average: the live weights are it."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad and decay > 0}
         self.names = list(trained)
         self.shadow = [parameter.detach().clone() for parameter in trained.values()]
         self._trained = list(trained.values())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        if not self.names:
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_([local(value) for value in self.shadow], [local(p) for p in self._trained], 1.0 - decay)
 

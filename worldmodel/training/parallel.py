@@ -8,7 +8,7 @@ what is small (conditioner, action conditioner, physics heads) every process kee
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,21 +18,23 @@ from .optim import is_sharded, local
 from .processes import Processes
 
 
-def shard(module: nn.Module, blocks: Iterable[nn.Module], whole: Iterable[nn.Module], processes: Processes) -> None:
-    """Spread ``module`` over the processes, each of ``blocks`` by itself and the rest together, but for the modules in ``whole``.
+def shard_block(block: nn.Module, processes: Processes) -> None:
+    """Spread a block over the processes. On GPUs it is gathered in bfloat16 and its gradients are summed in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    On GPUs the blocks are gathered in bfloat16 and gradients are summed in float32; the small rest stays in float32.
-    """
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if processes.device.type == "cuda":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(block, mesh=processes.mesh, mp_policy=policy)
+
+
+def shard_rest(module: nn.Module, whole: Iterable[nn.Module], processes: Processes) -> None:
+    """Spread what of ``module`` is not in sharded blocks over the processes, together and in float32, but for the modules in ``whole``."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # the velocity is a view of what the last layer gives, and nothing writes into it: a warning at every step says nothing
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     kept = {parameter for part in whole for parameter in part.parameters()}
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if processes.device.type == "cuda":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        fully_shard(block, mesh=processes.mesh, mp_policy=policy)
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(module, mesh=processes.mesh, mp_policy=plain, ignored_params=kept)
 
@@ -79,6 +81,23 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, processes: 
 #: Metrics that are means over the points in the loss of a process, and what a process has counted.
 _OF_POINTS = ("epe_cells", "epe_px", "epe_uniform_px", "epe_still_px")
 _COUNTS = ("pairs", "related")
+
+
+@torch.no_grad()
+def sum_parts(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Loss terms and metrics of a batch that was computed in equal parts: means of means, those over points weighted with their number,
+    and counts added up."""
+    made = {}
+    for name in parts[0]:
+        values = torch.stack([part[name].detach().float() for part in parts])
+        if name in _COUNTS:
+            made[name] = values.sum()
+        elif name in _OF_POINTS and "pairs" in parts[0]:
+            weights = torch.stack([part["pairs"].float() for part in parts])
+            made[name] = (values * weights).sum() / weights.sum().clamp(min=1e-12)
+        else:
+            made[name] = values.mean()
+    return made
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -16,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from physisforcing.core.errors import UserError
+
 #: Dense bfloat16 peak in FLOP/s by a part of the device's name, for MFU.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
 
@@ -25,6 +28,7 @@ class StepLog:
 
     ``done``: updates that the run holds already. Lines of later steps, which a killed process wrote after its last checkpoint,
     are dropped when the file is opened: those steps are made again. ``quiet``: write nothing (all processes of a run but the first).
+    ``wandb``: a Weights & Biases project that is told the same lines, "" for none.
     """
 
     def __init__(
@@ -36,14 +40,16 @@ class StepLog:
         device: torch.device,
         done: int = 0,
         quiet: bool = False,
+        wandb: str = "",
     ) -> None:
         self.run, self.steps, self.batch, self.flops, self.device = run, steps, batch, step_flops, device
         self._stream = None
-        self._board = None
+        self._board = self._wandb = None
         if not quiet:
             _drop_lines_after(run / "metrics.jsonl", done)
             self._stream = (run / "metrics.jsonl").open("a", encoding="utf-8")
             self._board = _tensorboard(run)
+            self._wandb = _wandb(run, wandb)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._count = 0
@@ -112,16 +118,22 @@ class StepLog:
             f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in record.items()
         )
         print(text, file=sys.stderr, flush=True)
-        if self._board is not None and "step" in record:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(name, value, int(record["step"]))
+        if "step" not in record:
+            return
+        values = {name: value for name, value in record.items() if isinstance(value, float)}
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, int(record["step"]))
+        if self._wandb is not None:
+            self._wandb.log(values, step=int(record["step"]))
 
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def _drop_lines_after(path: Path, done: int) -> None:
@@ -149,6 +161,24 @@ def _tensorboard(run: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(run / "tensorboard"))
+
+
+def check_wandb(project: str) -> None:
+    """``UserError`` where a project is named and wandb is not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        fix = "pip install wandb, or leave run.wandb out: TensorBoard has the same"
+        raise UserError("run.wandb", got=project, wanted="nothing without the package wandb", fix=fix)
+
+
+def _wandb(run: Path, project: str) -> Any:
+    """A run of the project under the folder's name, which a continued run goes on with; None without a project."""
+    if not project:
+        return None
+    check_wandb(project)
+    import wandb
+
+    name = f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
+    return wandb.init(project=project, id=name, name=run.name, dir=str(run), resume="allow")
 
 
 def _memory_gib(device: torch.device) -> float:

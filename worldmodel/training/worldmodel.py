@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from physisforcing.core.errors import UserError
 
-from ..backbones.wan import WanDenoiser
-from ..data.batches import WindowBank, WindowSampler, step_generator
+from ..data.batches import WindowBank, step_generator
+from ..data.latent_bank import LatentBank
 from ..physics.forcing import PhysisForcing
-from ..storage import fingerprint
 from .banks import load_bank, prepare_banks
 from .checkpoint import binding_settings, restore_training, save_checkpoint, training_tensors
 from .config import TrainWorldModelConfig
+from .denoiser import Denoiser
 from .evaluate import heldout_losses
-from .export import export_world_model
+from .export import export_model
 from .finite import FiniteGuard
-from .initial import adopt_world_model
-from .modules import build_modules, check_run, prepare_modules
-from .objective import draw_noise, objective, without_text
+from .initial import adopt_model
+from .modules import base_fingerprint, build_modules, check_run, prepared_modules
+from .objective import draw_noise, objective, part_of, token_grid, without_text
 from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
-from .parallel import average_gradients, clip_gradients, mean_terms
+from .parallel import average_gradients, clip_gradients, mean_terms, sum_parts
 from .pictures import heldout_pictures
 from .processes import Processes
 from .runtime import autocast, begin_run
 from .steplog import StepLog
 from .stopping import StopSignals, TrainingStopped
+from .videos import heldout_videos
 
 __all__ = ["Trainer", "build_modules", "load_bank", "prepare_banks", "train_world_model"]
 
@@ -47,7 +49,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainWorldModelConfig,
-        bank: WindowBank,
+        bank: WindowBank | LatentBank,
         device: torch.device,
         processes: Processes | None = None,
     ) -> None:
@@ -55,23 +57,22 @@ class Trainer:
         self.processes = processes if processes is not None else Processes(device=device)
         #: The rows of a batch that this process computes.
         self.part = self.processes.share(config.run.batch)
-        assert bank.proprioception_WKA.shape[1] == len(config.conditioner.lags), "windows of another conditioner"
         torch.manual_seed(config.run.seed)
-        self.model = nn.ModuleDict(build_modules(config, bank)).to(device).train()
-        prepare_modules(self.denoiser, config, self.processes)
+        self.model = prepared_modules(config, bank, self.processes)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.trained, config.optim)
+        heads = self.forcing.parameters() if self.forcing is not None else ()
+        self.optimizer = build_optimizer(self.trained, config.optim, heads)
         self.average = WeightAverage(self.model, config.optim.ema)
-        self.sampler = WindowSampler.build(bank.table, config.data.start_fraction, config.data.end_fraction)
+        self.sampler = bank.sampler(config.data.start_fraction, config.data.end_fraction)
         self.guard = FiniteGuard(config.run.nonfinite, self.clips)
         #: The frozen weights that adapters belong to; they are not in checkpoints.
-        self.base = fingerprint(Path(config.run.init)) if config.lora.rank and config.run.init else None
+        self.base = base_fingerprint(config) if config.lora.rank else None
         self.wait_s = 0.0
         #: The held-out window whose pictures are shown, once it is chosen.
         self.shown: Tensor | None = None
 
     @property
-    def denoiser(self) -> WanDenoiser:
+    def denoiser(self) -> Denoiser:
         return self.model["denoiser"]  # type: ignore[return-value]
 
     @property
@@ -80,7 +81,7 @@ class Trainer:
 
     def rows(self, step: int) -> Tensor:
         """Window rows of the batch of a step, on the CPU: a function of (seed, step)."""
-        return self.sampler.draw(self.config.run.batch, step_generator(self.config.run.seed, step))
+        return self.sampler.rows(self.config.run.batch, self.config.run.seed, step)
 
     def clips(self, step: int) -> list[str]:
         """What the windows in the batch of a step are called."""
@@ -88,10 +89,10 @@ class Trainer:
 
     def batch(self, step: int) -> dict[str, Any]:
         """What this process computes of the batch of a step."""
-        rows = self.rows(step)[self.part]
-        if self.device.type == "cuda":
-            rows = rows.pin_memory()
-        return self.bank.batch(rows.to(self.device, non_blocking=True))
+        made = self.bank.batch(self.rows(step)[self.part])
+        if step + 1 < self.config.run.steps:
+            self.bank.expect(self.rows(step + 1)[self.part])
+        return made
 
     def step(self, step: int) -> dict[str, Tensor]:
         """Update number ``step`` (from 0). Returns loss terms and gradient norm (before clipping) as device scalars.
@@ -103,18 +104,15 @@ class Trainer:
             self.forcing.measure = (step + 1) % self.config.run.log_every == 0
         batch = self.batch(step)
         generator = step_generator(self.config.run.seed + 1, step, self.device)
-        whole = torch.empty((self.config.run.batch, *batch["latents_BCFhw"].shape[1:]), device="meta")
-        noise, sigma, order = (value[self.part] for value in draw_noise(whole, self.config.flow, generator))
+        whole = self.config.run.batch, *batch["latents_BCFhw"].shape[1:]
+        drawn = draw_noise(whole, self.config.flow, generator, self.denoiser.patch)
+        drawn = tuple(value[self.part] for value in drawn)
         if self.config.text_dropout > 0:
             shared = self.config.run.batch, self.part
             batch["text_BLD"] = without_text(batch["text_BLD"], self.config.text_dropout, generator, *shared)
         self.wait_s = time.perf_counter() - begun
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, step, self.config.run.steps))
-        precision = autocast(self.config.run, self.device)
-        terms = objective(self.denoiser, self.forcing, batch, (noise, sigma, order), self.config.flow, precision)
-        terms["loss"].backward()
-        if self.forcing is not None and self.forcing.measures:
-            terms |= self.forcing.shares()
+        terms = self._backward(batch, drawn)
         average_gradients(self.trained, self.processes)
         norm = clip_gradients(self.trained, self.config.optim.clip, self.processes)
         terms = mean_terms(terms, self.processes) | {"grad_norm": norm.detach()}
@@ -124,10 +122,24 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return terms
 
+    def _backward(self, batch: dict[str, Any], drawn: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Gradients of the mean loss of what this process computes, ``run.micro`` samples at a time; its loss terms."""
+        count, found = len(batch["latents_BCFhw"]), []
+        micro = self.config.run.micro or count
+        precision = autocast(self.config.run, self.device)
+        for first in range(0, count, micro):
+            some, noise = part_of(batch, slice(first, first + micro)), tuple(v[first : first + micro] for v in drawn)
+            terms = objective(self.denoiser, self.forcing, some, noise, self.config.flow, precision)  # type: ignore[arg-type]
+            (terms["loss"] * (micro / count)).backward()
+            if self.forcing is not None and self.forcing.measures:
+                terms |= self.forcing.shares()
+            found.append(terms)
+        return found[0] if len(found) == 1 else sum_parts(found)
+
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the model has the averaged weights. Weights that are gathered or frozen in bfloat16 are used in it, others in float32."""
-        half = self.config.lora.rank > 0 or (self.processes.many and self.device.type == "cuda")
+        half = self.config.lora.rank > 0 or self.config.model or (self.processes.many and self.device.type == "cuda")
         self.average.swap()
         try:
             with autocast(self.config.run, self.device) if half else contextlib.nullcontext():
@@ -135,12 +147,13 @@ class Trainer:
         finally:
             self.average.swap()
 
-    def heldout(self, bank: WindowBank) -> dict[str, float]:
+    def heldout(self, bank: WindowBank | LatentBank) -> dict[str, float]:
         """Held-out values of the averaged weights; each of several processes computes all of them, which gives what one would."""
         with self.averaged():
             values = heldout_losses(
-                self.denoiser, self.forcing, bank, self.config.flow, windows=self.config.heldout_windows
-            )
+                self.denoiser, self.forcing, bank, self.config.flow, windows=self.config.heldout_windows,
+                chunk=1 if self.config.model else 8,
+            )  # fmt: skip
         return {f"heldout_{name}": value for name, value in values.items()}
 
     def save(self, run: Path, done: int) -> Path:
@@ -148,7 +161,7 @@ class Trainer:
 
         def write_model(folder: Path) -> None:
             with self.averaged():
-                self.export(folder, dtype=None)
+                self.export(folder, checkpoint=True)
 
         tensors = training_tensors(
             self.model, self.average, self.optimizer, self.device, frozen=self.config.lora.rank == 0
@@ -188,27 +201,33 @@ class Trainer:
             processes=self.processes,
         )
 
-    def export(self, folder: Path, dtype: torch.dtype | None) -> None:
-        """Write the live weights as a world-model folder; every process takes part, and the first writes."""
-        export_world_model(folder, self.model, self.config, self.bank, dtype, self.processes)
+    def export(self, folder: Path, *, checkpoint: bool = False) -> None:
+        """Write the live weights as a model's folder, in a ``checkpoint`` bit-exactly or what of it is trained; every process takes part,
+        and the first writes."""
+        export_model(folder, self.model, self.config, self.bank, self.processes, checkpoint=checkpoint)
 
     def flops(self) -> float:
         """Floating-point operations of one update in this process: for each parameter and token 2 forward, 2 for the gradient of what went
         in and, where it is trained, 2 for its own; attention once forward and twice backward. Recomputation does not count."""
-        config, shape = self.config.backbone, self.bank.latents_WCFhw.shape
-        tokens = shape[2] * shape[3] * shape[4]
-        dense = sum((6 if p.requires_grad else 4) * p.numel() for p in self.denoiser.transformer.blocks.parameters())
-        attention = 3 * config.num_layers * 4 * tokens * tokens * config.dim
+        shape, denoiser = self.bank.latent_shape(self.bank.alike()[:1]), self.denoiser
+        tokens = math.prod(token_grid(shape, denoiser.patch))
+        dense = sum((6 if p.requires_grad else 4) * p.numel() for p in denoiser.blocks.parameters())
+        attention = 3 * len(denoiser.blocks) * 4 * tokens * tokens * denoiser.width
         return self.config.run.batch / self.processes.world * (float(dense) * tokens + attention)
 
 
-def train_world_model(config: TrainWorldModelConfig, banks: tuple[WindowBank, WindowBank] | None = None) -> Path:
-    """Train and write checkpoints, metrics and the exported model (``<out>/export``, float16, averaged weights).
+#: Training windows and held-out ones.
+Banks = tuple[WindowBank, WindowBank] | tuple[LatentBank, LatentBank | None]
+
+
+def train_world_model(config: TrainWorldModelConfig, banks: Banks | None = None) -> Path:
+    """Train and write checkpoints, metrics and the exported model (``<out>/export``, averaged weights; float16, of a large backbone
+    bfloat16).
 
     ``heldout.json`` in the run folder holds the held-out values before and after. Returns the export folder. Raises
     ``TrainingStopped`` once a signal has ended the run and its checkpoint is written, and ``FloatingPointError`` as ``FiniteGuard`` does.
     """
-    adopt_world_model(config)
+    adopt_model(config)
     processes = Processes.start(config.run.device)
     try:
         return _train(config, banks, processes)
@@ -216,7 +235,7 @@ def train_world_model(config: TrainWorldModelConfig, banks: tuple[WindowBank, Wi
         processes.close()
 
 
-def _train(config: TrainWorldModelConfig, banks: tuple[WindowBank, WindowBank] | None, processes: Processes) -> Path:
+def _train(config: TrainWorldModelConfig, banks: Banks | None, processes: Processes) -> Path:
     check_run(config, processes)
     run, device, found = begin_run(config, processes)
     if banks is None:
@@ -225,7 +244,9 @@ def _train(config: TrainWorldModelConfig, banks: tuple[WindowBank, WindowBank] |
     trainer = Trainer(config, bank, device, processes)
     first = trainer.restore(found) if found is not None else 0
     quiet = not processes.first
-    log = StepLog(run, config.run.steps, config.run.batch, trainer.flops(), device, done=first, quiet=quiet)
+    log = StepLog(
+        run, config.run.steps, config.run.batch, trainer.flops(), device, done=first, quiet=quiet, wandb=config.run.wandb
+    )  # fmt: skip
     if first == 0:
         _measure(trainer, heldout, 0, log)
     with StopSignals() as signals:
@@ -244,7 +265,7 @@ def _train(config: TrainWorldModelConfig, banks: tuple[WindowBank, WindowBank] |
                     raise TrainingStopped(told, done, config.run.steps, saved)
     log.close()
     trainer.average.swap()
-    trainer.export(run / "export", dtype=torch.float16)
+    trainer.export(run / "export")
     processes.barrier()
     return run / "export"
 
@@ -256,15 +277,20 @@ def _told(signals: StopSignals, processes: Processes) -> str | None:
     return signals.told or "a signal to another process"
 
 
-def _measure(trainer: Trainer, heldout: WindowBank, done: int, log: StepLog) -> None:
+def _measure(trainer: Trainer, heldout: WindowBank | LatentBank | None, done: int, log: StepLog) -> None:
     """Held-out values and pictures into the log; those before and after the run into ``heldout.json``."""
+    if heldout is None:
+        return
     values = trainer.heldout(heldout)
     log.event({"step": done, **values})
     report, place = log.run / "heldout.json", {0: "before", trainer.config.run.steps: "after"}.get(done)
     if place is not None and trainer.processes.first:
         known = json.loads(report.read_text()) if report.is_file() and done else {}
         report.write_text(json.dumps({**known, place: values}, indent=2) + "\n")
-    heldout_pictures(trainer, heldout, done, log)
+    if isinstance(heldout, LatentBank):
+        heldout_videos(trainer, heldout, done, log)
+    else:
+        heldout_pictures(trainer, heldout, done, log)
 
 
 def _after_update(trainer: Trainer, log: StepLog, terms: dict[str, Tensor], done: int) -> None:

@@ -1,0 +1,216 @@
+"""Windows of latent stores, read from disk while a run trains: batches of one shape, loaded ahead of the steps that need them.
+
+A window costs its latents, its sentence and its targets, a few megabytes, whatever the backbone; nothing stays in memory after its batch.
+Which windows a step sees depends on (seed, step) alone: every epoch goes once through the windows of each shape in a new order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from physisforcing.core.errors import UserError
+
+from ..physics.config import PhysicsConfig
+from .batches import step_generator
+from .latent_shards import LatentWindow, StoreInfo, read_window
+from .target_shards import EpisodeTargets, TargetRecipe, open_shard
+from .window_targets import check_recipe, reduce_shard
+
+#: Tokens that a Wan sentence is padded to, as in its training.
+WAN_TOKENS = 512
+
+
+@dataclass(slots=True, kw_only=True)
+class EpochSampler:
+    """Batches of rows of one shape. An epoch goes through the rows of each shape in a random order; what does not fill a batch is left
+    out of it (another rest in every epoch), and a shape with fewer rows than a batch repeats them."""
+
+    groups: list[Tensor]
+
+    def rows(self, batch: int, seed: int, step: int) -> Tensor:
+        """int64 [batch] on the CPU: a function of (seed, step)."""
+        counts = [max(1, len(group) // batch) for group in self.groups]
+        epoch, place = divmod(step, sum(counts))
+        generator = step_generator(seed, epoch)
+        orders = [group[torch.randperm(len(group), generator=generator)] for group in self.groups]
+        turns = torch.cat([torch.full((count,), number) for number, count in enumerate(counts)])
+        turns = turns[torch.randperm(len(turns), generator=generator)]
+        number = int(turns[place])
+        first = batch * int((turns[:place] == number).sum())
+        return orders[number][torch.arange(first, first + batch) % len(orders[number])]
+
+
+@dataclass(slots=True, kw_only=True)
+class StoreTargets:
+    """Physics targets of a bank's windows, behind ``data.batches.Targets``."""
+
+    bank: LatentBank
+    teacher_dim: int
+    identity: dict[str, Any]
+
+    def available_rows(self) -> Tensor:
+        return torch.tensor([row for row, (_, w) in enumerate(self.bank.windows) if w.targets], dtype=torch.int64)
+
+    def batch(self, rows_B: Tensor) -> dict[str, Tensor]:
+        return self.bank.batch(rows_B)["targets"]
+
+
+@dataclass(slots=True, kw_only=True)
+class LatentBank:
+    """``windows``: (store, window), a row each. ``physics``: None where a run has no physics losses. ``ahead``: threads that read.
+
+    ``close`` ends them.
+    """
+
+    info: StoreInfo
+    windows: list[tuple[Path, LatentWindow]]
+    device: torch.device
+    physics: PhysicsConfig | None = None
+    ahead: int = 4
+    targets: StoreTargets | None = None
+    _pool: ThreadPoolExecutor | None = None
+    _coming: dict[int, Future[dict[str, Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.physics is None:
+            return
+        known = next((row for row, (_, window) in enumerate(self.windows) if window.targets), None)
+        if known is None:
+            fix = "physis data latents with a teacher=, or physics=none"
+            raise UserError(
+                "data.latents", got="windows without physics targets", wanted="some that have them", fix=fix
+            )
+        recipe, shard = _targets(*self._targets_path(known))
+        check_recipe(recipe, self.physics)
+        dim = shard.channels or self.physics.feature_dim  # relations of bodies have no encoder
+        self.targets = StoreTargets(bank=self, teacher_dim=dim, identity=self.info.teachers or {})
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def name(self, row: int) -> str:
+        """Dataset, episode and first step of a window."""
+        return self.windows[row][1].name
+
+    def sampler(self, _start: float = 0.0, _end: float = 0.0) -> EpochSampler:
+        """What draws the rows of the steps: all windows alike, wherever they start."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, (_, window) in enumerate(self.windows):
+            groups.setdefault(window.shape, []).append(row)
+        return EpochSampler(groups=[torch.tensor(rows) for _, rows in sorted(groups.items())])
+
+    def latent_shape(self, rows_B: Tensor) -> tuple[int, ...]:
+        """[B,C,F,h,w] of the latents of rows of one shape."""
+        return len(rows_B), *self.windows[int(rows_B[0])][1].shape
+
+    def alike(self, *, physics: bool = True) -> Tensor:
+        """Rows of the windows with the most common shape, with ``physics`` of those that have targets, where any have: int64 on the CPU."""
+        rows = self.physics_rows().tolist() if physics and self.targets is not None else list(range(len(self)))
+        shapes = [self.windows[row][1].shape for row in rows]
+        common = max(sorted(set(shapes)), key=shapes.count)
+        return torch.tensor([row for row, shape in zip(rows, shapes, strict=True) if shape == common])
+
+    def physics_rows(self) -> Tensor:
+        """Rows of the windows that have physics targets, on the CPU."""
+        assert self.targets is not None
+        return self.targets.available_rows()
+
+    def expect(self, rows_B: Tensor) -> None:
+        """Begin to read rows that ``batch`` will be asked for soon."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(max_workers=self.ahead, thread_name_prefix="latents")
+        for row in rows_B.tolist():
+            if row not in self._coming:
+                self._coming[row] = self._pool.submit(self._load, row)
+
+    def batch(self, rows_B: Tensor) -> dict[str, Any]:
+        """``latents_BCFhw`` (float32), ``text``, ``condition_BCFhw`` where there is one, and ``targets`` of rows of one shape."""
+        self.expect(rows_B)
+        rows = rows_B.tolist()
+        samples = [self._coming[row].result() for row in rows]
+        for row in set(rows):
+            del self._coming[row]
+        made: dict[str, Any] = {"targets": None}
+        made["latents_BCFhw"] = self._stack([sample["latents_CFhw"] for sample in samples]).float()
+        if "condition_CFhw" in samples[0]:
+            made["condition_BCFhw"] = self._stack([sample["condition_CFhw"] for sample in samples])
+        made["text"] = self._text(samples)
+        if self.targets is not None:
+            names = samples[0]["targets"]
+            made["targets"] = {name: self._stack([sample["targets"][name][0] for sample in samples]) for name in names}
+        return made
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
+        self._coming.clear()
+
+    def _stack(self, parts: Sequence[Tensor]) -> Tensor:
+        """[B,...] on the device; the copy does not hold up the host."""
+        whole = torch.stack(list(parts))
+        return whole.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else whole
+
+    def _text(self, samples: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Embeddings [B,512,D] with zeros behind the sentence, or ids [B,L] with -1 behind it."""
+        if self.info.kind == "cosmos3":
+            ids = [sample["text_L"] for sample in samples]
+            return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1).to(self.device)
+        first = samples[0]["text_LD"]
+        text = torch.zeros(len(samples), WAN_TOKENS, first.shape[1], dtype=first.dtype, device=self.device)
+        for row, sample in enumerate(samples):
+            text[row, : len(sample["text_LD"])] = sample["text_LD"].to(self.device, non_blocking=True)
+        return text
+
+    def _load(self, row: int) -> dict[str, Any]:
+        store, window = self.windows[row]
+        found: dict[str, Any] = dict(read_window(store, window))
+        if self.physics is not None:
+            found["targets"] = self._target(row)
+        return found
+
+    def _target(self, row: int) -> dict[str, Tensor]:
+        """Targets of one window, [1,...]; of one without any, those of another with nothing selected in them."""
+        _, window = self.windows[row]
+        if window.targets:
+            recipe, shard = _targets(*self._targets_path(row))
+            start = int(shard.starts_W[window.target_row])
+            return reduce_shard(shard, [start], start + 1, recipe, self._physics()).batch(
+                torch.zeros(1, dtype=torch.int64)
+            )
+        alike = [w.shape == window.shape and bool(w.targets) for _, w in self.windows]
+        if not any(alike):
+            fix = "physis data latents with a teacher= for these buckets as well"
+            wanted = f"some with latents of {list(window.shape)}"
+            raise UserError(
+                "data.latents", got=f"{window.name} and all like it without targets", wanted=wanted, fix=fix
+            )
+        empty = self._target(alike.index(True))
+        for name in ("select_BN", "token_mask_BFhw", "relation_valid_BK"):
+            if name in empty:
+                empty[name] = torch.zeros_like(empty[name])
+        return empty
+
+    def _physics(self) -> PhysicsConfig:
+        assert self.physics is not None
+        return self.physics
+
+    def _targets_path(self, row: int) -> tuple[Path, int, int]:
+        store, window = self.windows[row]
+        path = store / window.targets
+        state = path.stat()
+        return path, state.st_mtime_ns, state.st_size
+
+
+@functools.lru_cache(maxsize=64)
+def _targets(path: Path, _modified: int, _size: int) -> tuple[TargetRecipe, EpisodeTargets]:
+    """A shard of targets, mapped; the last few stay open."""
+    return open_shard(path)

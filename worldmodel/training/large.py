@@ -1,0 +1,144 @@
+"""The large backbones as the trainer takes them: checked, loaded a block at a time, with adapters or sharded.
+
+A model lies whole in no process that shares it: it is built without memory, and each block gets its weights from disk, goes to the device
+and is sharded before the next one is read. Weights are bfloat16 where they are frozen under adapters and float32 where they are trained;
+the blocks compute in bfloat16 either way on a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from physisforcing.core.errors import UserError
+
+from ..backbones.folder import describe_backbone, wrap_transformer
+from ..backbones.loading import Weights, build_empty, folder_entries, read_transformer
+from ..data.latent_shards import StoreInfo
+from .config import TrainWorldModelConfig
+from .denoiser import BackboneDenoiser
+from .lora import add_lora
+from .modules import base_precision
+from .parallel import shard_block, shard_rest
+from .processes import Processes
+from .recompute import recomputed
+from .runtime import compiles
+
+#: Settings that say something about the small models alone: ``model`` leaves them as they are.
+_SMALL = ("codec", "actions", "text_dropout")
+_SMALL_DATA = ("roots", "tasks", "limit", "targets_cache")
+
+
+def check_large(config: TrainWorldModelConfig) -> None:
+    """``UserError`` for settings that a large backbone does not have, and for folders that are none. Nothing large is read."""
+    usual = TrainWorldModelConfig()
+    for section, names in (("", _SMALL), ("data.", _SMALL_DATA)):
+        ours, theirs = (config, usual) if not section else (config.data, usual.data)
+        for name in names:
+            if getattr(ours, name) != getattr(theirs, name):
+                fix = f"leave {section}{name} out, or model= for one of our own small models"
+                raise UserError(
+                    f"{section}{name}", got=getattr(ours, name), wanted="no such setting with model=", fix=fix
+                )
+    describe_backbone(weights_folder(config), first_latent=config.large.first_latent, tap=config.large.tap)
+
+
+def weights_folder(config: TrainWorldModelConfig) -> Path:
+    """Whose transformer the run starts with: that of ``run.init``, an earlier run's export, or of ``model``."""
+    return Path(config.run.init or config.model)
+
+
+def large_denoiser(config: TrainWorldModelConfig, info: StoreInfo, processes: Processes) -> BackboneDenoiser:
+    """The backbone on its device, trainable. ``UserError`` where the stores were made for another one."""
+    device = processes.device
+    described = describe_backbone(weights_folder(config), first_latent=config.large.first_latent, tap=config.large.tap)
+    transformer = build_empty(described.kind, read_transformer(described.path, described.kind))
+    base = base_precision(config, device) if config.lora.rank else torch.float32
+    weights = Weights(transformer, described.path, base)
+    if config.lora.rank:
+        add_lora(transformer, config.lora, described.lora_targets, base)
+    backbone = wrap_transformer(transformer, described, fps=info.fps)
+    denoiser = BackboneDenoiser(backbone)
+    _check_stores(denoiser, info)
+    if compiles(config.run):
+        denoiser.compile_blocks()
+    denoiser.run_block = recomputed(denoiser.run_block, config.run.checkpointing)
+    _place(denoiser, weights, device, processes)
+    return denoiser
+
+
+def _place(denoiser: BackboneDenoiser, weights: Weights, device: torch.device, processes: Processes) -> None:
+    """Weights from disk, adapters drawn, block by block; each is sharded before the next is read."""
+    transformer = denoiser.backbone.transformer
+    there = {name for name, _ in transformer.named_parameters()} | {name for name, _ in transformer.named_buffers()}
+
+    def rename(name: str) -> str:
+        if name in there:
+            return name
+        stem, _, leaf = name.rpartition(".")
+        return f"{stem}.base_layer.{leaf}"  # peft moves the layer under its adapter
+
+    places = {id(module): name for name, module in transformer.named_modules()}
+    prefixes = [f"{places[id(block)]}." for block in denoiser.backbone.blocks]
+    for block, prefix in zip(denoiser.backbone.blocks, prefixes, strict=True):
+        weights.place(device, lambda name, prefix=prefix: name.startswith(prefix), rename)
+        _draw_adapters(block, device)
+        if processes.many:
+            shard_block(block, processes)
+    weights.place(device, lambda name: not name.startswith(tuple(prefixes)), rename)
+    _draw_adapters(transformer, device)
+    if processes.many:
+        shard_rest(denoiser, [], processes)
+
+
+def _draw_adapters(module: nn.Module, device: torch.device) -> None:
+    """Adapters without memory, as peft starts them: A uniform, B zero. Drawn on the CPU from torch's global generator, so that every
+    process and device begins with the same ones."""
+    for name, parameter in list(module.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        assert ".lora_" in name, f"{name} has no weights"
+        value = torch.zeros(parameter.shape)
+        if ".lora_A." in name:
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+        path, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(path)
+        holder._parameters[leaf] = nn.Parameter(value.to(device, parameter.dtype), requires_grad=True)
+
+
+def _check_stores(denoiser: BackboneDenoiser, info: StoreInfo) -> None:
+    backbone = denoiser.backbone
+    kind = "cosmos3" if type(backbone.transformer).__name__ == "Cosmos3OmniTransformer" else "wan"
+    needed: list[tuple[str, Any, Any]] = [
+        ("kind", info.kind, kind),
+        ("channels", info.channels, backbone.latent_channels),
+        ("stride", tuple(info.stride), tuple(backbone.stride)),
+        ("conditioned", info.conditioned, bool(getattr(backbone, "conditioned", False))),
+    ]
+    for name, got, wanted in needed:
+        if got != wanted:
+            fix = "physis data latents with the model= of this run"
+            raise UserError(f"data.latents: {name}", got=got, wanted=f"{wanted}, as the backbone has", fix=fix)
+
+
+def transformer_fingerprint(config: TrainWorldModelConfig) -> str:
+    """12 hex digits that tell a folder's weights from others: names, types and shapes of all tensors, and 64 pieces of each file. (Reading
+    28 GB at every start would take longer than loading them.)"""
+    folder = describe_backbone(weights_folder(config)).path
+    entries = folder_entries(folder)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for name, entry in sorted(entries.items()):
+        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+    for file in sorted({entry.file for entry in entries.values()}):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for piece in range(64):
+                stream.seek(piece * max(0, size - 65536) // 63)
+                digest.update(stream.read(65536))
+    return digest.hexdigest()[:12]
