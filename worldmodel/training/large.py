@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 
 from physisforcing.core.errors import UserError
 
-from ..backbones.folder import describe_backbone, wrap_transformer
+from ..backbones.folder import Described, describe_backbone, wrap_transformer
 from ..backbones.loading import Weights, build_empty, folder_entries, read_transformer
 from ..data.latent_shards import StoreInfo
 from .config import TrainWorldModelConfig
@@ -45,24 +44,28 @@ def check_large(config: TrainWorldModelConfig) -> None:
                 raise UserError(
                     f"{section}{name}", got=getattr(ours, name), wanted="no such setting with model=", fix=fix
                 )
-    describe_backbone(weights_folder(config), first_latent=config.large.first_latent, tap=config.large.tap)
+    described(config)
 
 
-def weights_folder(config: TrainWorldModelConfig) -> Path:
-    """Whose transformer the run starts with: that of ``run.init``, an earlier run's export, or of ``model``."""
-    return Path(config.run.init or config.model)
+def described(config: TrainWorldModelConfig) -> Described:
+    """The transformer that the run starts with: that of ``run.init``, an earlier run's export, or of ``model``."""
+    options: dict[str, Any] = {"first_latent": config.large.first_latent, "tap": config.large.tap}
+    found = describe_backbone(config.model, **options)
+    if not config.run.init:
+        return found
+    return describe_backbone(config.run.init, stride=found.stride, **options)  # no autoencoder lies beside an export
 
 
 def large_denoiser(config: TrainWorldModelConfig, info: StoreInfo, processes: Processes) -> BackboneDenoiser:
     """The backbone on its device, trainable. ``UserError`` where the stores were made for another one."""
     device = processes.device
-    described = describe_backbone(weights_folder(config), first_latent=config.large.first_latent, tap=config.large.tap)
-    transformer = build_empty(described.kind, read_transformer(described.path, described.kind))
+    found = described(config)
+    transformer = build_empty(found.kind, read_transformer(found.path, found.kind))
     base = base_precision(config, device) if config.lora.rank else torch.float32
-    weights = Weights(transformer, described.path, base)
+    weights = Weights(transformer, found.path, base)
     if config.lora.rank:
-        add_lora(transformer, config.lora, described.lora_targets, base)
-    backbone = wrap_transformer(transformer, described, fps=info.fps)
+        add_lora(transformer, config.lora, found.lora_targets, base)
+    backbone = wrap_transformer(transformer, found, fps=info.fps)
     denoiser = BackboneDenoiser(backbone)
     _check_stores(denoiser, info)
     if compiles(config.run):
@@ -129,7 +132,7 @@ def _check_stores(denoiser: BackboneDenoiser, info: StoreInfo) -> None:
 def transformer_fingerprint(config: TrainWorldModelConfig) -> str:
     """12 hex digits that tell a folder's weights from others: names, types and shapes of all tensors, and 64 pieces of each file. (Reading
     28 GB at every start would take longer than loading them.)"""
-    folder = describe_backbone(weights_folder(config)).path
+    folder = described(config).path
     entries = folder_entries(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for name, entry in sorted(entries.items()):
