@@ -73,22 +73,31 @@ def motion_weights(x0_BCFhw: Tensor, weight: float, cap: float) -> Tensor:
 
 
 def flow_matching_loss(
-    velocity_BCFhw: Tensor, x0_BCFhw: Tensor, noise_BCFhw: Tensor, config: FlowMatchingConfig, *, first: int = 1
+    velocity_BCFhw: Tensor,
+    x0_BCFhw: Tensor,
+    noise_BCFhw: Tensor,
+    config: FlowMatchingConfig,
+    *,
+    first: int = 1,
+    count: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean squared velocity error over the latent frames from ``first`` on, a float32 scalar.
 
     The weights are normalised to mean 1 over the batch, so that the value stays comparable between weightings. With several processes
-    (``torch.distributed``) over the batch of all of them: the mean of what they get is the loss of the whole batch.
+    (``torch.distributed``) over the batch of all of them: the mean of what they get is the loss of the whole batch. ``count``: the sum of
+    the weights, where this is a part of a larger batch: of all of it, over all processes, for each part that a process makes of it.
     """
     error = (velocity_BCFhw.float() - (noise_BCFhw.float() - x0_BCFhw.float()))[:, :, first:].square()
     if config.motion_weight == 0.0:
         return error.mean()
     weights = motion_weights(x0_BCFhw.float(), config.motion_weight, config.motion_cap)[:, :, first:]
-    total, count = (error * weights).sum(), weights.sum()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        total = total * dist.get_world_size()
-    return total / count
+    total = (error * weights).sum()
+    many = dist.is_available() and dist.is_initialized()
+    if count is None:
+        count = weights.sum()
+        if many:
+            dist.all_reduce(count)
+    return (total * dist.get_world_size() if many else total) / count
 
 
 def euler_sample(

@@ -48,6 +48,7 @@ from .relation import (
     even_order,
     gather_tokens,
     reference_relations,
+    related_samples,
     relation_errors,
     relation_matrix,
     valid_pairs,
@@ -124,10 +125,12 @@ class PhysisForcing(nn.Module):
         *,
         sigma_B: Tensor | None = None,
         views: Sequence[Rect] | None = None,
+        counts_2: Tensor | None = None,
     ) -> PhysicsOutput:
         """``order_BL``: from ``token_order``; None takes a fixed, evenly spread choice (evaluation). ``sigma_B``: noise levels
         in [0,1], needed by ``sigma_weight``. ``views``: for a collage the tokens of each camera (``views.token_rects``), with
-        one dictionary of targets each.
+        one dictionary of targets each. ``counts_2``: what the two sums are divided by, where this is a part of a larger batch whose
+        gradients are summed up: ``counts`` of all of it, over all processes, for each part that a process makes of it.
         """
         config = self.config
         assert hidden_BLD.shape[1] == math.prod(grid), (hidden_BLD.shape, grid)
@@ -149,13 +152,23 @@ class PhysisForcing(nn.Module):
             if not isinstance(targets, dict):
                 assert views is not None, "targets of several views need the tokens of each"
                 parts = [([cut(one, rect) for one in maps], t) for rect, t in zip(views, targets, strict=True)]
-            pix, metrics = self._trajectory([(m[0], t) for m, t in parts], trust_B)
-            sem, metrics["tokens"], metrics["related"] = self._relation([(m[1], m[2], t) for m, t in parts], trust_B)
+            given = (None, None) if counts_2 is None else counts_2.unbind()
+            pix, metrics = self._trajectory([(m[0], t) for m, t in parts], trust_B, given[0])
+            sem, metrics["tokens"], metrics["related"] = self._relation(
+                [(m[1], m[2], t) for m, t in parts], trust_B, given[1]
+            )
             # The last term keeps every parameter and the feature map in the graph whatever the masks are.
             loss = weights_2[0] * pix + weights_2[1] * sem + 0.0 * hidden_BLD.float().sum()
         if config.weights == "gradient":
             metrics |= {"lambda_pix": weights_2[0], "lambda_sem": weights_2[1]}
         return PhysicsOutput(loss=loss, pix=pix.detach(), sem=sem.detach(), metrics=metrics)
+
+    @torch.no_grad()
+    def counts(self, targets: Targets, grid: tuple[int, int, int]) -> Tensor:
+        """How many (point, latent frame) pairs, by weight, and how many samples with relations the two terms are means of: [2]."""
+        fine = self._fine(grid[1:])
+        pairs = torch.stack([self._point_weights(targets, fine, query).sum() for query in self.config.query_frames])
+        return torch.stack([pairs.sum(), related_samples(targets, relations=self.config.relations).sum().float()])
 
     def shares(self) -> dict[str, Tensor]:
         """``share_pix`` and ``share_sem`` of the last backward pass that was measured: norm of the weighted loss's gradient at the
@@ -195,27 +208,33 @@ class PhysisForcing(nn.Module):
 
     def match(self, features_BFhwC: Tensor, targets: Targets, query_frame: int = 0) -> Match:
         """What eq. (6)-(8) compare, for the points of one query frame."""
-        config = self.config
-        fine = (features_BFhwC.shape[2] * config.upsample, features_BFhwC.shape[3] * config.upsample)
-        points, visible = targets["points_BFN2"].float(), targets["visible_BFN"].float()
-        known = points.isfinite().all(-1)
-        points, visible = torch.where(known[..., None], points, 0.5), torch.where(known, visible, 0)
-        weight = targets["select_BN"][:, None].float() * visible[:, 1:]
-        if config.border == "drop":
-            weight = weight * in_hull(points[:, 1:], fine)
-        if query_frame:  # a point can be looked up only where it is seen, and its own frame teaches nothing
-            other = torch.arange(1, points.shape[1], device=weight.device) != query_frame
-            weight = weight * (visible[:, query_frame] > 0)[:, None] * other[None, :, None]
-        query, upsample, temperature = points[:, query_frame], config.upsample, self.temperature()
+        fine = self._fine(features_BFhwC.shape[2:4])
+        points = _known_points(targets)[0]
+        query, upsample, temperature = points[:, query_frame], self.config.upsample, self.temperature()
         return Match(
             logits_BFNL=match_logits(
                 features_BFhwC, query, query_frame=query_frame, upsample=upsample, temperature=temperature
             ),
             query_BN2=query,
             target_BFN2=clamp_to_hull(points[:, 1:], fine),
-            weight_BFN=weight,
+            weight_BFN=self._point_weights(targets, fine, query_frame),
             grid=fine,
         )
+
+    def _fine(self, grid: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the cells that points are matched with."""
+        return grid[0] * self.config.upsample, grid[1] * self.config.upsample
+
+    def _point_weights(self, targets: Targets, fine: tuple[int, int], query_frame: int) -> Tensor:
+        """How far every point counts in the latent frames 1.., [B,F-1,N]."""
+        points, visible = _known_points(targets)
+        weight = targets["select_BN"][:, None].float() * visible[:, 1:]
+        if self.config.border == "drop":
+            weight = weight * in_hull(points[:, 1:], fine)
+        if query_frame:  # a point can be looked up only where it is seen, and its own frame teaches nothing
+            other = torch.arange(1, points.shape[1], device=weight.device) != query_frame
+            weight = weight * (visible[:, query_frame] > 0)[:, None] * other[None, :, None]
+        return weight
 
     def temperature(self) -> Tensor | None:
         """The learnable temperature, or None for 1/sqrt(C)."""
@@ -225,8 +244,12 @@ class PhysisForcing(nn.Module):
         # a clamp would have no gradient to come back with from beyond its ends
         return (low + (high - low) * self.temperature_place[0].sigmoid()).exp()
 
-    def _mean(self, total: Tensor, count: Tensor) -> Tensor:
-        """``total / count`` over all processes, such that the mean of what they get is the mean of the whole batch."""
+    def _mean(self, total: Tensor, count: Tensor, given: Tensor | None) -> Tensor:
+        """``total / count`` over all processes, such that the mean of what they get is the mean of the whole batch; ``total / given`` where
+        the count of a larger batch is given."""
+        if given is not None:
+            world = dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
+            return total * world / divisor(given)
         if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size(self.group)) > 1:
             count = count.detach().clone()
             dist.all_reduce(count, group=self.group)
@@ -234,7 +257,7 @@ class PhysisForcing(nn.Module):
         return total / divisor(count)
 
     def _trajectory(
-        self, parts: list[tuple[Tensor, Targets]], trust_B: Tensor | None
+        self, parts: list[tuple[Tensor, Targets]], trust_B: Tensor | None, given: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         totals: dict[str, Tensor] = {}
@@ -280,10 +303,10 @@ class PhysisForcing(nn.Module):
         }
         if (temperature := self.temperature()) is not None:
             metrics["temperature"] = temperature.detach()
-        return self._mean(totals["total"], totals["count"]), metrics
+        return self._mean(totals["total"], totals["count"], given), metrics
 
     def _relation(
-        self, parts: list[tuple[Tensor, Tensor, Targets]], trust_B: Tensor | None
+        self, parts: list[tuple[Tensor, Tensor, Targets]], trust_B: Tensor | None, given: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
         total = count = tokens = parts[0][0].new_zeros(())
@@ -306,7 +329,14 @@ class PhysisForcing(nn.Module):
             total = total + (errors_B if trust_B is None else errors_B * trust_B).sum()
             count = count + (valid.sum(1) >= 2).sum()
             tokens = tokens + valid.sum(1).float().mean()
-        return self._mean(total, count.float()), tokens, count.float()
+        return self._mean(total, count.float(), given), tokens, count.float()
+
+
+def _known_points(targets: Targets) -> tuple[Tensor, Tensor]:
+    """Points [B,F,N,2] and how far they are seen [B,F,N]; what is no number is nowhere to be seen."""
+    points, visible = targets["points_BFN2"].float(), targets["visible_BFN"].float()
+    known = points.isfinite().all(-1)
+    return torch.where(known[..., None], points, 0.5), torch.where(known, visible, 0)
 
 
 def _place_of(temperature: float) -> float:

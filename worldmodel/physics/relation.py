@@ -92,6 +92,18 @@ def reference_relations(
     return index, valid, relation_matrix(features, valid if common == "remove" else None)
 
 
+def related_samples(targets: Mapping[str, Tensor], *, relations: str) -> Tensor:
+    """Which samples have two tokens or more whose relations are compared, bool [B]: what ``reference_relations`` finds, without finding it."""
+    if "relation_BKK" in targets:
+        return targets["relation_valid_BK"].sum(1) >= 2
+    mask = targets["token_mask_BFhw"]
+    if relations == "rigid":
+        mask = mask & (targets["body_BFhw"] >= 0)
+    elif not targets["teacher_BFhwC"].numel():
+        mask = torch.zeros_like(mask)
+    return mask.flatten(1).sum(1) >= 2
+
+
 def relation_errors(
     student_BKK: Tensor, teacher_BKK: Tensor, pair_BKK: Tensor, *, kind: str = "l1", margin: float = 0.1
 ) -> Tensor:

@@ -27,7 +27,7 @@ from .export import export_model
 from .finite import FiniteGuard
 from .initial import adopt_model
 from .modules import base_fingerprint, build_modules, check_run, prepared_modules
-from .objective import draw_noise, objective, part_of, token_grid, without_text
+from .objective import draw_noise, objective, part_counts, part_of, token_grid, without_text
 from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
 from .parallel import average_gradients, clip_gradients, mean_terms, sum_parts
 from .pictures import heldout_pictures
@@ -126,10 +126,12 @@ class Trainer:
         """Gradients of the mean loss of what this process computes, ``run.micro`` samples at a time; its loss terms."""
         count, found = len(batch["latents_BCFhw"]), []
         micro = self.config.run.micro or count
-        precision = autocast(self.config.run, self.device)
+        flow, precision, counts = self.config.flow, autocast(self.config.run, self.device), None
+        if micro < count:
+            counts = part_counts(self.denoiser, self.forcing, batch, flow, count // micro)
         for first in range(0, count, micro):
             some, noise = part_of(batch, slice(first, first + micro)), tuple(v[first : first + micro] for v in drawn)
-            terms = objective(self.denoiser, self.forcing, some, noise, self.config.flow, precision)  # type: ignore[arg-type]
+            terms = objective(self.denoiser, self.forcing, some, noise, flow, precision, counts)  # type: ignore[arg-type]
             (terms["loss"] * (micro / count)).backward()
             if self.forcing is not None and self.forcing.measures:
                 terms |= self.forcing.shares()

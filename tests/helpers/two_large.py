@@ -1,0 +1,69 @@
+"""Runs of two gloo processes that train tiny large backbones, for tests/numerics/test_large_distributed.py: ``python two_large.py FOLDER``."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+import tiny_large
+from physisforcing.worldmodel.training.banks import prepare_banks
+from physisforcing.worldmodel.training.config import TrainWorldModelConfig
+from physisforcing.worldmodel.training.optim import is_sharded, local
+from physisforcing.worldmodel.training.processes import Processes
+from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
+from two_processes import both
+
+#: Name of a case -> kind of backbone, rank of the adapters, what else is set.
+CASES = {
+    "full": ("ti2v", 0, {"micro": 1, "checkpointing": "full"}),
+    "lora": ("a14b", 2, {"checkpointing": "selective"}),
+    "cosmos": ("cosmos3", 2, {}),
+}
+
+
+def settings(folder: Path, case: str, name: str) -> TrainWorldModelConfig:
+    """A run ``FOLDER/name`` of eight updates. Every second window of the store has no targets, so that a process may have none at all."""
+    kind, rank, more = CASES[case]
+    made = tiny_large.config(folder / kind, [folder / f"{kind}-store"], folder / name, steps=8, rank=rank)
+    made.run.batch, made.run.save_every, made.run.resume = 4, 4, True
+    for field, value in more.items():
+        setattr(made.run, field, value)
+    return made
+
+
+def prepare(folder: Path) -> None:
+    for kind in ("ti2v", "a14b", "cosmos3"):
+        tiny_large.pipeline(folder, kind)
+        tiny_large.store(folder / f"{kind}-store", kind, episodes=5)
+
+
+def parts(folder: Path) -> None:
+    """Write how much of the weights a process holds, and that its adapters are those of one process."""
+    processes = Processes.start("cpu")
+    made = settings(folder, "lora", "parts")
+    trainer = Trainer(made, prepare_banks(made, processes.device)[0], processes.device, processes)
+    found = {name: [local(p).numel(), p.numel(), is_sharded(p)] for name, p in trainer.model.named_parameters()}
+    (folder / f"parts{processes.rank}.json").write_text(json.dumps(found))
+    processes.close()
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    first = settings(folder, "full", "first")
+    Trainer(first, prepare_banks(copy.deepcopy(first), torch.device("cpu"))[0], torch.device("cpu")).step(
+        0
+    )  # late imports
+    for case in CASES:
+        both(lambda case=case: train_world_model(settings(folder, case, f"two-{case}")))
+        shutil.copytree(folder / f"two-{case}" / "step-000004", folder / f"halves-{case}" / "step-000004")
+        both(lambda case=case: train_world_model(settings(folder, case, f"halves-{case}")))
+    both(lambda: parts(folder))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,82 @@
+"""Large backbones in two gloo processes against one: losses, exports, exact continuation, and that no process holds the whole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from physisforcing.worldmodel.training.checkpoint import load_training
+from physisforcing.worldmodel.training.worldmodel import train_world_model
+from two_large import CASES, prepare, settings
+
+pytest.importorskip("peft")
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    prepare(folder)
+    for case in CASES:
+        train_world_model(settings(folder, case, f"one-{case}"))
+    done = subprocess.run(
+        [sys.executable, str(HELPERS / "two_large.py"), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def lines(run: Path) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if "grad_norm" in line]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_learn_what_one_learns(runs, case):
+    one, two = lines(runs / f"one-{case}"), lines(runs / f"two-{case}")
+    assert len(one) == len(two) == 8
+    terms = ("loss", "fm", "pix", "sem", "grad_norm", "pairs", "related")
+    for first, second in zip(one, two, strict=True):
+        for term in terms:
+            assert second[term] == pytest.approx(first[term], rel=2e-3, abs=1e-6), (term, first["step"])
+    assert any(line["pix"] > 0 for line in one) and any(line["related"] < 4 for line in one)
+    assert one[0]["fm"] != one[-1]["fm"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_continued_run_of_two_has_equal_bits(runs, case):
+    first, second = (load_training(runs / f"{name}-{case}" / "last")[0] for name in ("two", "halves"))
+    assert {group: set(values) for group, values in first.items()} == {g: set(v) for g, v in second.items()}
+    assert all(torch.equal(value, second[group][key]) for group in first for key, value in first[group].items())
+    exports = [runs / f"{name}-{case}" / "export" / "transformer" for name in ("two", "halves")]
+    first, second = (load_file(path / "diffusion_pytorch_model.safetensors") for path in exports)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_export_of_two_processes_is_that_of_one(runs, case):
+    exports = [runs / f"{name}-{case}" / "export" for name in ("one", "two")]
+    files = [sorted(str(path.relative_to(export)) for path in export.rglob("*")) for export in exports]
+    assert files[0] == files[1]
+    first, second = (load_file(e / "transformer" / "diffusion_pytorch_model.safetensors") for e in exports)
+    for name, value in first.items():
+        torch.testing.assert_close(value.float(), second[name].float(), rtol=1e-2, atol=5e-3, msg=name)
+
+
+def test_no_process_holds_the_whole_and_both_begin_alike(runs):
+    found = [json.loads((runs / f"parts{rank}.json").read_text()) for rank in (0, 1)]
+    for name, (mine, whole, sharded) in found[0].items():
+        assert sharded == (not name.startswith("forcing.")), name
+        assert mine + found[1][name][0] == (whole if sharded else 2 * whole), name
+    held = sum(mine for name, (mine, _, _) in found[0].items() if name.startswith("denoiser."))
+    whole = sum(count for name, (_, count, _) in found[0].items() if name.startswith("denoiser."))
+    assert held < 0.6 * whole
