@@ -36,6 +36,7 @@ VERBS: dict[str, Verb] = {
     "data inspect": Verb("physisforcing.data_inspect", "check a dataset, summarise it, draw tracks and masks"),
     "data export": Verb("physisforcing.data_export", "demonstrations or imagined episodes in WorldArena's layouts"),
     "data targets": Verb("physisforcing.worldmodel.data.targets", "compute and cache teacher targets"),
+    "data latents": Verb("physisforcing.worldmodel.data.latents", "encode windows for the large backbones"),
     "train vae": Verb("physisforcing.worldmodel.training.command", "train the video autoencoder"),
     "train worldmodel": Verb(
         "physisforcing.worldmodel.training.command", "train the video model with the physics losses"

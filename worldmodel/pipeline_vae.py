@@ -46,9 +46,13 @@ class PipelineVae:
         """
         if not getattr(backbone, "conditioned", False):
             return {"first_BC1hw": self.encode(picture_B3HW.unsqueeze(2))}
-        grey = picture_B3HW.new_zeros(len(picture_B3HW), 3, frames - 1, *picture_B3HW.shape[2:])
-        latents = self.encode(torch.cat([picture_B3HW.unsqueeze(2), grey], dim=2))
+        latents = self.encode_grey(picture_B3HW, frames)
         return {"first_BC1hw": latents[:, :, :1], "condition_BCFhw": latents}
+
+    def encode_grey(self, picture_B3HW: Tensor, frames: int) -> Tensor:
+        """Latents [B,C,F,h,w] of a picture and grey behind it, ``frames`` pictures in all."""
+        grey = picture_B3HW.new_zeros(len(picture_B3HW), 3, frames - 1, *picture_B3HW.shape[2:])
+        return self.encode(torch.cat([picture_B3HW.unsqueeze(2), grey], dim=2))
 
     @torch.no_grad()
     def decode(self, latents_BCFhw: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class UMT5Text:
     def fingerprint(self) -> str:
         """Of tokenizer, encoder, precision and length: what embeddings depend on beside the sentence."""
         if not self._fingerprint:
-            files = {part: _file_hashes(self.folder / part) for part in ("tokenizer", "text_encoder")}
+            files = {part: file_hashes(self.folder / part) for part in ("tokenizer", "text_encoder")}
             self._fingerprint = config_hash(files | {"dtype": str(self.dtype), "max_tokens": self.max_tokens})
         return self._fingerprint
 
@@ -189,6 +189,7 @@ def clean(sentence: str) -> str:
     return prompt_clean(sentence)
 
 
-def _file_hashes(folder: Path) -> dict[str, str]:
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of an encoder or tokenizer that decide what it makes, by name."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in _DECISIVE and path.is_file())
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}

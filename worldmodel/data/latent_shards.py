@@ -63,7 +63,8 @@ class LatentWindow:
     """One line of ``windows.jsonl``.
 
     ``shard``, ``row``: where its latents are; ``targets``, ``target_row``: its physics targets, "" and -1 where it has none; paths are
-    relative to the store. ``shape``: [C,F,h,w] of its latents. ``source``, ``episode``, ``start``: what it was cut out of, for messages.
+    relative to the store. ``shape``: [C,F,h,w] of its latents. ``source``, ``episode``, ``start``: what it was cut out of, for messages;
+    ``content``: digest of the episode, which with ``start`` and ``shape`` tells one window from another.
     """
 
     shard: str
@@ -75,9 +76,15 @@ class LatentWindow:
     start: int
     targets: str = ""
     target_row: int = -1
+    content: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
+
+    @property
+    def identity(self) -> tuple[str, int, tuple[int, ...]]:
+        """Of two windows with the same, one is superfluous."""
+        return self.content or f"{self.shard} {self.row}", self.start, self.shape
 
     @property
     def name(self) -> str:
@@ -125,7 +132,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        save_file(kept, aside, metadata={"latents": SCHEMA, "payload_sha256": _payload(kept)})
+        save_file(kept, aside, metadata={"latents": json.dumps({"schema": SCHEMA, "payload_sha256": _payload(kept)})})
         aside.chmod(0o644)  # safetensors writes for the owner only
         os.replace(aside, path)
     finally:
@@ -169,8 +176,10 @@ def _verify(path: Path, _modified: int, _size: int) -> None:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        said = (file.metadata() or {}).get("payload_sha256")
-        if said != _payload({name: file.get_tensor(name) for name in file.keys()}):  # noqa: SIM118 (not a dict)
+        said = json.loads((file.metadata() or {})["latents"])
+        if said["schema"] != SCHEMA:
+            raise ValueError(f"not {SCHEMA}")
+        if said["payload_sha256"] != _payload({name: file.get_tensor(name) for name in file.keys()}):  # noqa: SIM118 (not a dict)
             raise ValueError("its tensors do not match its checksum")
 
 

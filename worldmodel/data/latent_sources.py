@@ -1,0 +1,114 @@
+"""What a latent store is cut out of: datasets of any known layout, or filtered clips, seen at the size of a bucket."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from physisforcing.core.episodes import EpisodeSource
+from physisforcing.core.errors import UserError, unknown_name
+from physisforcing.core.lerobot_format import HEAD, EpisodeInfo
+from physisforcing.core.readers import open_dataset
+
+from .clips.decode import Span, cover, sample
+from .clips.manifest import NAME, ClipManifest
+
+#: Before the names of cameras in datasets.
+CAMERA = "observation.images."
+
+
+class ClipEpisodes(EpisodeSource):
+    """The kept clips of ``physis data prepare OUT IN to=clips``: each is an episode of ``fps`` frames a second, its caption the instruction.
+
+    There are pictures alone: no states, no actions, no ground truth.
+    """
+
+    layout = "clips"
+
+    def __init__(self, root: str | Path, fps: float) -> None:
+        self.manifest, self.root, self.fps = ClipManifest(root), Path(root), fps
+        self.info: dict[str, Any] = {}
+        self.features: dict[str, dict[str, Any]] = {HEAD: {"dtype": "video", "shape": [0, 0, 3], "names": None}}
+        self.tasks = sorted({clip.caption for clip in self.manifest.clips})
+        self.episodes = [
+            EpisodeInfo(
+                index=index, length=self._frames_of(index), instruction=clip.caption, task_name=clip.task, seed=-1,
+                success=None, scene_hash="", policy="", embodiment="", assets_version="", runtime="",
+                content_sha256=clip.id, key=clip.id, row={},
+            )
+            for index, clip in enumerate(self.manifest.clips)
+        ]  # fmt: skip
+
+    def _frames_of(self, index: int) -> int:
+        """Frames at ``fps`` that lie within a clip."""
+        clip = self.manifest.clips[index]
+        return max(1, int((clip.seconds - 0.5 / clip.fps) * self.fps + 1e-6) + 1) if clip.fps else 1
+
+    def columns(self, index: int) -> dict[str, NDArray[Any]]:
+        """None: clips have no states and no actions."""
+        self.episode(index)
+        return {}
+
+    def frames(self, index: int, indices: Sequence[int] | None = None, key: str = HEAD) -> NDArray[np.uint8]:
+        """See ``EpisodeSource``: the stored frames nearest to ``i / fps`` seconds."""
+        self._check_key(key)
+        wanted = self._wanted(index, indices)
+        steps, places = np.unique(wanted, return_inverse=True)
+        clip = self.manifest.clips[index]
+        span = Span(path=self.manifest.video(index), start=clip.start, seconds=clip.seconds)
+        return sample(span, (steps / self.fps).tolist())[places]
+
+    def content_hash(self, index: int) -> str:
+        """Of the piece of video, the rate at which it is seen and its caption."""
+        clip = self.manifest.clips[index]
+        return hashlib.sha256(f"{clip.id} {self.fps!r} {clip.caption}".encode()).hexdigest()
+
+
+class SizedEpisodes(EpisodeSource):
+    """One camera of a source, its pictures scaled to cover ``size`` (H, W) and cut at the centre."""
+
+    def __init__(self, source: EpisodeSource, size: tuple[int, int], camera: str) -> None:
+        self.source, self.size, self.camera = source, size, camera
+        self.root, self.info, self.fps = source.root, source.info, source.fps
+        self.tasks, self.episodes, self.layout = source.tasks, source.episodes, source.layout
+        self.features = {HEAD: {"dtype": "video", "shape": [*size, 3], "names": None}}
+
+    def columns(self, index: int) -> dict[str, NDArray[Any]]:
+        return self.source.columns(index)
+
+    def frames(self, index: int, indices: Sequence[int] | None = None, key: str = HEAD) -> NDArray[np.uint8]:
+        """See ``EpisodeSource``."""
+        self._check_key(key)
+        return np.stack([cover(picture, self.size) for picture in self.source.frames(index, indices, self.camera)])
+
+    def content_hash(self, index: int) -> str:
+        """Of what the source holds, the camera and the size."""
+        seen = f"{self.source.content_hash(index)} {self.camera} {self.size[0]}x{self.size[1]}"
+        return hashlib.sha256(seen.encode()).hexdigest()
+
+
+def open_source(root: str | Path, fps: float) -> EpisodeSource:
+    """A folder of filtered clips, seen at ``fps``, or a dataset of any known layout, which has its own rate."""
+    if (Path(root) / NAME).is_file():
+        return ClipEpisodes(root, fps)
+    return open_dataset(root)
+
+
+def camera_of(source: EpisodeSource, camera: str | None) -> str:
+    """The key of a camera by its name; None is the head camera, or the only one. ``UserError`` where that leaves a choice."""
+    names = {key.removeprefix(CAMERA): key for key in source.video_keys}
+    if camera is not None:
+        if camera.removeprefix(CAMERA) not in names:
+            raise unknown_name("camera", camera, names, see=str(source.root))
+        return names[camera.removeprefix(CAMERA)]
+    if HEAD in source.video_keys:
+        return HEAD
+    if len(names) != 1:
+        fix = f"camera= and one of {', '.join(sorted(names))}"
+        raise UserError("camera", got=f"{len(names)} cameras in {source.root}", wanted="one, or a name", fix=fix)
+    return next(iter(names.values()))
