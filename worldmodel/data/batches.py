@@ -221,6 +221,11 @@ class WindowBank:
     def device(self) -> torch.device:
         return self.latents_WCFhw.device
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that the blocks read beside the pictures': a sentence's and those of the joints."""
+        return self.text_SLD.shape[1] + self.proprioception_WKA.shape[1]
+
     def latent_shape(self, rows_B: Tensor) -> tuple[int, ...]:
         """[B,C,F,h,w] of the latents of window rows."""
         return len(rows_B), *self.latents_WCFhw.shape[1:]

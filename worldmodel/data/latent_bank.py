@@ -107,6 +107,13 @@ class LatentBank:
             groups.setdefault(window.shape, []).append(row)
         return EpochSampler(groups=[torch.tensor(rows) for _, rows in sorted(groups.items())])
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of a sentence as the blocks read it; of Cosmos3 those of the first window's."""
+        if self.info.kind == "wan":
+            return WAN_TOKENS
+        return len(read_window(*self.windows[0])["text_L"])
+
     def latent_shape(self, rows_B: Tensor) -> tuple[int, ...]:
         """[B,C,F,h,w] of the latents of rows of one shape."""
         return len(rows_B), *self.windows[int(rows_B[0])][1].shape

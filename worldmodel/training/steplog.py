@@ -19,8 +19,7 @@ from torch import Tensor
 
 from physisforcing.core.errors import UserError
 
-#: Dense bfloat16 peak in FLOP/s by a part of the device's name, for MFU.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
+from .flops import peak_flops
 
 
 class StepLog:
@@ -56,10 +55,7 @@ class StepLog:
         self._wait = 0.0
         self._since = time.perf_counter()
         self._done = done
-        self._peak = None
-        if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
-            self._peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        self._peak = peak_flops(device)
 
     def add(self, terms: dict[str, Tensor], wait_s: float) -> None:
         """Loss terms and gradient norm of one step (device scalars), and the host seconds spent on its batch."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,14 +24,15 @@ from .denoiser import Denoiser
 from .evaluate import heldout_losses
 from .export import export_model
 from .finite import FiniteGuard
+from .flops import step_flops
 from .initial import adopt_model
 from .modules import base_fingerprint, build_modules, check_run, prepared_modules
-from .objective import draw_noise, objective, part_counts, part_of, token_grid, without_text
+from .objective import draw_noise, objective, part_counts, part_of, without_text
 from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
 from .parallel import average_gradients, clip_gradients, mean_terms, sum_parts
 from .pictures import heldout_pictures
 from .processes import Processes
-from .runtime import autocast, begin_run
+from .runtime import autocast, begin_run, fast_attention
 from .steplog import StepLog
 from .stopping import StopSignals, TrainingStopped
 from .videos import heldout_videos
@@ -131,8 +131,9 @@ class Trainer:
             counts = part_counts(self.denoiser, self.forcing, batch, flow, count // micro)
         for first in range(0, count, micro):
             some, noise = part_of(batch, slice(first, first + micro)), tuple(v[first : first + micro] for v in drawn)
-            terms = objective(self.denoiser, self.forcing, some, noise, flow, precision, counts)  # type: ignore[arg-type]
-            (terms["loss"] * (micro / count)).backward()
+            with fast_attention(self.device):
+                terms = objective(self.denoiser, self.forcing, some, noise, flow, precision, counts)  # type: ignore[arg-type]
+                (terms["loss"] * (micro / count)).backward()
             if self.forcing is not None and self.forcing.measures:
                 terms |= self.forcing.shares()
             found.append(terms)
@@ -209,13 +210,9 @@ class Trainer:
         export_model(folder, self.model, self.config, self.bank, self.processes, checkpoint=checkpoint)
 
     def flops(self) -> float:
-        """Floating-point operations of one update in this process: for each parameter and token 2 forward, 2 for the gradient of what went
-        in and, where it is trained, 2 for its own; attention once forward and twice backward. Recomputation does not count."""
-        shape, denoiser = self.bank.latent_shape(self.bank.alike()[:1]), self.denoiser
-        tokens = math.prod(token_grid(shape, denoiser.patch))
-        dense = sum((6 if p.requires_grad else 4) * p.numel() for p in denoiser.blocks.parameters())
-        attention = 3 * len(denoiser.blocks) * 4 * tokens * tokens * denoiser.width
-        return self.config.run.batch / self.processes.world * (float(dense) * tokens + attention)
+        """Floating-point operations of one update in this process (``flops.step_flops``)."""
+        shape = self.bank.latent_shape(self.bank.alike()[:1])
+        return self.config.run.batch / self.processes.world * step_flops(self.denoiser, shape, self.bank.text_tokens)
 
 
 #: Training windows and held-out ones.

@@ -1,0 +1,66 @@
+"""The count of operations against torch's own counter, and against what is known of the large models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import tiny_paper
+from physisforcing.worldmodel.backbones.cosmos3 import Cosmos3Backbone
+from physisforcing.worldmodel.backbones.loading import build_empty
+from physisforcing.worldmodel.backbones.wan_paper import WAN_LORA_TARGETS, WanBackbone
+from physisforcing.worldmodel.training.config import LoraConfig
+from physisforcing.worldmodel.training.flops import step_flops
+
+TI2V = {"num_attention_heads": 24, "num_layers": 30, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336}
+A14B = {"num_attention_heads": 40, "num_layers": 40, "in_channels": 36, "out_channels": 16, "ffn_dim": 13824}
+
+
+def counted(backbone, shape, text, shown) -> float:
+    """By torch's counter over a forward and a backward pass, attention as plain matrix products."""
+    draw = torch.Generator().manual_seed(0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        x = torch.randn(shape, generator=draw)
+        backbone(x, torch.tensor([0.5]), text, shown)[0].square().mean().backward()
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_wan_is_counted_as_torch_counts_it(rank):
+    backbone = WanBackbone(tiny_paper.wan_transformer(8, 8, 0), stride=(4, 16, 16))
+    if rank:
+        pytest.importorskip("peft")
+        from physisforcing.worldmodel.training.lora import add_lora
+
+        add_lora(backbone.transformer, LoraConfig(rank=rank), WAN_LORA_TARGETS, torch.float32)
+    shape, text = (1, 8, 3, 8, 12), torch.randn(1, 16, 16)
+    found = step_flops(backbone, shape, 16)
+    wanted = counted(backbone, shape, text, backbone.conditions(torch.randn(1, 8, 1, 8, 12), text, 3))
+    assert found == pytest.approx(wanted, rel=0.03)
+
+
+def test_cosmos3_is_counted_as_torch_counts_it():
+    backbone = Cosmos3Backbone(tiny_paper.cosmos_transformer())
+    shape, text = (1, 8, 3, 8, 12), torch.arange(20)[None]
+    found = step_flops(backbone, shape, 20)
+    wanted = counted(backbone, shape, text, backbone.conditions(torch.randn(1, 8, 1, 8, 12), text, 3))
+    assert found == pytest.approx(wanted, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("config", "channels", "size", "forward"), [(TI2V, 48, (21, 30, 40), 71e12), (A14B, 16, (21, 60, 80), 1135e12)]
+)
+def test_the_large_models_cost_what_is_known_of_them(config, channels, size, forward):
+    """Three times the forward pass, within what the text tokens and the layers around the blocks add."""
+    from diffusers import WanTransformer3DModel
+
+    model = build_empty(WanTransformer3DModel, {**config, "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256})
+    backbone = WanBackbone(model, stride=(4, 16, 16))
+    assert step_flops(backbone, (1, channels, *size), 512) == pytest.approx(3 * forward, rel=0.03)
+    model.requires_grad_(False)
+    tokens, width = size[0] * size[1] * size[2] // 4, 128 * config["num_attention_heads"]
+    attention = 4 * tokens * (tokens + 512) * width * config["num_layers"]
+    frozen = step_flops(backbone, (1, channels, *size), 512)
+    assert frozen == pytest.approx(3 * attention + 2 * (forward - attention), rel=0.03)
