@@ -9,9 +9,10 @@ keeps in float32 stays so), targets cached on the device, heads of the paper's w
 
 plain_checkpointing   diffusers' forward, its own activation checkpointing       plain            without
 plain_compiled        diffusers' compile_repeated_blocks                         ours_eager       our forward: modulations once a frame
-ours_compiled         blocks compiled                                            ours_cudnn       and cuDNN's attention first
-ours_full             ours_cudnn with the blocks computed again (recompute.py)   ours_selective   eager, attention kept
-lora_plain            rank 32 by peft, eager, checkpointing, autocast            lora_ours        ours_cudnn with the same adapters
+ours_compiled         blocks compiled                                            ours_full        and computed again (recompute.py)
+ours_selective        compiled, a share of the activations kept                  ours_eager_selective    eager, attention kept
+lora_plain            rank 32 by peft, eager, checkpointing, autocast            lora_ours        ours_compiled with the same adapters
+lora_full             lora_ours, computed again                                  lora_selective   lora_ours, a share kept
 optimizer             fused AdamW on all weights in bfloat16 (reported by itself)
 
 Each row is measured after its own warm-up and written at once; one that runs out of memory says so. MFU: ``worldmodel/training/flops.py``.
@@ -35,7 +36,7 @@ from cost_networks import FULL, TINY, Size
 from cost_results import median_interval
 from torch import Tensor
 
-from physisforcing.planner.measurements import machine_provenance, measurement, write_measurements
+from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
 from physisforcing.worldmodel.backbones.wan_paper import WAN_LORA_TARGETS, WanBackbone
 from physisforcing.worldmodel.flow_matching import FlowMatchingConfig, flow_matching_loss
 from physisforcing.worldmodel.physics.config import PhysicsConfig
@@ -46,11 +47,10 @@ from physisforcing.worldmodel.training.denoiser import BackboneDenoiser
 from physisforcing.worldmodel.training.flops import peak_flops, step_flops
 from physisforcing.worldmodel.training.lora import add_lora
 from physisforcing.worldmodel.training.recompute import recomputed
-from physisforcing.worldmodel.training.runtime import fast_attention
 
 ROWS = (
-    "plain_checkpointing", "plain", "plain_compiled", "ours_eager", "ours_compiled", "ours_cudnn", "ours_full", "ours_selective",
-    "lora_plain", "lora_ours", "optimizer",
+    "plain_checkpointing", "plain", "plain_compiled", "ours_eager", "ours_compiled", "ours_full", "ours_selective",
+    "ours_eager_selective", "lora_plain", "lora_ours", "lora_full", "lora_selective", "optimizer",
 )  # fmt: skip
 FLOW = FlowMatchingConfig(train_shift=1.0, motion_weight=0.0)
 SEED, RANK = 0, 32
@@ -116,14 +116,11 @@ def plain_step(model: Any, sample: Sample, forcing: PhysisForcing, tap: int, pre
     return step
 
 
-def our_step(
-    denoiser: BackboneDenoiser, sample: Sample, forcing: PhysisForcing, precision: Any, cudnn: bool = True
-) -> Callable[[], None]:
+def our_step(denoiser: BackboneDenoiser, sample: Sample, forcing: PhysisForcing, precision: Any) -> Callable[[], None]:
     batch = {"latents_BCFhw": sample.latents, "text": sample.text}
-    device = sample.latents.device
 
     def step() -> None:
-        with precision(), fast_attention(device) if cudnn else contextlib.nullcontext():
+        with precision():
             velocity, tapped = denoiser.predict(batch, sample.noise, sample.sigma, need_tap=True)
             assert tapped is not None
             sample.loss(velocity, tapped, forcing).backward()
@@ -141,6 +138,10 @@ class Bench:
         self.lines: list[dict[str, Any]] = []
         self.provenance, self.medians = machine_provenance(), {}
         self.backend = "eager" if options.tiny else "inductor"
+        self.script, self.claim = "paper_training.py", "training/pf_wan_5b"
+
+    def wanted(self, name: str) -> bool:
+        return not self.options.only or name in self.options.only
 
     def forcing(self) -> PhysisForcing:
         hidden = self.size.hidden
@@ -148,7 +149,7 @@ class Bench:
         return PhysisForcing(config, width=self.size.width, teacher_dim=self.size.teacher_dim).to(self.device)
 
     def row(self, name: str, prepare: Callable[[], tuple[Callable[[], None], Any, float]]) -> None:
-        if self.options.only and name not in self.options.only:
+        if not self.wanted(name):
             return
         try:
             step, model, operations = prepare()
@@ -205,9 +206,9 @@ class Bench:
             against = {"lora_plain_ms": round(self.medians["lora_plain"], 2)}
         low, high = median_interval(times) if times else (None, None)
         line = measurement(
-            f"training/pf_wan_5b/{name}/step_ms", None if value != value else round(value, 2),  # type: ignore[arg-type]
+            f"{self.claim}/{name}/step_ms", None if value != value else round(value, 2),  # type: ignore[arg-type]
             unit="ms", low=low, high=high, n=len(times), seeds=str(SEED), against=against | more,
-            command="python benchmarks/paper_training.py " + shlex.join(sys.argv[1:]), provenance=self.provenance,
+            command=placeless(f"python benchmarks/{self.script} " + shlex.join(sys.argv[1:])), provenance=self.provenance,
         )  # fmt: skip
         self.lines.append(line)
         print(f"{name:<22}{value:10.1f} ms  {more}", flush=True)
@@ -254,24 +255,32 @@ def our_rows(bench: Bench) -> None:
     forcing, run = bench.forcing(), denoiser.run_block
     operations = step_flops(denoiser, sample.latents.shape, size.text)
 
-    def ready(kind: str, compiled: bool, cudnn: bool) -> Callable[[], tuple[Callable[[], None], Any, float]]:
+    def ready(kind: str, compiled: bool) -> Callable[[], tuple[Callable[[], None], Any, float]]:
         def prepare() -> tuple[Callable[[], None], Any, float]:
-            torch.compiler.reset()
-            for block in denoiser.blocks:
-                block._compiled_call_impl = None
-                if compiled:
-                    block.compile(dynamic=False, backend=bench.backend)
-            denoiser.run_block = recomputed(run, kind)
-            return our_step(denoiser, sample, forcing, contextlib.nullcontext, cudnn), denoiser, operations
+            compile_again(denoiser, bench.backend if compiled else None)
+            denoiser.run_block = recomputed(run, kind, compiled)
+            return our_step(denoiser, sample, forcing, contextlib.nullcontext), denoiser, operations
 
         return prepare
 
-    bench.row("ours_eager", ready("none", False, False))
-    bench.row("ours_compiled", ready("none", True, False))
-    bench.row("ours_cudnn", ready("none", True, True))
-    bench.row("ours_full", ready("full", True, True))
-    bench.row("ours_selective", ready("selective", False, True))
+    bench.row("ours_eager", ready("none", False))
+    bench.row("ours_compiled", ready("none", True))
+    bench.row("ours_full", ready("full", True))
+    bench.row("ours_selective", ready("selective", True))
+    bench.row("ours_eager_selective", ready("selective", False))
     bench.row("optimizer", lambda: optimizer_step(denoiser))
+
+
+def compile_again(denoiser: BackboneDenoiser, backend: str | None) -> None:
+    """Forget what was compiled, and with a ``backend`` compile all that torch wants to keep."""
+    import torch._functorch.config as partitioner
+
+    torch.compiler.reset()
+    partitioner.activation_memory_budget = 1.0
+    for block in denoiser.blocks:
+        block._compiled_call_impl = None
+        if backend is not None:
+            block.compile(dynamic=False, backend=backend)
 
 
 def optimizer_step(denoiser: BackboneDenoiser) -> tuple[Callable[[], None], Any, float]:
@@ -303,17 +312,18 @@ def lora_rows(bench: Bench) -> None:
             block.__class__ = type(block).__mro__[1]  # the stock block again
         return plain_step(model, sample, bench.forcing(), size.tap, autocast), model, counted
 
-    def ours() -> tuple[Callable[[], None], Any, float]:
-        torch.compiler.reset()
+    def ours(recompute: str) -> tuple[Callable[[], None], Any, float]:
         denoiser = BackboneDenoiser(WanBackbone(build(size, bench.device), stride=(4, 16, 16), tap=size.tap))
         add_lora(denoiser.transformer, config, WAN_LORA_TARGETS, torch.bfloat16)
-        for block in denoiser.blocks:
-            block.compile(dynamic=False, backend=bench.backend)
+        compile_again(denoiser, bench.backend)
+        denoiser.run_block = recomputed(denoiser.run_block, recompute, True)
         counted = step_flops(denoiser, sample.latents.shape, size.text)
         return our_step(denoiser, sample, bench.forcing(), autocast), denoiser, counted
 
     bench.row("lora_plain", plain)
-    bench.row("lora_ours", ours)
+    bench.row("lora_ours", lambda: ours("none"))
+    bench.row("lora_full", lambda: ours("full"))
+    bench.row("lora_selective", lambda: ours("selective"))
 
 
 def main() -> None:

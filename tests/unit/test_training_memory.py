@@ -9,10 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from physisforcing.core.errors import UserError
+from physisforcing.worldmodel.backbones.protocol import call_block
 from physisforcing.worldmodel.backbones.wan import WanConfig, load_denoiser
 from physisforcing.worldmodel.training import config as settings_module
 from physisforcing.worldmodel.training.checkpoint import load_training
 from physisforcing.worldmodel.training.lora import FILE
+from physisforcing.worldmodel.training.recompute import BUDGET, recomputed
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
 from tiny_training import bank, config
 
@@ -61,9 +63,17 @@ def test_unknown_and_impossible_checkpointing_is_refused(tmp_path):
     made.run.checkpointing = "some"
     with pytest.raises(UserError, match=r"run\.checkpointing"):
         Trainer(made, bank(0), torch.device("cpu"))
-    made.run.checkpointing, made.run.compile = "selective", "blocks"
-    with pytest.raises(UserError, match="compiled block"):
-        Trainer(made, bank(0), torch.device("cpu"))
+
+
+def test_the_compiler_is_told_what_share_of_activations_to_keep(monkeypatch):
+    """What it makes of that is measured on GPUs (docs/results/training.md)."""
+    import torch._functorch.config as partitioner
+
+    monkeypatch.setattr(partitioner, "activation_memory_budget", 1.0)
+    assert recomputed(call_block, "selective", compiled=True) is call_block
+    assert partitioner.activation_memory_budget == BUDGET < 1
+    assert recomputed(call_block, "none", compiled=True) is call_block and partitioner.activation_memory_budget == 1.0
+    assert recomputed(call_block, "full", compiled=True) is not call_block
 
 
 @pytest.fixture(scope="module")

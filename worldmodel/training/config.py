@@ -84,11 +84,12 @@ class RunConfig:
 @dataclass(slots=True, kw_only=True)
 class LoraConfig:
     """``rank`` 0: all weights are trained. ``targets``: ends of the names of the layers that get adapters; empty: the backbone's usual
-    ones. Adapters are scaled with ``alpha / rank``."""
+    ones. Adapters are scaled with ``alpha / rank``. ``also``: ends of the names of modules that are trained whole beside the adapters."""
 
     rank: int = 0
     alpha: float = 32.0
     targets: list[str] = field(default_factory=list)
+    also: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.rank < 0:

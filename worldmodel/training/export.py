@@ -20,7 +20,7 @@ from ..data.batches import WindowBank
 from ..data.latent_bank import LatentBank
 from ..model import save_heads, save_world_model
 from ..physics.forcing import PhysisForcing
-from ..storage import WEIGHTS_NAME, latents_fingerprint
+from ..storage import WEIGHTS_NAME, as_dtype, latents_fingerprint, save_tensors
 from .config import TrainWorldModelConfig
 from .denoiser import BackboneDenoiser
 from .lora import NAME, merge_one, merged, save_adapter
@@ -113,8 +113,19 @@ def _export_large(
         if processes.first:
             state = {name.removeprefix("backbone."): value for name, value in state.items()}
             save_adapter(state, config.lora, live.transformer, folder / "adapter", None)
+        if config.lora.also:
+            _save_whole(folder / "adapter", live, processes)
     if processes.first and forcing is not None:
         save_heads(forcing, folder, None)
+
+
+def _save_whole(folder: Path, live: BackboneDenoiser, processes: Processes) -> None:
+    """``whole_modules.safetensors``: what is trained beside the adapters, by the stock model's names."""
+    trained = {name for name, p in live.named_parameters() if p.requires_grad and ".lora_" not in name}
+    state = {name: whole(value.detach()) for name, value in live.state_dict().items() if name in trained}
+    if processes.first:
+        plain = {name.removeprefix("backbone.transformer."): value for name, value in state.items()}
+        save_tensors(as_dtype(plain, None), folder / "whole_modules.safetensors")
 
 
 @dataclass(slots=True, kw_only=True)

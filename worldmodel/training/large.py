@@ -21,7 +21,7 @@ from ..backbones.loading import Weights, build_empty, folder_entries, read_trans
 from ..data.latent_shards import StoreInfo
 from .config import TrainWorldModelConfig
 from .denoiser import BackboneDenoiser
-from .lora import add_lora
+from .lora import add_lora, exact_where_trained
 from .modules import base_precision
 from .parallel import shard_block, shard_rest
 from .processes import Processes
@@ -70,7 +70,7 @@ def large_denoiser(config: TrainWorldModelConfig, info: StoreInfo, processes: Pr
     _check_stores(denoiser, info)
     if compiles(config.run):
         denoiser.compile_blocks()
-    denoiser.run_block = recomputed(denoiser.run_block, config.run.checkpointing)
+    denoiser.run_block = recomputed(denoiser.run_block, config.run.checkpointing, compiles(config.run))
     _place(denoiser, weights, device, processes)
     return denoiser
 
@@ -91,10 +91,12 @@ def _place(denoiser: BackboneDenoiser, weights: Weights, device: torch.device, p
     for block, prefix in zip(denoiser.backbone.blocks, prefixes, strict=True):
         weights.place(device, lambda name, prefix=prefix: name.startswith(prefix), rename)
         _draw_adapters(block, device)
+        exact_where_trained(block)
         if processes.many:
             shard_block(block, processes)
     weights.place(device, lambda name: not name.startswith(tuple(prefixes)), rename)
     _draw_adapters(transformer, device)
+    exact_where_trained(transformer)
     if processes.many:
         shard_rest(denoiser, [], processes)
 

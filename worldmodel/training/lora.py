@@ -55,6 +55,21 @@ def add_lora(transformer: Any, config: LoraConfig, usual: Sequence[str], base_dt
     for name, parameter in transformer.named_parameters():
         if ".base_layer." in name:
             parameter.data = parameter.data.to(base_dtype)
+    names = [name for name, _ in transformer.named_modules()]
+    for wanted in config.also:
+        chosen = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
+        if not chosen:
+            raise unknown_name("lora.also", wanted, {name.rpartition(".")[2] for name in names}, see="docs/training.md")
+        for name in chosen:
+            transformer.get_submodule(name).requires_grad_(True)
+    exact_where_trained(transformer)
+
+
+def exact_where_trained(module: nn.Module) -> None:
+    """Trained weights in float32, whatever the frozen ones are in."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
 
 
 def merged(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ def build_forcing(config: TrainWorldModelConfig, bank: WindowBank | LatentBank, 
 
 def check_run(config: TrainWorldModelConfig, processes: Processes) -> None:
     """``UserError`` for what ``prepared_modules`` could not do, before any data is read."""
-    check_checkpointing(config.run.checkpointing, config.run.compile)
+    check_checkpointing(config.run.checkpointing)
     check_wandb(config.run.wandb)
     share = processes.share(config.run.batch)
     mine, micro = share.stop - share.start, config.run.micro
@@ -126,7 +126,7 @@ def prepare_denoiser(denoiser: WanDenoiser, config: TrainWorldModelConfig, proce
         denoiser.run_block = call_block
     elif compiles(config.run):
         denoiser.compile_blocks()
-    denoiser.run_block = recomputed(denoiser.run_block, config.run.checkpointing)
+    denoiser.run_block = recomputed(denoiser.run_block, config.run.checkpointing, compiles(config.run))
     if processes.many:
         for block in denoiser.blocks:
             shard_block(block, processes)

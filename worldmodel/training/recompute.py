@@ -12,27 +12,31 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from physisforcing.core.errors import UserError
 
 KINDS = ("none", "full", "selective")
+#: Share of the memory for activations that compiled blocks with ``selective`` may take.
+BUDGET = 0.4
 
 Run = Callable[..., Any]
 
 
-def check_checkpointing(kind: str, compiled: str) -> None:
-    """``UserError`` for a kind that is not in ``KINDS``, and for compiled blocks whose operations cannot be told apart."""
+def check_checkpointing(kind: str) -> None:
+    """``UserError`` for a kind that is not in ``KINDS``."""
     if kind not in KINDS:
         raise UserError("run.checkpointing", got=kind, wanted="none, full or selective", fix="run.checkpointing=full")
-    if kind == "selective" and compiled != "none":
-        wanted = "none or full with run.compile=blocks: a compiled block is one operation"
-        raise UserError("run.checkpointing", got=kind, wanted=wanted, fix="run.checkpointing=full")
 
 
-def recomputed(run: Run, kind: str) -> Run:
+def recomputed(run: Run, kind: str, compiled: bool = False) -> Run:
     """``run(block, *inputs)`` such that the backward pass computes the block again instead of keeping what is inside it.
 
     ``full`` keeps a block's inputs alone. ``selective`` keeps what attention made as well (self- and cross-attention), which is the
-    dearest to compute again where there are many tokens. Gradients are the same bits in float32. There is no dropout, so no random state
-    is kept.
+    dearest to compute again where there are many tokens; of ``compiled`` blocks the compiler keeps what is dearest within a share of
+    what it would keep (``BUDGET``). Gradients are the same bits in float32 on a CPU. There is no dropout, so no random state is kept.
     """
-    if kind == "none":
+    if compiled:
+        import torch._functorch.config as partitioner
+
+        # read where a block is compiled, which is with its first call
+        partitioner.activation_memory_budget = BUDGET if kind == "selective" else 1.0
+    if kind == "none" or (kind == "selective" and compiled):
         return run
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if kind == "selective":

@@ -47,17 +47,6 @@ def fast_matmuls(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def fast_attention(device: torch.device) -> AbstractContextManager:
-    """Inside, cuDNN's attention comes first on a GPU, where it takes the shapes: on Hopper it is faster than the flash kernel that torch puts
-    first, most of all backward (docs/results/training.md)."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
-
-
 def begin_run(
     config: TrainVaeConfig | TrainWorldModelConfig, processes: Processes | None = None
 ) -> tuple[Path, torch.device, Path | None]:

@@ -32,7 +32,7 @@ from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_r
 from .parallel import average_gradients, clip_gradients, mean_terms, sum_parts
 from .pictures import heldout_pictures
 from .processes import Processes
-from .runtime import autocast, begin_run, fast_attention
+from .runtime import autocast, begin_run
 from .steplog import StepLog
 from .stopping import StopSignals, TrainingStopped
 from .videos import heldout_videos
@@ -131,9 +131,8 @@ class Trainer:
             counts = part_counts(self.denoiser, self.forcing, batch, flow, count // micro)
         for first in range(0, count, micro):
             some, noise = part_of(batch, slice(first, first + micro)), tuple(v[first : first + micro] for v in drawn)
-            with fast_attention(self.device):
-                terms = objective(self.denoiser, self.forcing, some, noise, flow, precision, counts)  # type: ignore[arg-type]
-                (terms["loss"] * (micro / count)).backward()
+            terms = objective(self.denoiser, self.forcing, some, noise, flow, precision, counts)  # type: ignore[arg-type]
+            (terms["loss"] * (micro / count)).backward()
             if self.forcing is not None and self.forcing.measures:
                 terms |= self.forcing.shares()
             found.append(terms)

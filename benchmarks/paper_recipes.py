@@ -1,0 +1,405 @@
+"""The paper's recipes at full architecture size with random weights: what a user's commands do, from recordings to a stock pipeline.
+
+    python benchmarks/paper_recipes.py 5b --data runs/blocks --work /dev/shm/5b --json recipes.json
+    python benchmarks/paper_recipes.py a14b --data runs/blocks --work /dev/shm/a14b --steps 40 --json recipes.json
+    python benchmarks/paper_recipes.py 5b --tiny --data runs/blocks --work runs/tiny      # all of it on a CPU, in minutes
+
+1. A pipeline folder with random weights of the published sizes (the text encoder has one layer: nothing of it is measured).
+2. `physis data latents`: one window of one episode, its truth by the simulator. The autoencoder's latents are standardised.
+3. `physis train worldmodel experiment=pf_...` with LoRA on that one window; what is measured as held out is the same window at eight
+   noise levels. Beside the adapters the first and last layer are trained: those of random weights say nothing yet.
+4. The run is killed with -9 in its second half and continued; the updates that were made twice are compared bit by bit.
+5. The export in stock diffusers: a few steps to latents that must be finite, and the same by `physis generate`.
+
+Lines are written after each part; a part that fails says so and ends the script with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
+
+#: Kind -> experiment, bucket, updates, what is trained beside adapters, class of the transformer.
+KINDS: dict[str, dict[str, Any]] = {
+    "5b": {"experiment": "pf_wan_5b", "also": ["patch_embedding", "proj_out"], "rank": 32, "steps": 200},
+    "a14b": {"experiment": "pf_wan_a14b", "also": ["patch_embedding", "proj_out"], "rank": 32, "steps": 40},
+    "cosmos3": {"experiment": "pf_cosmos3_nano", "also": ["proj_in", "proj_out"], "rank": 16, "steps": 200},
+}
+WAN: dict[str, Any] = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "5b": WAN | {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
+    "a14b": WAN
+    | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, "in_channels": 36, "out_channels": 16},
+    "cosmos3": {},
+}
+VAES: dict[int, dict[str, Any]] = {
+    16: {"z_dim": 16, "scale_factor_spatial": 8},
+    48: {
+        "z_dim": 48, "base_dim": 160, "decoder_base_dim": 256, "is_residual": True, "in_channels": 12, "out_channels": 12,
+        "patch_size": 2, "scale_factor_spatial": 16,
+    },
+}  # fmt: skip
+
+
+def build(kind: str, folder: Path, frames_THWC: np.ndarray, device: torch.device) -> None:
+    """A pipeline folder in diffusers' layout: random weights, latents standardised on this clip."""
+    import diffusers
+
+    torch.manual_seed(0)
+    cosmos = kind == "cosmos3"
+    name = "Cosmos3OmniTransformer" if cosmos else "WanTransformer3DModel"
+    with device:
+        model = getattr(diffusers, name)(**TRANSFORMERS[kind])
+    exact = set(model._keep_in_fp32_modules or ())
+    for place, parameter in model.named_parameters():
+        if not exact & set(place.split(".")):
+            parameter.data = parameter.data.bfloat16()
+    model.save_pretrained(folder / "transformer")
+    del model
+    _save_vae(16 if kind == "a14b" else 48, folder / "vae", frames_THWC, device)
+    shift = 10.0 if cosmos else 5.0
+    diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    ).save_pretrained(folder / "scheduler")
+    _save_text(folder, cosmos)
+    _save_index(folder, cosmos, kind)
+
+
+def _save_vae(channels: int, folder: Path, frames_THWC: np.ndarray, device: torch.device) -> None:
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(1)
+    neutral = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+    with device:
+        vae = AutoencoderKLWan(**VAES[channels], **neutral).to(
+            torch.bfloat16 if device.type == "cuda" else torch.float32
+        )
+    video = torch.from_numpy(frames_THWC).to(device, vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    with torch.no_grad():
+        latents = vae.encode(video).latent_dist.mode().float()[0]
+    mean, std = latents.mean((1, 2, 3)), latents.std((1, 2, 3)).clamp(min=1e-4)
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    vae.save_pretrained(folder)
+
+
+def _save_text(folder: Path, cosmos: bool) -> None:
+    """A tokenizer trained on a few sentences, and for Wan an encoder of one layer with the width of UMT5-xxl."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+    import tiny_paper
+
+    if cosmos:
+        tiny_paper._qwen().save_pretrained(folder / "text_tokenizer")
+        return
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = tiny_paper._umt5()["tokenizer"]
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=64, d_ff=256, num_layers=1, num_heads=4)
+    UMT5EncoderModel(config).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+
+
+def _save_index(folder: Path, cosmos: bool, kind: str) -> None:
+    import diffusers
+
+    from physisforcing.worldmodel.convert.pipeline import cosmos_index
+
+    index: dict[str, Any] = {"_diffusers_version": diffusers.__version__, "vae": ["diffusers", "AutoencoderKLWan"]}
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    if cosmos:
+        index |= cosmos_index() | {
+            "transformer": ["diffusers", "Cosmos3OmniTransformer"],
+            "enable_safety_checker": False,
+        }
+        index["text_tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    else:
+        index |= {
+            "_class_name": "WanImageToVideoPipeline", "transformer": ["diffusers", "WanTransformer3DModel"],
+            "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+            "image_encoder": [None, None], "image_processor": [None, None], "transformer_2": [None, None],
+            "boundary_ratio": None, "expand_timesteps": kind == "5b",
+        }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+class Recipe:
+    """One recipe on one machine; ``lines`` are written after each part."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.kind = options, options.kind
+        self.work, self.model = Path(options.work), Path(options.work) / "model"
+        self.device = torch.device("cpu" if options.tiny else "cuda")
+        self.settings = KINDS[self.kind]
+        self.steps = options.steps or self.settings["steps"]
+        self.bucket = "9x96x128" if options.tiny else options.bucket
+        self.lines: list[dict[str, Any]] = []
+        self.provenance = machine_provenance()
+        self.command = placeless("python benchmarks/paper_recipes.py " + shlex.join(sys.argv[1:]))
+
+    def note(self, name: str, value: float, unit: str, n: int = 1, **more: Any) -> None:
+        claim = f"training/{self.settings['experiment']}/{name}"
+        line = measurement(
+            claim,
+            round(value, 5),
+            unit=unit,
+            n=n,
+            seeds="0",
+            against=more,
+            command=self.command,
+            provenance=self.provenance,
+        )
+        self.lines.append(line)
+        print(f"{claim}: {value:.5g} {unit} {more}", flush=True)
+        if self.options.json:
+            write_measurements(self.options.json, self.lines)
+
+    def physis(self, *words: str) -> None:
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "physisforcing", *words], check=True)
+        print(f"{' '.join(words[:2])}: {time.perf_counter() - begun:.1f} s", flush=True)
+
+    def prepare(self) -> None:
+        """Parts 1 and 2."""
+        from physisforcing.core.lerobot import LeRobotDataset
+        from physisforcing.worldmodel.data.clips.decode import cover
+
+        frames, rows, columns = (int(side) for side in self.bucket.split("x"))
+        recorded = LeRobotDataset(self.options.data).frames(0, range(frames))
+        clip = np.stack([cover(frame, (rows, columns)) for frame in recorded])
+        begun = time.perf_counter()
+        if not (self.model / "model_index.json").is_file():
+            build(self.kind, self.model, clip, self.device)
+        print(f"pipeline: {time.perf_counter() - begun:.1f} s", flush=True)
+        words = [
+            f"data=[{self.options.data}]",
+            f"model={self.model}",
+            f"out={self.work / 'store'}",
+            f"buckets=[{self.bucket}]",
+        ]
+        words += [
+            "limit=1",
+            "teacher.encoder.name=none",
+            f"text_cache={self.work / 'text'}",
+            f"device={self.device.type}",
+        ]
+        self.physis("data", "latents", *words, "--json")
+        self._stores()
+
+    def _stores(self) -> None:
+        """The first window in a store of its own, and in another one eight times, as an episode that is held out."""
+        source = self.work / "store"
+        first = json.loads((source / "windows.jsonl").read_text().splitlines()[0])
+        for name, count in (("one", 1), ("eight", 8)):
+            target = self.work / name
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target)
+            copies = [{**first, "episode": count, "start": 0, "content": f"{name}{k}"} for k in range(count)]
+            (target / "windows.jsonl").write_text("".join(json.dumps(copy) + "\n" for copy in copies))
+
+    def words(self, out: str, steps: int) -> list[str]:
+        """Overrides of the training."""
+        options, chosen = self.options, self.settings
+        found = [f"experiment={chosen['experiment']}", f"model={self.model}", f"run.out={self.work / out}"]
+        found += [f"data.latents=[{self.work / 'one'},{self.work / 'eight'}]", "data.heldout=1", "heldout_windows=8"]
+        found += [f"lora.rank={4 if options.tiny else chosen['rank']}", f"lora.alpha={options.alpha:g}"]
+        found += [f"lora.also=[{','.join(chosen['also'])}]", "physics.relations=rigid", "large.videos=0"]
+        found += [f"run.steps={steps}", "run.batch=1", "run.log_every=1", f"run.save_every={max(1, steps // 2)}"]
+        found += [f"run.eval_every={steps}", f"optim.lr={options.lr:g}", "optim.final_lr=0.05", "optim.warmup=10"]
+        found += ["optim.weight_decay=0", "optim.clip=1.0", f"run.device={self.device.type}"]
+        found += [f"run.checkpointing={options.checkpointing}"] if options.checkpointing else []
+        return found + ([f"run.compile={options.compile}"] if options.compile else ["run.compile=none"] * options.tiny)
+
+    def train(self) -> None:
+        """Parts 3 and 4: the run, killed once in its second half."""
+        run, words = self.work / "run", self.words("run", self.steps)
+        begun = time.perf_counter()
+        before = self._killed(run, words)
+        self.physis("train", "worldmodel", *words, "run.resume=true")
+        after = {line["step"]: line for line in _lines(run)}
+        self._compare(before, after)
+        losses = json.loads((run / "heldout.json").read_text())
+        steps = [line["step_ms"] for line in after.values()][3:]
+        waits = [line["data_wait_pct"] for line in after.values()][3:]
+        more = {
+            "before": round(losses["before"]["heldout_fm"], 4), "after": round(losses["after"]["heldout_fm"], 4),
+            "steps": self.steps, "seconds": round(time.perf_counter() - begun, 1), "learning_rate": self.options.lr,
+        }  # fmt: skip
+        self.note("overfit_ratio", more["after"] / more["before"], "loss / initial loss", n=8, **more)
+        last = after[max(after)]
+        self.note(
+            "lora_step_ms", statistics.median(steps), "ms", n=len(steps), memory_gib=round(last["memory_gib"], 2),
+            mfu_pct=round(last.get("mfu_pct", float("nan")), 2), data_wait_pct=round(statistics.median(waits), 3),
+            bucket=self.bucket, checkpointing=self.options.checkpointing or "the recipe's",
+        )  # fmt: skip
+
+    def _killed(self, run: Path, words: list[str]) -> dict[int, dict[str, Any]]:
+        """Start the run and kill it a few updates after its first checkpoint; the lines it wrote."""
+        process = subprocess.Popen([sys.executable, "-m", "physisforcing", "train", "worldmodel", *words])
+        enough = self.steps // 2 + max(2, self.steps // 20)
+        while process.poll() is None and not any(line["step"] >= enough for line in _lines(run)):
+            time.sleep(0.05)
+        if process.poll() is not None:
+            raise RuntimeError(f"the run ended by itself with {process.returncode}")
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        return {line["step"]: line for line in _lines(run)}
+
+    def _compare(self, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> None:
+        names = ("loss", "fm", "pix", "sem", "grad_norm")
+        twice = [step for step in before if step > self.steps // 2 and step in after]
+        apart = [
+            abs(before[step][name] / after[step][name] - 1) if after[step][name] else 0.0
+            for step in twice
+            for name in names
+        ]
+        equal = sum(all(before[step][name] == after[step][name] for name in names) for step in twice)
+        self.note(
+            "resume_equal", equal / max(1, len(twice)), "updates with equal bits / updates made twice", n=len(twice),
+            largest_relative_difference=max(apart, default=float("nan")), terms=", ".join(names),
+        )  # fmt: skip
+
+    def generate(self) -> None:
+        """Part 5."""
+        from PIL import Image
+        from safetensors.torch import load_file
+
+        from physisforcing.core.lerobot import LeRobotDataset
+
+        frames, rows, columns = (int(side) for side in self.bucket.split("x"))
+        picture = Image.fromarray(LeRobotDataset(self.options.data).frames(0, [0])[0]).resize((columns, rows))
+        export = self.work / "run" / "export" / "transformer"
+        begun = time.perf_counter()
+        latents = _stock(
+            self.kind, self.model, export, picture, (frames, rows, columns), self.device, self.options.generate_steps
+        )
+        finite = bool(latents.isfinite().all())
+        self.note(
+            "stock_generation", float(finite), "1: finite latents", steps=self.options.generate_steps,
+            seconds=round(time.perf_counter() - begun, 1), std=round(float(latents.float().std()), 3),
+        )  # fmt: skip
+        if not finite:
+            raise RuntimeError("latents of the export in stock diffusers are not finite")
+        if self.options.clip_steps:
+            self._clip(picture, export, (frames, rows, columns))
+        del load_file
+
+    def _clip(self, picture: Any, export: Path, size: tuple[int, int, int]) -> None:
+        """Seconds of a whole clip by our generation: denoising with guidance, and the decoder."""
+        from physisforcing.worldmodel.paper_generate import PaperConfig, PaperGenerator
+
+        tiny = self.options.tiny
+        config = PaperConfig(
+            transformer=str(export), device=self.device.type, dtype="fp32" if tiny else "bf16", frames=size[0],
+            height=size[1], width=size[2], steps=self.options.clip_steps, compile="none" if tiny else "blocks",
+            text_cache=self.work / "text",
+        )  # fmt: skip
+        maker, marks = PaperGenerator(self.model, config), [time.perf_counter()]
+
+        def advance() -> None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+        with torch.no_grad():
+            for seed in (0, 1):  # the first compiles
+                marks[:] = [time.perf_counter()]
+                _, film = next(maker.generate(np.asarray(picture), "stack the blocks", [seed], advance=advance))
+                done = time.perf_counter()
+        steps = np.diff(marks[1:])
+        more = {
+            "steps": self.options.clip_steps,
+            "decode_s": round(done - marks[-1], 2),
+            "step_ms": round(1e3 * float(np.median(steps)), 1),
+        }
+        if self.device.type == "cuda":
+            more["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.note(
+            "clip_seconds", done - marks[0] + 0.0, "s a clip", guidance=maker.sampler.guidance, frames=len(film), **more
+        )
+
+
+def _stock(
+    kind: str, model: Path, export: Path, picture: Any, size: tuple[int, int, int], device: torch.device, steps: int
+) -> torch.Tensor:
+    """Latents of diffusers' own pipeline with the exported transformer."""
+    import diffusers
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cosmos = kind == "cosmos3"
+    name = "Cosmos3OmniTransformer" if cosmos else "WanTransformer3DModel"
+    transformer = getattr(diffusers, name).from_pretrained(export, dtype=dtype, local_files_only=True)
+    pipeline_class = diffusers.Cosmos3OmniPipeline if cosmos else diffusers.WanImageToVideoPipeline
+    options = {"enable_safety_checker": False} if cosmos else {}
+    pipeline = pipeline_class.from_pretrained(
+        model, transformer=transformer, dtype=dtype, local_files_only=True, **options
+    )
+    pipeline.to(device)
+    made = pipeline(
+        image=picture, prompt="stack the blocks", height=size[1], width=size[2], num_frames=size[0], num_inference_steps=steps,
+        guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type="latent",
+    )  # fmt: skip
+    return made.video if hasattr(made, "video") else made.frames
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    """The lines of updates in a run's log; a line that is being written is left out."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    found = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in found if "grad_norm" in line]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--data", required=True, help="a dataset with the simulator's truth")
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--json")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--bucket", default="81x480x640")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--alpha", type=float, default=64.0)
+    parser.add_argument("--checkpointing", default="")
+    parser.add_argument("--compile", default="")
+    parser.add_argument("--generate-steps", type=int, default=4)
+    parser.add_argument("--clip-steps", type=int, default=0, help="denoising steps of the timed clip; 0 times none")
+    parser.add_argument("--parts", default="prepare,train,generate")
+    options = parser.parse_args()
+    if options.tiny:
+        for kind, more in TRANSFORMERS.items():
+            more |= _TINY[kind]
+        VAES[16] |= {"base_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 1}
+        VAES[48] |= {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 1}
+    recipe = Recipe(options)
+    for part in options.parts.split(","):
+        getattr(recipe, part)()
+    return 0
+
+
+_TINY: dict[str, dict[str, Any]] = {
+    "5b": {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 3, "ffn_dim": 96},
+    "a14b": {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 3, "ffn_dim": 96},
+    "cosmos3": {
+        "head_dim": 16, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": 3, "vocab_size": 400, "rope_axes_dim": [4, 2, 2],
+    },
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Updates of `physis train worldmodel` on one GPU and on several: milliseconds, memory, and what share of linear scaling is reached.
+
+    python benchmarks/paper_scaling.py --model runs/5b/model --latents runs/5b/one --gpus 1,2 --json scaling.json
+    python benchmarks/paper_scaling.py ... --rows full,lora --micro 4      # four samples a GPU and update
+
+The recipe's own command is started with torchrun, one sample a GPU at a time, and ended with -9 once enough updates are logged: nothing
+is saved. ``full`` trains all weights (float32, spread over the GPUs), ``lora`` rank 32. The optimiser step is inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
+
+
+def run(row: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines of the updates after the first few; none where the run ended by itself."""
+    out = Path(options.work) / f"scaling-{row}-{gpus}"
+    shutil.rmtree(out, ignore_errors=True)
+    words = [
+        f"experiment={options.experiment}",
+        f"model={options.model}",
+        f"data.latents=[{options.latents}]",
+        "data.heldout=0",
+    ]
+    words += [
+        f"run.out={out}",
+        f"run.batch={gpus * options.micro}",
+        "run.micro=1",
+        "run.log_every=1",
+        "run.steps=100000",
+    ]
+    words += [
+        "run.save_every=100000",
+        "run.eval_every=100000",
+        "physics.relations=rigid",
+        "large.videos=0",
+        *options.more,
+    ]
+    words += [f"lora.rank={32 if row == 'lora' else 0}", f"run.device={options.device}"]
+    command = [sys.executable, "-m", "physisforcing", "train", "worldmodel", *words]
+    if gpus > 1:
+        command[1:2] = ["-m", "torch.distributed.run", f"--nproc_per_node={gpus}", "-m"]
+    log = (out.parent / f"{out.name}.log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + options.seconds
+    try:
+        while (
+            process.poll() is None
+            and len(_lines(out)) < options.updates + options.warmup
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.2)
+        if process.poll() is not None:
+            print(
+                f"{row} on {gpus}: ended by itself\n{(out.parent / f'{out.name}.log').read_text()[-1500:]}", flush=True
+            )
+            return []
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return _lines(out)[options.warmup :]
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    path = out / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    found = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in found if "grad_norm" in line]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--latents", required=True)
+    parser.add_argument("--work", default="runs")
+    parser.add_argument("--experiment", default="pf_wan_5b")
+    parser.add_argument("--rows", default="lora,full", type=lambda text: text.split(","))
+    parser.add_argument("--gpus", default="1,2", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--micro", type=int, default=1, help="samples of a GPU in an update")
+    parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--more", nargs="*", default=[], help="further overrides")
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    provenance, lines = machine_provenance(), []
+    for row in options.rows:
+        alone = None
+        for gpus in options.gpus:
+            found = run(row, gpus, options)
+            times = [line["step_ms"] for line in found]
+            value = statistics.median(times) if times else None
+            more: dict[str, Any] = {"gpus": gpus, "samples": gpus * options.micro}
+            if found:
+                more |= {
+                    "memory_gib": round(found[-1]["memory_gib"], 2),
+                    "mfu_pct": round(found[-1].get("mfu_pct", 0.0), 2),
+                }
+                more["data_wait_pct"] = round(statistics.median(line["data_wait_pct"] for line in found), 3)
+                alone = value if gpus == 1 else alone
+                if alone and value:
+                    more["scaling_efficiency"] = round(alone / value, 4)
+            else:
+                more["failed"] = "ended by itself; see its log"
+            lines.append(
+                measurement(
+                    f"training/{options.experiment}/{row}_{gpus}_gpus_step_ms", round(value, 2) if value else None,  # type: ignore[arg-type]
+                    unit="ms", low=min(times, default=None), high=max(times, default=None), n=len(times), seeds="0", against=more,
+                    command=placeless("python benchmarks/paper_scaling.py " + shlex.join(sys.argv[1:])), provenance=provenance,
+                )
+            )  # fmt: skip
+            print(f"{row} on {gpus}: {value} ms {more}", flush=True)
+            if options.json:
+                write_measurements(options.json, lines)
+
+
+if __name__ == "__main__":
+    main()
