@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 import torch
 
@@ -214,6 +216,39 @@ def test_a_store_grows_and_keeps_what_it_has(models, dataset, clips, tmp_path):
         make_latents(command(models["ti2v"], clips, store, fps=5.0))
     with pytest.raises(UserError, match=r"data\.latents: (kind|latents|channels)"):
         make_latents(command(models["a14b"], dataset, store))
+
+
+def _correct_clips(clips: Path, dataset: Path, folder: Path) -> tuple[Path, Path]:
+    """-> (a copy of the clips, the same with another caption)."""
+    for name in ("before", "after"):
+        shutil.copytree(clips.parent, folder / name)
+    table = folder / "after" / "out" / "clips.jsonl"
+    table.write_text(table.read_text().replace("press the yellow bell", "turn the cube back"))
+    return folder / "before" / "out", folder / "after" / "out"
+
+
+def _correct_dataset(clips: Path, dataset: Path, folder: Path) -> tuple[Path, Path]:
+    """-> (the dataset, a copy of it with another sentence)."""
+    shutil.copytree(dataset, folder / "after")
+    for path in (folder / "after" / "meta").rglob("*.parquet"):
+        rows = json.dumps(parquet.read_table(path).to_pylist()).replace("turn the cube", "turn the cube back")
+        parquet.write_table(pyarrow.Table.from_pylist(json.loads(rows), parquet.read_schema(path)), path)
+    return dataset, folder / "after"
+
+
+@pytest.mark.parametrize("correct", [_correct_clips, _correct_dataset])
+def test_a_corrected_sentence_replaces_the_one_before(models, dataset, clips, tmp_path, correct):
+    before, after = correct(clips, dataset, tmp_path / "data")
+    store = tmp_path / "store"
+    made = [
+        make_latents(command(models["ti2v"], data, store, fps=5.0, buckets=["9x64x96"])) for data in (before, after)
+    ]
+    windows, text = read_store(store)[1], UMT5Text(models["ti2v"], cache=tmp_path / "text")
+    assert made[0]["windows"] == made[1]["windows"] == len(windows) and made[1]["computed"] > 0
+    assert "turn the cube back" in {window.caption for window in windows}
+    assert not {"press the yellow bell", "turn the cube"} & {window.caption for window in windows}
+    for window in windows:
+        assert torch.equal(read_window(store, window)["text_LD"], text.tokens(window.caption))
 
 
 def test_machines_share_a_store(models, dataset, tmp_path):

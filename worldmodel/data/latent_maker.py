@@ -53,9 +53,11 @@ class LatentMaker:
             channels=found.channels, stride=found.stride, conditioned=found.conditioned, fps=fps, teachers=teachers,
         )  # fmt: skip
 
-    def shard_name(self, content: str, bucket: Bucket, starts: Sequence[int], stride: int, fps: float) -> str:
-        """Where an episode's windows lie in a store: a digest of all they depend on."""
-        parts = [content, bucket.name, list(starts), stride, round(fps, 4), str(self.dtype), self.latents]
+    def shard_name(
+        self, content: str, sentence: str, bucket: Bucket, starts: Sequence[int], stride: int, fps: float
+    ) -> str:
+        """Where an episode's windows lie in a store: a digest of all they depend on. ``content`` is that of the pictures."""
+        parts = [content, sentence, bucket.name, list(starts), stride, round(fps, 4), str(self.dtype), self.latents]
         parts += [self._text_fingerprint(), self.described.conditioned]
         return f"{bucket.name}/{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"
 

@@ -164,7 +164,7 @@ def _plan(command: LatentsCommand, maker: LatentMaker) -> tuple[list[Job], dict[
                 continue
             starts = _starts(episode.length, bucket, command)
             content = hashlib.sha256(f"{source.content_hash(episode.index)} {camera}".encode()).hexdigest()
-            shard = maker.shard_name(content, bucket, starts, command.stride, rates[root])
+            shard = maker.shard_name(content, episode.instruction, bucket, starts, command.stride, rates[root])
             found = Job(
                 source=source, index=episode.index, bucket=bucket, starts=starts, camera=camera, content=content, shard=shard
             )  # fmt: skip
