@@ -21,9 +21,10 @@ import torch
 import drawn_clips
 import tiny_large
 from physisforcing import cli
-from physisforcing.core.errors import UserError
+from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.lerobot import LeRobotDataset
 from physisforcing.core.video import write_mp4
+from physisforcing.worldmodel.data import latent_shards
 from physisforcing.worldmodel.data.buckets import Bucket, choose
 from physisforcing.worldmodel.data.clips.decode import cover
 from physisforcing.worldmodel.data.clips.manifest import ClipManifest
@@ -212,7 +213,10 @@ def test_a_store_grows_and_keeps_what_it_has(models, dataset, clips, tmp_path):
     assert (more["computed"], more["windows"]) == (4, 5), "the shortest episode has no more windows than it had"
     starts = [(window.episode, window.start) for window in read_store(store)[1]]
     assert sorted(starts) == [(0, 0), (0, 16), (1, 0), (1, 16), (2, 0)], "no window is there twice"
-    with pytest.raises(UserError, match=r"data\.latents: fps"):
+    named = {window.shard for window in read_store(store)[1]}
+    assert len(more["unlisted"]) == 2 and not named & set(more["unlisted"])
+    assert all((store / shard).is_file() for shard in more["unlisted"])
+    with pytest.raises(UserError, match=r"5 frames a second.*16\.67"):
         make_latents(command(models["ti2v"], clips, store, fps=5.0))
     with pytest.raises(UserError, match=r"data\.latents: (kind|latents|channels)"):
         make_latents(command(models["a14b"], dataset, store))
@@ -251,9 +255,64 @@ def test_a_corrected_sentence_replaces_the_one_before(models, dataset, clips, tm
         assert torch.equal(read_window(store, window)["text_LD"], text.tokens(window.caption))
 
 
+def test_an_episode_that_is_given_twice_is_kept_once(models, dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    twice = command(models["ti2v"], dataset, tmp_path / "store", limit=1)
+    twice.data.append(str(copy))
+    made = make_latents(twice)
+    windows = read_store(tmp_path / "store")[1]
+    assert len(windows) == len({window.identity for window in windows}) == made["windows"] == 3
+    assert made["left_out"] == {"there already": [f"{copy} episode {index}" for index in range(3)]}
+
+
+def test_rates_that_differ_by_rounding_are_one(models, dataset, tmp_path):
+    rounded = shutil.copytree(dataset, tmp_path / "rounded")
+    info = json.loads((rounded / "meta" / "info.json").read_text())
+    (rounded / "meta" / "info.json").write_text(json.dumps(info | {"fps": 16.6}))
+    make_latents(command(models["cosmos3"], dataset, tmp_path / "store", limit=1))
+    made = make_latents(command(models["cosmos3"], rounded, tmp_path / "store", limit=1))
+    assert made["computed"] == 0 and read_store(tmp_path / "store")[0].fps == pytest.approx(50 / 3)
+
+
+def test_clips_slower_than_the_store_are_named(models, clips, tmp_path):
+    made = make_latents(command(models["ti2v"], clips, tmp_path / "store", fps=2.0 * drawn_clips.FPS, limit=1))
+    assert len(made["repeating"]) == 3 == made["windows"]
+    made = make_latents(command(models["ti2v"], clips, tmp_path / "other", fps=float(drawn_clips.FPS), limit=1))
+    assert made["repeating"] == []
+
+
 def test_machines_share_a_store(models, dataset, tmp_path):
     parts = [make_latents(command(models["ti2v"], dataset, tmp_path / "store", shard=f"{k}/2")) for k in (0, 1)]
     assert [part["missing"] for part in parts] == [2, 0] and parts[1]["windows"] == 6
+
+
+def test_the_last_list_of_two_machines_has_the_windows_of_both(models, dataset, tmp_path, monkeypatch):
+    """The first machine has looked what is there; before it writes its list, the second one ends."""
+    store, write, inside = tmp_path / "store", latent_shards.write_store, []
+
+    def late(folder, info, windows):
+        windows = list(windows)
+        if not inside:
+            inside.append(1)
+            assert make_latents(command(models["ti2v"], dataset, store, shard="1/2"))["missing"] == 0
+        write(folder, info, windows)
+
+    monkeypatch.setattr(latent_shards, "write_store", late)
+    assert make_latents(command(models["ti2v"], dataset, store, shard="0/2"))["missing"] == 0
+    assert len(read_store(store)[1]) == 6
+
+
+def test_targets_that_are_not_there_yet_are_counted(models, dataset, tmp_path):
+    options = {"targets": True, "teacher": NO_ENCODER, "buckets": ["9x96x128"], "grid_rows": 2, "grid_columns": 2}
+    made = make_latents(command(models["ti2v"], dataset, tmp_path / "store", **options))
+    assert (made["windows"], made["without_targets"]) == (6, 0) and made["seconds_a_window"]["targets"] > 0
+    gone = tmp_path / "store" / next(w.targets for w in read_store(tmp_path / "store")[1] if w.episode == 1)
+    gone.unlink()
+    other = make_latents(command(models["ti2v"], dataset, tmp_path / "store", shard="0/2", **options))
+    assert (other["windows"], other["without_targets"], other["computed"]) == (6, 2, 0)
+    assert {w.target_row for w in read_store(tmp_path / "store")[1] if not w.targets} == {-1}
+    again = make_latents(command(models["ti2v"], dataset, tmp_path / "store", shard="1/2", **options))
+    assert again["without_targets"] == 0 and gone.is_file()
 
 
 @pytest.mark.parametrize(
@@ -264,11 +323,24 @@ def test_machines_share_a_store(models, dataset, tmp_path):
         ({"camera": "front"}, r"camera.*front"),
         ({"targets": True, "teacher": NO_ENCODER}, r"buckets.*9x64x96 of pictures of 240x320.*recorded shape"),
         ({"stride": 0}, r"stride.*0"),
+        ({"device": "gpu"}, r"device.*gpu.*device=cpu"),
+        (
+            {"targets": True, "teacher": NO_ENCODER, "buckets": ["9x192x256"], "start_stride": 5},
+            r"start_stride.*5 on.*8",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(models, dataset, tmp_path, more, message):
     with pytest.raises(UserError, match=message):
         make_latents(command(models["ti2v"], dataset, tmp_path / "store", **more))
+    assert not (tmp_path / "store").exists()
+
+
+def test_truth_that_was_not_recorded_is_missed_before_any_work(models, dataset, tmp_path):
+    bare = shutil.copytree(dataset, tmp_path / "bare", ignore=shutil.ignore_patterns("ground_truth"))
+    options = {"targets": True, "teacher": NO_ENCODER, "buckets": ["9x192x256"]}
+    with pytest.raises(DatasetError, match=r"ground truth of episode 0.*teacher=permissive"):
+        make_latents(command(models["ti2v"], bare, tmp_path / "store", **options))
     assert not (tmp_path / "store").exists()
 
 

@@ -1,0 +1,139 @@
+"""Which windows a latent store is to hold: every episode or clip in its bucket, and why others are left out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from physisforcing.core.errors import UserError
+
+if TYPE_CHECKING:
+    from physisforcing.core.episodes import EpisodeSource
+
+    from .buckets import Bucket
+    from .latent_maker import LatentMaker
+    from .latents import LatentsCommand
+
+#: Rates that differ by less are one: datasets round theirs.
+RATE_TOLERANCE = 0.01
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """The windows of one episode: cut out of ``source`` (recorded pictures) into ``shard``. ``content``: digest of its pictures."""
+
+    source: EpisodeSource
+    index: int
+    bucket: Bucket
+    starts: list[int]
+    camera: str
+    content: str
+    shard: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """``jobs`` of all episodes at ``fps``; ``left_out``: reason -> episodes; ``repeating``: clips with fewer frames a second than are
+    shown, so that frames repeat."""
+
+    fps: float
+    jobs: list[Job] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=lambda: {"too short": [], "failed": [], "there already": []})
+    repeating: list[str] = field(default_factory=list)
+
+
+def make_plan(command: LatentsCommand, maker: LatentMaker) -> Plan:
+    """Read what all data say of themselves. ``UserError`` for data of another rate than the rest or than the store that is there, for
+    buckets that do not fit the model, and where no episode fills a bucket."""
+    from .buckets import Bucket
+    from .latent_sources import ClipEpisodes, camera_of, open_source
+
+    buckets = [Bucket.parse(text, maker.described.stride, maker.patch) for text in command.buckets]
+    sources = [(root, open_source(root, command.fps * command.stride)) for root in command.data]
+    plan = Plan(fps=_common_rate(Path(command.out), {root: found.fps / command.stride for root, found in sources}))
+    seen: set[str] = set()
+    for root, source in sources:
+        clips = isinstance(source, ClipEpisodes)
+        camera = camera_of(source, None if clips else command.camera)
+        for episode in source.episodes:
+            name = f"{root} episode {episode.index}"
+            if command.success_only and episode.success is False:
+                plan.left_out["failed"].append(name)
+                continue
+            job = _job(command, maker, buckets, plan.fps, source, episode.index, camera)
+            if job is None:
+                plan.left_out["too short"].append(name)
+            elif job.content in seen:
+                plan.left_out["there already"].append(name)
+            else:
+                seen.add(job.content)
+                plan.jobs.append(job)
+                if clips and source.manifest.clips[episode.index].fps < (1 - RATE_TOLERANCE) * plan.fps:
+                    plan.repeating.append(name)
+    if not plan.jobs:
+        got = f"{sum(map(len, plan.left_out.values()))} episodes left out"
+        wanted = "an episode that fills a bucket"
+        raise UserError("buckets", got=got, wanted=wanted, fix="buckets with fewer frames")
+    return plan
+
+
+def _job(
+    command: LatentsCommand,
+    maker: LatentMaker,
+    buckets: list[Bucket],
+    fps: float,
+    source: EpisodeSource,
+    index: int,
+    camera: str,
+) -> Job | None:
+    """The windows of an episode; None where it fills no bucket."""
+    from .buckets import choose
+
+    episode = source.episode(index)
+    frames = (episode.length - 1) // command.stride + 1
+    bucket = choose(buckets, frames, recorded_size(source, index, camera))
+    if bucket is None:
+        return None
+    span = (bucket.frames - 1) * command.stride
+    starts = list(range(0, episode.length - span, window_step(command, bucket)))[: command.limit]
+    content = hashlib.sha256(f"{source.content_hash(index)} {camera}".encode()).hexdigest()
+    return Job(
+        source=source, index=index, bucket=bucket, starts=starts, camera=camera, content=content,
+        shard=maker.shard_name(content, episode.instruction, bucket, starts, command.stride, fps),
+    )  # fmt: skip
+
+
+def _common_rate(out: Path, rates: Mapping[str, float]) -> float:
+    """Frames a second of all windows: the store's, where there is one, else those of the first data."""
+    from .latent_shards import STORE_NAME, read_store
+
+    first, fps = next(iter(rates.items()))
+    if (out / STORE_NAME).is_file():
+        first, fps = str(out), read_store(out)[0].fps
+    for root, rate in rates.items():
+        if abs(rate - fps) > RATE_TOLERANCE * fps:
+            fix = "stride= or fps= that fits both, or another store"
+            raise UserError(f"data: {root}", got=f"{rate:.4g} frames a second", wanted=f"{fps:.4g} as {first}", fix=fix)
+    return fps
+
+
+def window_step(command: LatentsCommand, bucket: Bucket) -> int:
+    """Recorded frames from one window to the next. Where nothing is said, one behind the other, and a multiple of 8, where the
+    simulator's truth has its depth."""
+    return command.start_stride or 8 * ((bucket.frames - 1) * command.stride // 8 + 1)
+
+
+def recorded_size(source: EpisodeSource, index: int, camera: str) -> tuple[int, int]:
+    """(H, W) of the recorded pictures of an episode."""
+    from .latent_sources import ClipEpisodes
+
+    if isinstance(source, ClipEpisodes):
+        clip = source.manifest.clips[index]
+        return clip.height, clip.width
+    shape = source.features[camera]["shape"]
+    if shape[0] == 3:  # colours first, as some of LeRobot's datasets say
+        return int(shape[1]), int(shape[2])
+    return int(shape[0]), int(shape[1])
