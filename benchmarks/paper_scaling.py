@@ -10,6 +10,7 @@ is saved. ``full`` trains all weights (float32, spread over the GPUs), ``lora`` 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -69,10 +70,21 @@ def run(row: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any]
             )
             return []
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid in [*_descendants(process.pid), process.pid]:  # torchrun's workers are no members of its group
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
     return _lines(out)[options.warmup :]
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that this one has started, and those that they have."""
+    try:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+    return [one for child in children for one in (*_descendants(child), child)]
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:

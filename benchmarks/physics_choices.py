@@ -41,7 +41,7 @@ from physisforcing.worldmodel.data.batches import WindowBank
 from physisforcing.worldmodel.physics.config import CHOICES, PhysicsConfig
 from physisforcing.worldmodel.physics.forcing import REPORT_SIZE
 from physisforcing.worldmodel.training.config import TrainWorldModelConfig
-from physisforcing.worldmodel.training.runtime import fast_matmuls
+from physisforcing.worldmodel.training.runtime import choose_kernels
 from physisforcing.worldmodel.training.worldmodel import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +169,7 @@ def work(number: int, jobs: Any, path: Path, manifest: str, options: argparse.Na
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // (max(1, options.gpus) * options.per_gpu)) if gpu else 1)
     if gpu:
         torch.cuda.set_device(device)
-    fast_matmuls(device)
+    choose_kernels(device, False)
     parts, about = probe_data.load(path)
     probe_data.check_latents(about, options.codec)
     results, provenance, longest = ResultsFile(options.results), machine_provenance(), 0.0

@@ -39,7 +39,7 @@ from physisforcing.worldmodel.training.config import TrainWorldModelConfig
 from physisforcing.worldmodel.training.initial import adopt_world_model
 from physisforcing.worldmodel.training.objective import draw_noise
 from physisforcing.worldmodel.training.optim import learning_rate, set_learning_rate
-from physisforcing.worldmodel.training.runtime import autocast, fast_matmuls, pick_device
+from physisforcing.worldmodel.training.runtime import autocast, choose_kernels, pick_device
 from physisforcing.worldmodel.training.worldmodel import Trainer, build_modules
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,7 +194,7 @@ def main() -> int:
     if options.plot:
         plot(json.loads(options.json.read_text()))
         return 0
-    fast_matmuls(pick_device(options.device))
+    choose_kernels(pick_device(options.device), False)
     parts, about = probe_data.load(options.windows)
     config = model_config(options)
     probe_data.check_latents(about, Path(config.codec))

@@ -23,7 +23,7 @@ from physisforcing.worldmodel.data.windows import Episode, read_episodes
 from physisforcing.worldmodel.model import load_world_model
 from physisforcing.worldmodel.training.config import TrainVaeConfig, TrainWorldModelConfig
 from physisforcing.worldmodel.training.preview import preview
-from physisforcing.worldmodel.training.runtime import fast_matmuls, pick_device, split_heldout
+from physisforcing.worldmodel.training.runtime import choose_kernels, pick_device, split_heldout
 from physisforcing.worldmodel.training.vae import train_vae
 from physisforcing.worldmodel.training.worldmodel import Trainer, prepare_banks, train_world_model
 
@@ -32,7 +32,7 @@ def main() -> int:
     options = parse()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    fast_matmuls(pick_device("auto"))
+    choose_kernels(pick_device("auto"), False)
     begun = time.perf_counter()
     roots = f"data.roots=[{','.join(options.data)}]"
     shared = [roots, f"data.heldout={options.heldout}", f"data.workers={options.workers}", "run.resume=true"]

@@ -22,6 +22,7 @@ from two_processes import both
 CASES = {
     "full": ("ti2v", 0, {"micro": 1, "checkpointing": "full"}),
     "lora": ("a14b", 2, {"checkpointing": "selective"}),
+    "spread": ("a14b", 2, {"sharding": "weights"}),
     "cosmos": ("cosmos3", 2, {}),
 }
 
@@ -45,7 +46,7 @@ def prepare(folder: Path) -> None:
 def parts(folder: Path) -> None:
     """Write how much of the weights a process holds, and that its adapters are those of one process."""
     processes = Processes.start("cpu")
-    made = settings(folder, "lora", "parts")
+    made = settings(folder, "spread", "parts")
     trainer = Trainer(made, prepare_banks(made, processes.device)[0], processes.device, processes)
     found = {name: [local(p).numel(), p.numel(), is_sharded(p)] for name, p in trainer.model.named_parameters()}
     (folder / f"parts{processes.rank}.json").write_text(json.dumps(found))

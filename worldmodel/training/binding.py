@@ -20,6 +20,7 @@ FREE_SETTINGS = (
             "device",
             "nonfinite",
             "checkpointing",
+            "sharding",
             "wandb",
             "log_every",
             "save_every",

@@ -60,7 +60,9 @@ class RunConfig:
     an update whose loss or gradient is not finite stops the run, or skip: is left out, counted and logged.
     ``checkpointing``: what the backward pass of the world model's blocks computes again to save memory (``recompute.py``): none, full,
     or selective, which keeps what attention made. ``micro``: samples that a process computes at once, gradients are summed up; 0 is
-    all of its share of ``batch``. ``wandb``: a Weights & Biases project that is told the log's lines as well (needs wandb).
+    all of its share of ``batch``. ``sharding``: with several processes ``weights`` spreads them, ``none`` keeps them whole in each, and auto
+    spreads what is trained whole but not what is frozen under adapters. ``deterministic``: kernels that give the same bits every time,
+    on a GPU as well, which costs time (cuDNN's attention has no such backward pass). ``wandb``: a Weights & Biases project that is told the log's lines as well (needs wandb).
     """
 
     out: str = "runs/train"
@@ -75,6 +77,8 @@ class RunConfig:
     nonfinite: str = "stop"
     checkpointing: str = "none"
     micro: int = 0
+    sharding: str = "auto"
+    deterministic: bool = False
     wandb: str = ""
     log_every: int = 50
     save_every: int = 1000

@@ -26,7 +26,7 @@ from .modules import base_precision
 from .parallel import shard_block, shard_rest
 from .processes import Processes
 from .recompute import recomputed
-from .runtime import compiles
+from .runtime import compiles, sharded
 
 #: Settings that say something about the small models alone: ``model`` leaves them as they are.
 _SMALL = ("codec", "actions", "text_dropout")
@@ -71,12 +71,12 @@ def large_denoiser(config: TrainWorldModelConfig, info: StoreInfo, processes: Pr
     if compiles(config.run):
         denoiser.compile_blocks()
     denoiser.run_block = recomputed(denoiser.run_block, config.run.checkpointing, compiles(config.run))
-    _place(denoiser, weights, device, processes)
+    _place(denoiser, weights, device, processes if sharded(config, processes) else None)
     return denoiser
 
 
-def _place(denoiser: BackboneDenoiser, weights: Weights, device: torch.device, processes: Processes) -> None:
-    """Weights from disk, adapters drawn, block by block; each is sharded before the next is read."""
+def _place(denoiser: BackboneDenoiser, weights: Weights, device: torch.device, processes: Processes | None) -> None:
+    """Weights from disk, adapters drawn, block by block; each is sharded over ``processes`` before the next is read."""
     transformer = denoiser.backbone.transformer
     there = {name for name, _ in transformer.named_parameters()} | {name for name, _ in transformer.named_buffers()}
 
@@ -92,12 +92,12 @@ def _place(denoiser: BackboneDenoiser, weights: Weights, device: torch.device, p
         weights.place(device, lambda name, prefix=prefix: name.startswith(prefix), rename)
         _draw_adapters(block, device)
         exact_where_trained(block)
-        if processes.many:
+        if processes is not None:
             shard_block(block, processes)
     weights.place(device, lambda name: not name.startswith(tuple(prefixes)), rename)
     _draw_adapters(transformer, device)
     exact_where_trained(transformer)
-    if processes.many:
+    if processes is not None:
         shard_rest(denoiser, [], processes)
 
 

@@ -24,7 +24,7 @@ from .lora import add_lora, require_peft
 from .parallel import shard_block, shard_rest
 from .processes import Processes
 from .recompute import check_checkpointing, recomputed
-from .runtime import autocast, compiles
+from .runtime import autocast, compiles, sharded
 from .steplog import check_wandb
 
 
@@ -85,6 +85,7 @@ def check_run(config: TrainWorldModelConfig, processes: Processes) -> None:
     """``UserError`` for what ``prepared_modules`` could not do, before any data is read."""
     check_checkpointing(config.run.checkpointing)
     check_wandb(config.run.wandb)
+    sharded(config, processes)
     share = processes.share(config.run.batch)
     mine, micro = share.stop - share.start, config.run.micro
     if micro < 0 or (micro and mine % micro):
@@ -117,7 +118,8 @@ def prepare_denoiser(denoiser: WanDenoiser, config: TrainWorldModelConfig, proce
     if config.lora.rank:
         base = base_precision(config, processes.device)
         add_lora(denoiser.transformer, config.lora, denoiser.lora_targets, base)
-    if processes.many:
+    spread = sharded(config, processes)
+    if spread:
         # a shard is put together when its block is called as a module
         for block in denoiser.blocks:
             block.__class__ = frame_block()
@@ -127,7 +129,7 @@ def prepare_denoiser(denoiser: WanDenoiser, config: TrainWorldModelConfig, proce
     elif compiles(config.run):
         denoiser.compile_blocks()
     denoiser.run_block = recomputed(denoiser.run_block, config.run.checkpointing, compiles(config.run))
-    if processes.many:
+    if spread:
         for block in denoiser.blocks:
             shard_block(block, processes)
         shard_rest(denoiser, denoiser.whole_parts(), processes)

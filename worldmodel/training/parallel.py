@@ -1,8 +1,9 @@
-"""One run in several processes: ``fully_shard`` (FSDP2) spreads the transformer over them.
+"""One run in several processes: ``fully_shard`` (FSDP2) spreads the transformer over them where it is trained whole.
 
 The batch of a step is drawn whole in every process from (seed, step) and each keeps its rows, so that neither the sample stream nor the
 loss depends on how many there are. Of the transformer every process keeps a part of each weight, its average and its optimiser state;
-what is small (conditioner, action conditioner, physics heads) every process keeps whole, in float32, with gradients averaged here.
+what is small (conditioner, action conditioner, physics heads) every process keeps whole, in float32, with gradients averaged here. So it does
+with frozen weights and their adapters, which would be gathered at every step and have nothing to exchange (``run.sharding``).
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, processes: 
     found = [p.grad for p in parameters if p.grad is not None]
     parts = [local(grad) for grad in found if is_sharded(grad)]
     rest = [grad for grad in found if not is_sharded(grad)]
-    square = torch.stack(torch._foreach_norm(parts)).square().sum()
-    dist.all_reduce(square)
+    square = torch.zeros((), device=found[0].device)
+    if parts:
+        square = torch.stack(torch._foreach_norm(parts)).square().sum()
+        dist.all_reduce(square)
     if rest:
         square = square + torch.stack(torch._foreach_norm(rest)).square().sum()
     norm = square.sqrt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -41,10 +42,25 @@ def compiles(run: RunConfig) -> bool:
     return run.compile == "blocks"
 
 
-def fast_matmuls(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
+def sharded(config: TrainWorldModelConfig, processes: Processes) -> bool:
+    """Whether the transformer is spread over the processes. ``UserError`` for an unknown word."""
+    kind = config.run.sharding
+    if kind not in ("auto", "weights", "none"):
+        raise UserError("run.sharding", got=kind, wanted="auto, weights or none", fix="run.sharding=auto")
+    return processes.many and (kind == "weights" or (kind == "auto" and config.lora.rank == 0))
+
+
+def choose_kernels(device: torch.device, deterministic: bool) -> None:
+    """The fastest kernels, or with ``deterministic`` those that give the same bits every time."""
+    torch.use_deterministic_algorithms(deterministic)
+    if device.type != "cuda":
+        return
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = not deterministic
+    # its backward pass adds up in an order of its own; that of the flash kernel can be told not to
+    torch.backends.cuda.enable_cudnn_sdp(not deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
 
 
 def begin_run(
@@ -59,7 +75,7 @@ def begin_run(
     run = Path(config.run.out)
     together = processes if processes is not None else Processes(device=pick_device(config.run.device))
     device = together.device
-    fast_matmuls(device)
+    choose_kernels(device, config.run.deterministic)
     compiles(config.run)  # refuses a wrong name before any work
     autocast(config.run, device)
     check_policy(config.run.nonfinite)
