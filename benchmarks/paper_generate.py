@@ -3,32 +3,45 @@
     python benchmarks/paper_generate.py --json generate.json
     python benchmarks/paper_generate.py --tiny                 # on a CPU, in a minute
 
-One forward pass of one sample (guidance needs two a step), random weights in bfloat16, text of 512 tokens:
+One forward pass of one sample, random weights in bfloat16, text of 512 tokens. Guidance needs two a step: `ours_two` is one pass over both.
 
 plain          diffusers' forward, a timestep a token          plain_compiled    its compile_repeated_blocks
 ours           modulations once a latent frame                 ours_compiled     blocks compiled, as physis generate compile=blocks
-ours_tuned     blocks compiled with max-autotune               ours_qkv          ours_compiled, one product for q, k and v
+ours_cudnn     ours_compiled, attention by cuDNN first         ours_pairs        rotary positions as one expression
+ours_cached    keys and values of the text made once a clip    ours_all          cudnn, pairs and cached
+ours_two       ours_compiled, two samples in the pass          ours_qkv          ours_compiled, one product for q, k and v
+ours_tuned     blocks compiled with max-autotune
 ours_fp8       ours_compiled, linear layers of the blocks in 8 bits with a scale a row (another result: its error is in the row)
 
-Whole clips are timed by `paper_recipes.py --clip-steps`.
+Whole clips are timed by `paper_recipes.py --clip-steps`, and summed from their parts by `paper_clips.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from paper_training import Bench, build, compile_again
+from paper_training import Bench, build, compile_again, read_options
 from torch import Tensor, nn
+from wan_variants import PairAttention, TextCache, WanAttnProcessor, attention_first, use_attention
 
+from physisforcing.planner.measurements import write_measurements
+from physisforcing.worldmodel.backbones.protocol import call_block
 from physisforcing.worldmodel.backbones.wan_paper import WanBackbone
 from physisforcing.worldmodel.training.denoiser import BackboneDenoiser
-from physisforcing.worldmodel.training.flops import step_flops
+from physisforcing.worldmodel.training.flops import forward_flops
 
-ROWS = ("plain", "plain_compiled", "ours", "ours_compiled", "ours_tuned", "ours_qkv", "ours_fp8")
+#: Row -> what it does; the last two change the layers and stay last.
+OURS: dict[str, dict[str, Any]] = {
+    "ours_compiled": {}, "ours_cudnn": {"kernel": "cudnn"}, "ours_pairs": {"pairs": True}, "ours_cached": {"cached": True},
+    "ours_all": {"kernel": "cudnn", "cached": True}, "ours_two": {"two": True}, "ours_tuned": {"tuned": True}, "ours_qkv": {},
+    "ours_fp8": {},
+}  # fmt: skip
+ROWS = ("plain", "plain_compiled", "ours", *OURS)
 
 
 class EightBitLinear(nn.Module):
@@ -46,13 +59,8 @@ class EightBitLinear(nn.Module):
         scale = flat.abs().amax(1, keepdim=True).float().clamp(min=1e-8) / 448.0
         rounded = (flat.float() / scale).to(torch.float8_e4m3fn)
         made = torch._scaled_mm(
-            rounded,
-            self.weight8.t(),
-            scale_a=scale,
-            scale_b=self.scale.t(),
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
+            rounded, self.weight8.t(), scale_a=scale, scale_b=self.scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        )  # fmt: skip
         return (made if self.bias is None else made + self.bias.to(made.dtype)).unflatten(0, x.shape[:-1])
 
 
@@ -68,77 +76,98 @@ class Steps(Bench):
     """Rows of forward passes; outputs are compared with the eager one of ours."""
 
     reference: Tensor | None = None
+    compared = ""
 
-    def forward_row(self, name: str, call: Callable[[], Tensor], model: Any, operations: float) -> None:
+    def forward_row(self, name: str, prepare: Callable[[], Callable[[], Tensor]], operations: float) -> None:
         kept: list[Tensor] = []
 
-        def step() -> None:
-            with torch.no_grad():
-                kept[:] = [call()]
+        def prepared() -> tuple[Callable[[], None], Any, float]:
+            call = prepare()
 
-        self.row(name, lambda: (step, nn.Module(), operations))
+            def step() -> None:
+                with torch.no_grad():
+                    kept[:] = [call()]
+
+            return step, nn.Module(), operations
+
+        self.row(name, prepared)
+        if name in self.failed:
+            return
         if not kept:
             return
-        found = kept[0].float()[:, :, 1:]  # of the first latent frame nothing is said
+        found = kept[0].float()[:1, :, 1:]  # of the first latent frame nothing is said
         if self.reference is None:
-            self.reference = found
+            self.reference, self.compared = found, name
         error = (found - self.reference).norm() / self.reference.norm()
-        self.lines[-1]["against"]["relative_difference"] = round(float(error), 6)
-        print(f"  relative difference from plain: {float(error):.2e}", flush=True)
+        self.lines[-1]["against"] |= {"relative_difference": round(float(error), 6), "difference_from": self.compared}
+        if self.options.json:
+            write_measurements(self.options.json, self.lines)
+        print(f"  relative difference from {self.compared}: {float(error):.2e}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=[])
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--repetitions", type=int, default=20)
-    options = parser.parse_args()
-    bench = Steps(options)
-    bench.script, bench.claim = "paper_generate.py", "training/generate_5b"
-    size, sample = bench.size, bench.sample
-    model = build(size, bench.device).eval().requires_grad_(False)
-    times = (1000 * sample.sigma).repeat(sample.grid[0] * sample.grid[1] * sample.grid[2])[None]
-    times[:, : sample.grid[1] * sample.grid[2]] = 0
-    first = sample.latents[:, :, :1]
-    noisy = torch.cat([first, sample.noise[:, :, 1:]], 2).bfloat16()
-    plain = copy.deepcopy(model)
-    backbone = BackboneDenoiser(WanBackbone(model, stride=(4, 16, 16)))
-    operations = step_flops(backbone, sample.latents.shape, size.text) / 3
+class Clip:
+    """One forward pass by either way, with inputs of ``Sample``."""
 
-    def stock() -> Tensor:
-        found = plain(hidden_states=noisy, timestep=times, encoder_hidden_states=sample.text, return_dict=False)
-        return found[0]
+    def __init__(self, bench: Steps) -> None:
+        size, sample = bench.size, bench.sample
+        model = build(size, bench.device).eval().requires_grad_(False)
+        self.plain = copy.deepcopy(model)
+        self.backbone = BackboneDenoiser(WanBackbone(model, stride=(4, 16, 16)))
+        self.operations = forward_flops(self.backbone, sample.latents.shape, size.text)
+        self.first, self.sample = sample.latents[:, :, :1], sample
+        self.noisy = torch.cat([self.first, sample.noise[:, :, 1:]], 2).bfloat16()
+        self.times = (1000 * sample.sigma).repeat(math.prod(sample.grid))[None]
+        self.times[:, : sample.grid[1] * sample.grid[2]] = 0
 
-    def ours() -> Tensor:
-        return backbone(noisy, sample.sigma, sample.text, {"first_BC1hw": first})[0]
+    def stock(self) -> Tensor:
+        text = self.sample.text
+        return self.plain(self.noisy, timestep=self.times, encoder_hidden_states=text, return_dict=False)[0]
 
-    bench.forward_row("plain", stock, plain, operations)
-    if bench.wanted("plain_compiled"):
-        plain.compile_repeated_blocks(backend=bench.backend)
-        bench.forward_row("plain_compiled", stock, plain, operations)
-    bench.forward_row("ours", ours, backbone, operations)
-    for name in ("ours_compiled", "ours_tuned", "ours_qkv", "ours_fp8"):
-        if not bench.wanted(name):
-            continue
-        compile_again(backbone, None)
-        if name == "ours_qkv":
-            for block in backbone.blocks:
+    def ours(self, samples: int = 1) -> Tensor:
+        noisy, first, text = (x.expand(samples, *x.shape[1:]) for x in (self.noisy, self.first, self.sample.text))
+        return self.backbone(noisy, self.sample.sigma.expand(samples), text, {"first_BC1hw": first})[0]
+
+    def prepare(self, name: str, more: dict[str, Any], bench: Steps) -> Callable[[], Tensor]:
+        """Our pass as a row of ``OURS`` wants it, blocks compiled."""
+        blocks = self.backbone.blocks
+        self.backbone.run_block = TextCache() if "cached" in more else call_block
+        changed = "pairs" in more or "cached" in more
+        use_attention(blocks, PairAttention() if changed else WanAttnProcessor())
+        for block in blocks:
+            if name == "ours_qkv":
                 block.attn1.fuse_projections()
-        if name == "ours_fp8":
-            for block in backbone.blocks:
+            if name == "ours_fp8":
                 block.attn1.unfuse_projections()
                 eight_bits(block)
-        for block in backbone.blocks:
-            mode = {"mode": "max-autotune-no-cudagraphs"} if name == "ours_tuned" and not options.tiny else {}
-            block.compile(dynamic=False, backend=bench.backend, **mode)
-        bench.forward_row(name, ours, backbone, operations)
-    if bench.medians.get("ours_compiled"):
-        print(
-            f"plain_compiled / ours_compiled: {bench.medians.get('plain_compiled', 0) / bench.medians['ours_compiled']:.3f}"
-        )
+        compile_again(self.backbone, bench.backend, tuned="tuned" in more and not bench.options.tiny)
+
+        def call() -> Tensor:
+            with attention_first(more.get("kernel")):
+                return self.ours(2 if "two" in more else 1)
+
+        return call
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    bench = Steps(read_options(__doc__, ROWS, words, 20))
+    bench.script, bench.claim = "paper_generate.py", "training/generate_5b"
+    clip = Clip(bench)
+    bench.forward_row("plain", lambda: clip.stock, clip.operations)
+
+    def compiled() -> Callable[[], Tensor]:
+        clip.plain.compile_repeated_blocks(backend=bench.backend)
+        return clip.stock
+
+    bench.forward_row("plain_compiled", compiled, clip.operations)
+    bench.forward_row("ours", lambda: clip.ours, clip.operations)
+    for name, more in OURS.items():
+        operations = clip.operations * (2 if "two" in more else 1)
+        bench.forward_row(name, lambda name=name, more=more: clip.prepare(name, more, bench), operations)
+    ours, plain = bench.medians.get("ours_compiled"), bench.medians.get("plain_compiled")
+    if ours and plain:
+        print(f"plain_compiled / ours_compiled: {plain / ours:.3f}")
+    return bench.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

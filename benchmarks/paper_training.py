@@ -15,7 +15,8 @@ lora_plain            rank 32 by peft, eager, checkpointing, autocast           
 lora_full             lora_ours, computed again                                  lora_selective   lora_ours, a share kept
 optimizer             fused AdamW on all weights in bfloat16 (reported by itself)
 
-Each row is measured after its own warm-up and written at once; one that runs out of memory says so. MFU: ``worldmodel/training/flops.py``.
+Each row is measured after its own warm-up and written at once; one that fails, for want of memory most of all, says so and the next goes
+on. `paper_variants.py` has further rows: attention kernels, and ways to compute a block that differ in rounding. MFU: ``worldmodel/training/flops.py``.
 """
 
 from __future__ import annotations
@@ -27,14 +28,13 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from cost_networks import FULL, TINY, Size
 from cost_results import median_interval
-from torch import Tensor
+from torch import Tensor, nn
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
 from physisforcing.worldmodel.backbones.wan_paper import WAN_LORA_TARGETS, WanBackbone
@@ -136,6 +136,8 @@ class Bench:
         self.size = TINY if options.tiny else FULL
         self.sample = Sample(self.size, self.device)
         self.lines: list[dict[str, Any]] = []
+        self.failed: list[str] = []
+        self.heads: list[nn.Parameter] = []
         self.provenance, self.medians = machine_provenance(), {}
         self.backend = "eager" if options.tiny else "inductor"
         self.script, self.claim = "paper_training.py", "training/pf_wan_5b"
@@ -146,7 +148,9 @@ class Bench:
     def forcing(self) -> PhysisForcing:
         hidden = self.size.hidden
         config = PhysicsConfig(phi_hidden=hidden, psi_hidden=hidden)
-        return PhysisForcing(config, width=self.size.width, teacher_dim=self.size.teacher_dim).to(self.device)
+        made = PhysisForcing(config, width=self.size.width, teacher_dim=self.size.teacher_dim).to(self.device)
+        self.heads = list(made.parameters())
+        return made
 
     def row(self, name: str, prepare: Callable[[], tuple[Callable[[], None], Any, float]]) -> None:
         if not self.wanted(name):
@@ -154,8 +158,13 @@ class Bench:
         try:
             step, model, operations = prepare()
             self.measure(name, step, model, operations)
-        except torch.OutOfMemoryError as error:
-            self.write(name, float("nan"), [], {"failed": f"out of memory: {str(error)[:120]}"})
+        except (
+            Exception
+        ) as error:  # a kernel that is missing, a graph that does not compile: the other rows say what they say
+            memory = isinstance(error, torch.OutOfMemoryError)
+            reason = "out of memory" if memory else type(error).__name__
+            self.write(name, float("nan"), [], {"failed": f"{reason}: {' '.join(str(error).split())[:160]}"})
+            self.failed.append(name)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -168,10 +177,16 @@ class Bench:
                 warm = time.perf_counter() - begun
                 self._reset()
             times.append(self._timed(step))
-            for parameter in model.parameters():
+            for parameter in (*model.parameters(), *self.heads):
                 parameter.grad = None
         times = times[self.options.warmup :]
+        # what the warm-up took beyond its steps: compilation, first choice of kernels
         more: dict[str, Any] = {"warmup_s": round(warm, 1), "tflop": round(operations / 1e12, 2)}
+        more["compile_s"] = round(max(0.0, warm - 1e-3 * self.options.warmup * statistics.median(times)), 1)
+        if len(times) > 3:
+            lower, _, upper = statistics.quantiles(times, n=4, method="inclusive")
+            p95 = statistics.quantiles(times, n=20, method="inclusive")[-1]
+            more |= {"q1_ms": round(lower, 2), "q3_ms": round(upper, 2), "p95_ms": round(p95, 2)}
         if self.device.type == "cuda":
             more["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             more["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
@@ -196,6 +211,12 @@ class Bench:
         last.record()
         torch.cuda.synchronize()
         return first.elapsed_time(last)
+
+    def finish(self) -> int:
+        """The exit code: 1 where a row failed, whose reason is in its line."""
+        if self.failed:
+            print(f"{len(self.failed)} of {len(self.medians)} rows failed: {', '.join(self.failed)}", flush=True)
+        return int(bool(self.failed))
 
     def write(self, name: str, value: float, times: list[float], more: dict[str, Any]) -> None:
         self.medians[name] = value
@@ -271,8 +292,8 @@ def our_rows(bench: Bench) -> None:
     bench.row("optimizer", lambda: optimizer_step(denoiser))
 
 
-def compile_again(denoiser: BackboneDenoiser, backend: str | None) -> None:
-    """Forget what was compiled, and with a ``backend`` compile all that torch wants to keep."""
+def compile_again(denoiser: BackboneDenoiser, backend: str | None, *, tuned: bool = False) -> None:
+    """Forget what was compiled, and with a ``backend`` compile all that torch wants to keep. ``tuned``: try kernels for every product."""
     import torch._functorch.config as partitioner
 
     torch.compiler.reset()
@@ -280,7 +301,7 @@ def compile_again(denoiser: BackboneDenoiser, backend: str | None) -> None:
     for block in denoiser.blocks:
         block._compiled_call_impl = None
         if backend is not None:
-            block.compile(dynamic=False, backend=backend)
+            block.compile(dynamic=False, backend=backend, **({"mode": "max-autotune-no-cudagraphs"} if tuned else {}))
 
 
 def optimizer_step(denoiser: BackboneDenoiser) -> tuple[Callable[[], None], Any, float]:
@@ -326,19 +347,27 @@ def lora_rows(bench: Bench) -> None:
     bench.row("lora_selective", lambda: ours("selective"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_options(text: str | None, rows: Sequence[str], words: Sequence[str] | None, repetitions: int) -> Any:
+    """What the scripts that measure rows are told."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[])
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--repetitions", type=int, default=12)
-    options = parser.parse_args()
+    parser.add_argument("--repetitions", type=int, default=repetitions)
+    options = parser.parse_args(words)
     for name in options.only:
-        if name not in ROWS:
-            parser.error(f"--only {name}: one of {', '.join(ROWS)}")
+        if name not in rows:
+            parser.error(f"--only {name}: one of {', '.join(rows)}")
+    if options.warmup < 1 or options.repetitions < 1:
+        parser.error("--warmup and --repetitions: 1 or more")
     torch.set_float32_matmul_precision("high")
-    bench = Bench(options)
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    bench = Bench(read_options(__doc__, ROWS, words, 12))
+    options = bench.options
     for rows in (plain_rows, our_rows, lora_rows):
         names = {plain_rows: "plain", our_rows: "o", lora_rows: "lora"}
         if not options.only or any(name.startswith(names[rows]) for name in options.only):
@@ -346,9 +375,8 @@ def main() -> None:
             gc.collect()
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
-    if options.json:
-        print(Path(options.json).name)
+    return bench.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

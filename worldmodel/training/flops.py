@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Dense bfloat16 peak in FLOP/s by a part of the device's name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
+#: Dense bfloat16 peak in FLOP/s by a part of the device's name, the first that is found in it.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
+    "RTX 4090": 165e12,
+}  # fmt: skip
 #: Parts of the names of Wan's linear layers that act on text tokens.
 _WAN_TEXT = ("attn2.to_k", "attn2.to_v", "text_embedder")
 #: Parts of the names of Cosmos3's linear layers that act on picture tokens.
@@ -30,8 +33,17 @@ def peak_flops(device: torch.device) -> float | None:
     """Of a known GPU; None for others."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    return named_peak(torch.cuda.get_device_name(device))
+
+
+def named_peak(name: str) -> float | None:
+    """``peak_flops`` by the name that CUDA gives a device."""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def forward_flops(denoiser: Any, shape: Sequence[int], text: int) -> float:
+    """Operations of one sample's forward pass, whatever is trained; ``shape`` and ``text`` as in ``step_flops``."""
+    return _flops(denoiser, shape, text, backward=False)
 
 
 def step_flops(denoiser: Any, shape: Sequence[int], text: int) -> float:
@@ -40,6 +52,10 @@ def step_flops(denoiser: Any, shape: Sequence[int], text: int) -> float:
     ``shape``: [B,C,F,h,w] of its latents, of which B is not read; ``text``: tokens of its sentence as the network reads them. Every linear
     layer, and attention within the pictures and from them to the text. Nothing has a gradient for pictures and sentences themselves.
     """
+    return _flops(denoiser, shape, text, backward=True)
+
+
+def _flops(denoiser: Any, shape: Sequence[int], text: int, *, backward: bool) -> float:
     grid = [side // part for side, part in zip(shape[2:], denoiser.patch, strict=True)]
     transformer, tokens = denoiser.transformer, math.prod(grid)
     cosmos = type(transformer).__name__ == "Cosmos3OmniTransformer"
@@ -57,12 +73,12 @@ def step_flops(denoiser: Any, shape: Sequence[int], text: int) -> float:
         # data has no gradient
         first = any(stem in name for stem in ("patch_embedding", "text_embedder.linear_1")) or name == "proj_in"
         first = first or (not pictures_learn and name.startswith(_FIRST))
-        backward = 0 if first else 2 * (text_learns if on_text else True)
-        total += (2.0 + backward + 2.0 * weight.requires_grad) * rows * weight.numel()
+        to_inputs = 0 if first else 2 * (text_learns if on_text else True)
+        total += (2.0 + backward * (to_inputs + 2.0 * weight.requires_grad)) * rows * weight.numel()
     for _ in denoiser.blocks:
-        total += 3.0 * 4.0 * tokens * (tokens + text) * width
-        if cosmos:
-            total += (3.0 if text_learns else 1.0) * 2.0 * text * text * width  # text reads itself, causally
+        total += (3.0 if backward else 1.0) * 4.0 * tokens * (tokens + text) * width
+        if cosmos:  # text reads itself, causally
+            total += (3.0 if backward and text_learns else 1.0) * 2.0 * text * text * width
     return total
 
 
