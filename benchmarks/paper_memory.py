@@ -187,7 +187,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "first_step_s": round(seconds[0], 1),
         "finite": finite,
     }
-    found |= {"trained_millions": round(sum(p.numel() for p in trained) / 1e6, 1), "compiled": backend is not None}
+    found |= {"trained_millions": round(sum(p.numel() for p in trained) / 1e6, 3), "compiled": backend is not None}
     return found
 
 

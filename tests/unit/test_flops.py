@@ -12,7 +12,7 @@ from physisforcing.worldmodel.backbones.cosmos3 import Cosmos3Backbone
 from physisforcing.worldmodel.backbones.loading import build_empty
 from physisforcing.worldmodel.backbones.wan_paper import WAN_LORA_TARGETS, WanBackbone
 from physisforcing.worldmodel.training.config import LoraConfig
-from physisforcing.worldmodel.training.flops import step_flops
+from physisforcing.worldmodel.training.flops import forward_flops, named_peak, step_flops
 
 TI2V = {"num_attention_heads": 24, "num_layers": 30, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336}
 A14B = {"num_attention_heads": 40, "num_layers": 40, "in_channels": 36, "out_channels": 16, "ffn_dim": 13824}
@@ -49,6 +49,27 @@ def test_cosmos3_is_counted_as_torch_counts_it():
     assert found == pytest.approx(wanted, rel=0.03)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_forward_pass_is_counted_as_torch_counts_it_whatever_is_trained(frozen):
+    backbone = WanBackbone(tiny_paper.wan_transformer(8, 8, 0), stride=(4, 16, 16)).requires_grad_(not frozen)
+    shape, text = (1, 8, 3, 8, 12), torch.randn(1, 16, 16)
+    shown = backbone.conditions(torch.randn(1, 8, 1, 8, 12), text, 3)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        backbone(torch.randn(shape), torch.tensor([0.5]), text, shown)
+    assert forward_flops(backbone, shape, 16) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 181e12), ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_device_by_its_name(name, peak):
+    assert named_peak(name) == peak
+
+
 @pytest.mark.parametrize(
     ("config", "channels", "size", "forward"), [(TI2V, 48, (21, 30, 40), 71e12), (A14B, 16, (21, 60, 80), 1135e12)]
 )
@@ -59,6 +80,7 @@ def test_the_large_models_cost_what_is_known_of_them(config, channels, size, for
     model = build_empty(WanTransformer3DModel, {**config, "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256})
     backbone = WanBackbone(model, stride=(4, 16, 16))
     assert step_flops(backbone, (1, channels, *size), 512) == pytest.approx(3 * forward, rel=0.03)
+    assert forward_flops(backbone, (1, channels, *size), 512) == pytest.approx(forward, rel=0.03)
     model.requires_grad_(False)
     tokens, width = size[0] * size[1] * size[2] // 4, 128 * config["num_attention_heads"]
     attention = 4 * tokens * (tokens + 512) * width * config["num_layers"]

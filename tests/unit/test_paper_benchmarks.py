@@ -1,0 +1,155 @@
+"""The benchmarks of the large backbones rehearse on a CPU, and what they try out computes what the package computes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import tiny_paper
+from physisforcing.worldmodel.backbones.wan_paper import WAN_LORA_TARGETS, WanBackbone
+from physisforcing.worldmodel.training.config import LoraConfig
+
+
+@pytest.fixture
+def benchmarks(monkeypatch, repository):
+    """The scripts can be imported; what they set for the whole process is set back."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+def lines_of(path) -> dict[str, dict]:
+    return {line["claim"]: line for line in json.loads(path.read_text())}
+
+
+def backbone() -> WanBackbone:
+    return WanBackbone(tiny_paper.wan_transformer(8, 8, 0), stride=(4, 16, 16))
+
+
+def run(model: WanBackbone):
+    """-> (velocity and tap, gradients of the trained weights by name) with inputs that are always the same."""
+    draw = torch.Generator().manual_seed(0)
+    x, text = torch.randn(1, 8, 3, 8, 12, generator=draw), torch.randn(1, 16, 16, generator=draw)
+    shown = model.conditions(x[:, :, :1], text, 3)
+    made = model(x, torch.tensor([0.5]), text, shown, need_tap=True)
+    (made[0].square().mean() + made[1].square().mean()).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = [part.detach() for part in made], {name: p.grad for name, p in trained.items()}
+    for parameter in trained.values():
+        parameter.grad = None
+    return found
+
+
+def test_rotary_pairs_have_the_same_bits_and_joined_products_the_same_sums(benchmarks):
+    from wan_variants import PairAttention, use_attention
+
+    model = backbone()
+    outputs, gradients = run(model)
+    use_attention(model.blocks, PairAttention())
+    pairs, pair_gradients = run(model)
+    assert all(torch.equal(one, other) for one, other in zip(outputs, pairs, strict=True))
+    for name, value in gradients.items():
+        torch.testing.assert_close(pair_gradients[name], value, rtol=1e-5, atol=1e-7, msg=name)
+    use_attention(model.blocks, PairAttention(join=True))
+    joined, joined_gradients = run(model)
+    for one, other in zip(outputs, joined, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    assert joined_gradients.keys() == gradients.keys()
+    for name, value in gradients.items():
+        torch.testing.assert_close(joined_gradients[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_keys_and_values_of_the_text_are_made_once(benchmarks):
+    from wan_variants import PairAttention, TextCache, use_attention
+
+    model = backbone()
+    outputs, _ = run(model)
+    use_attention(model.blocks, PairAttention())
+    model.run_block, counts = TextCache(), []
+    model.blocks[0].attn2.to_k.register_forward_hook(lambda *_: counts.append(1))
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(0)
+        x, text = torch.randn(1, 8, 3, 8, 12, generator=draw), torch.randn(1, 16, 16, generator=draw)
+        shown = model.conditions(x[:, :, :1], text, 3)
+        twice = [model(x, torch.tensor([0.5]), text, shown)[0] for _ in range(2)]
+    assert len(counts) == 1 and all(torch.equal(found, outputs[0]) for found in twice)
+
+
+def test_adapters_added_inside_their_product_are_those_of_peft(benchmarks):
+    pytest.importorskip("peft")
+    from wan_variants import add_inside
+
+    from physisforcing.worldmodel.training.lora import add_lora
+
+    model = backbone()
+    add_lora(model.transformer, LoraConfig(rank=4, alpha=12.0), WAN_LORA_TARGETS, torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)  # zero at the start: every forward would do
+    outputs, gradients = run(model)
+    assert add_inside(model.transformer) == 3 * 10
+    added, added_gradients = run(model)
+    assert added_gradients.keys() == gradients.keys() and len(gradients) == 3 * 10 * 2
+    for one, other in zip(outputs, added, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    for name, value in gradients.items():
+        torch.testing.assert_close(added_gradients[name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_rows_of_training_are_written_and_one_that_fails_says_so(benchmarks, tmp_path, monkeypatch):
+    import paper_training
+
+    path, short = tmp_path / "found.json", ["--tiny", "--warmup", "1", "--repetitions", "5", "--json"]
+
+    def full(*_inputs):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(paper_training, "optimizer_step", full)
+    assert paper_training.main([*short, str(path), "--only", "plain,ours_eager,optimizer,lora_plain"]) == 1
+    found = {claim.split("/")[2]: line for claim, line in lines_of(path).items()}
+    assert set(found) == {"plain", "ours_eager", "optimizer", "lora_plain"}
+    assert found["optimizer"]["value"] is None and "out of memory" in found["optimizer"]["against"]["failed"]
+    ours = found["ours_eager"]
+    assert ours["n"] == 5 and ours["low"] <= ours["value"] <= ours["high"]
+    assert ours["against"]["q1_ms"] <= ours["value"] <= ours["against"]["q3_ms"] <= ours["against"]["p95_ms"]
+    assert ours["against"]["plain_ms"] == pytest.approx(found["plain"]["value"], abs=0.01)
+
+
+def test_rows_of_variants_and_of_passes_are_written(benchmarks, tmp_path):
+    import paper_generate
+    import paper_variants
+
+    short = ["--tiny", "--warmup", "1", "--repetitions", "2", "--json"]
+    assert paper_variants.main([*short, str(tmp_path / "variants.json"), "--only", "lora_all"]) == 0
+    assert paper_generate.main([*short, str(tmp_path / "passes.json"), "--only", "plain,ours,ours_all"]) == 0
+    (variant,) = lines_of(tmp_path / "variants.json").values()
+    assert variant["claim"] == "training/pf_wan_5b/variant/lora_all/step_ms" and variant["value"] > 0
+    passes = lines_of(tmp_path / "passes.json")
+    assert len(passes) == 3
+    for line in passes.values():
+        assert line["value"] > 0 and line["against"]["difference_from"] == "plain"
+        assert line["against"]["relative_difference"] < 0.02  # bfloat16
+
+
+def test_memory_and_seconds_of_clips_are_written(benchmarks, tmp_path):
+    import paper_clips
+    import paper_memory
+
+    memory, clips = tmp_path / "memory.json", tmp_path / "clips.json"
+    cases = "5b_lora_full_49,5b_bfloat16_none_81,a14b_lora_full_81,cosmos3_lora_full_81"
+    assert paper_memory.main(["--tiny", "--eager", "--only", cases, "--json", str(memory)]) == 0
+    for line in lines_of(memory).values():
+        assert line["value"] is None and "GPU" in line["against"]["skipped"]  # no bytes without a GPU, and none said
+        assert line["against"]["finite"] and line["against"]["trained_millions"] > 0
+    assert len(lines_of(memory)) == 4
+    assert paper_clips.main(["--tiny", "--repetitions", "2", "--only", "a14b", "--json", str(clips)]) == 0
+    found = lines_of(clips)
+    one, two = (found[f"training/generate_{name}/clip_seconds"] for name in ("a14b", "a14b_two"))
+    parts = one["against"]
+    assert parts["passes"] == 80
+    summed = 80 * parts["pass_ms"] / 1e3 + parts["encode_s"] + parts["decode_s"]
+    assert one["value"] == pytest.approx(summed, abs=0.005)
+    assert two["value"] == pytest.approx(one["value"] + 2 * two["against"]["expert_there_and_back_s"], abs=0.02)
