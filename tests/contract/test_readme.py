@@ -27,7 +27,7 @@ def test_extras_are_named_and_those_without_an_importer_are_said_to_have_none(
     repository: Path, tracked_files: list[Path]
 ) -> None:
     text = re.sub(r"\s+", " ", (repository / "README.md").read_text(encoding="utf-8"))
-    told = re.search(r"\*\*Optional extras\*\*.*?(`gpu`.*?imports them)", text)
+    told = re.search(r"\*\*Optional extras\*\*.*?(`gpu`.*?imports it)", text)
     assert told, "the README says what the extras are for"
     extras = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"][
         "optional-dependencies"
@@ -36,6 +36,6 @@ def test_extras_are_named_and_those_without_an_importer_are_said_to_have_none(
     sources = "\n".join(
         p.read_text(encoding="utf-8") for p in tracked_files if p.suffix == ".py" and "tests" not in p.parts
     )
-    for name, modules in {"gpu": "pynvml", "wandb": "wandb"}.items():
-        unused = not re.search(rf"^\s*(?:import|from) (?:{modules})\b", sources, re.MULTILINE)
+    for name, module in {"gpu": "pynvml", "wandb": "wandb"}.items():
+        unused = not re.search(rf"^\s*(?:import|from) {module}\b", sources, re.MULTILINE)
         assert unused == (f"`{name}`" in told[1]), name

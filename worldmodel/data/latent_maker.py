@@ -15,7 +15,7 @@ from torch import Tensor
 from physisforcing.core.episodes import EpisodeSource
 
 from ..backbones.folder import Described, describe_backbone
-from ..pipeline_vae import load_vae
+from ..pipeline_vae import PipelineVae, load_vae
 from ..storage import latents_fingerprint
 from ..text_encoders import CosmosText, UMT5Text, file_hashes
 from .buckets import Bucket
@@ -25,9 +25,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class LatentMaker:
-    """``model``: a pipeline folder. ``dtype``: one of ``DTYPES``, in which latents are stored and, on a GPU, computed. The autoencoder is
-    loaded with the first shard, the text encoder with the first sentence that is not cached. ``seconds``: spent on pictures, autoencoder
-    and sentences so far."""
+    """``model``: a pipeline folder. ``dtype``: one of ``DTYPES``, in which latents and sentences are stored. The autoencoder is loaded with
+    the first shard, the text encoder with the first sentence that is not cached. ``seconds``: spent on pictures, autoencoder and
+    sentences so far."""
 
     def __init__(
         self, model: Path, *, device: torch.device, dtype: torch.dtype, text_cache: Path | None = None
@@ -35,8 +35,7 @@ class LatentMaker:
         self.model, self.device, self.dtype = model, device, dtype
         self.described: Described = describe_backbone(model)
         self.patch = self._patch()
-        precision = dtype if device.type == "cuda" else torch.float32
-        self._precision, self._vae = precision, None
+        self._vae: PipelineVae | None = None
         self.text: UMT5Text | CosmosText
         if self.described.cosmos:
             self.text = CosmosText(model)
@@ -101,9 +100,9 @@ class LatentMaker:
         time_, rows, columns = values.get("patch_size") or (1, side, side)
         return int(time_), int(rows), int(columns)
 
-    def _loaded_vae(self) -> Any:
+    def _loaded_vae(self) -> PipelineVae:
         if self._vae is None:
-            self._vae = load_vae(self.model / "vae", self._precision)
+            self._vae = load_vae(self.model / "vae")  # in float32, as where videos are generated
             self._vae.vae.to(self.device)
         return self._vae
 

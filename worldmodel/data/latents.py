@@ -43,7 +43,7 @@ fields:
   success_only    leave out episodes that are marked as failures (true)
   targets=true    physics targets by teacher= (as in physis data targets); false: for flow matching alone
   grid_rows, grid_columns=25    points that are followed from each window's first frame
-  device=auto, dtype=bf16       where the encoders work, and the precision of what is kept; the autoencoder works in it on a GPU, in fp32 on a CPU
+  device=auto, dtype=bf16       where the encoders work, and the precision of what is kept; the autoencoder works in fp32
   shard=0/1       this machine's part of the episodes, where several machines share the store"""
 
 

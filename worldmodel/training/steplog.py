@@ -162,7 +162,7 @@ def _tensorboard(run: Path) -> Any:
 def check_wandb(project: str) -> None:
     """``UserError`` where a project is named and wandb is not installed."""
     if project and importlib.util.find_spec("wandb") is None:
-        fix = "pip install wandb, or leave run.wandb out: TensorBoard has the same"
+        fix = "pip install 'physisforcing[wandb]', or leave run.wandb out: TensorBoard has the same"
         raise UserError("run.wandb", got=project, wanted="nothing without the package wandb", fix=fix)
 
 
