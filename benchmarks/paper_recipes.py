@@ -36,9 +36,9 @@ from physisforcing.planner.measurements import machine_provenance, measurement, 
 
 #: Kind -> experiment, bucket, updates, what is trained beside adapters, class of the transformer.
 KINDS: dict[str, dict[str, Any]] = {
-    "5b": {"experiment": "pf_wan_5b", "also": ["patch_embedding", "proj_out"], "rank": 32, "steps": 200},
-    "a14b": {"experiment": "pf_wan_a14b", "also": ["patch_embedding", "proj_out"], "rank": 32, "steps": 40},
-    "cosmos3": {"experiment": "pf_cosmos3_nano", "also": ["proj_in", "proj_out"], "rank": 16, "steps": 200},
+    "5b": {"experiment": "pf_wan_5b", "also": ["patch_embedding", "proj_out"], "rank": 32, "steps": 200, "lr": 3e-4},
+    "a14b": {"experiment": "pf_wan_a14b", "also": ["patch_embedding", "proj_out"], "rank": 32, "steps": 40, "lr": 2e-4},
+    "cosmos3": {"experiment": "pf_cosmos3_nano", "also": ["proj_in", "proj_out"], "rank": 16, "steps": 200, "lr": 3e-4},
 }
 WAN: dict[str, Any] = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
@@ -145,6 +145,7 @@ class Recipe:
         self.device = torch.device("cpu" if options.tiny else "cuda")
         self.settings = KINDS[self.kind]
         self.steps = options.steps or self.settings["steps"]
+        options.lr = options.lr or (2e-3 if options.tiny else self.settings["lr"])
         self.bucket = "9x96x128" if options.tiny else options.bucket
         self.lines: list[dict[str, Any]] = []
         self.provenance = machine_provenance()
@@ -217,7 +218,13 @@ class Recipe:
         found += [f"data.latents=[{self.work / 'one'},{self.work / 'eight'}]", "data.heldout=1", "heldout_windows=8"]
         found += [f"lora.rank={4 if options.tiny else chosen['rank']}", f"lora.alpha={options.alpha:g}"]
         found += [f"lora.also=[{','.join(chosen['also'])}]", "physics.relations=rigid", "large.videos=0"]
-        found += [f"run.steps={steps}", "run.batch=1", "run.log_every=1", f"run.save_every={max(1, steps // 2)}"]
+        found += [
+            f"run.steps={steps}",
+            f"run.batch={options.batch}",
+            "run.micro=1",
+            "run.log_every=1",
+            f"run.save_every={max(1, steps // 2)}",
+        ]
         found += [f"run.eval_every={steps}", f"optim.lr={options.lr:g}", "optim.final_lr=0.05", "optim.warmup=10"]
         found += ["optim.weight_decay=0", "optim.clip=1.0", f"run.device={self.device.type}"]
         found += [f"run.checkpointing={options.checkpointing}"] if options.checkpointing else []
@@ -236,7 +243,7 @@ class Recipe:
         waits = [line["data_wait_pct"] for line in after.values()][3:]
         more = {
             "before": round(losses["before"]["heldout_fm"], 4), "after": round(losses["after"]["heldout_fm"], 4),
-            "steps": self.steps, "seconds": round(time.perf_counter() - begun, 1), "learning_rate": self.options.lr,
+            "steps": self.steps, "seconds": round(time.perf_counter() - begun, 1), "learning_rate": self.options.lr, "batch": self.options.batch,
         }  # fmt: skip
         self.note("overfit_ratio", more["after"] / more["before"], "loss / initial loss", n=8, **more)
         last = after[max(after)]
@@ -373,7 +380,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--bucket", default="81x480x640")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, help="falls with the width of the model where none is given")
+    parser.add_argument("--batch", type=int, default=1, help="noise levels of the window in an update, one at a time")
     parser.add_argument("--alpha", type=float, default=64.0)
     parser.add_argument("--checkpointing", default="")
     parser.add_argument("--compile", default="")

@@ -1,0 +1,89 @@
+"""Gather what the benchmarks of the large backbones measured: ``python docs/results/large_training.py FILE.json ... [--without CLAIM]``.
+
+Lines go into ``large_training.json``; the card stands in their claims, since the same rows were measured on several. Lines of the same
+claim replace older ones. Rows of denoiser steps written before ``flops.forward_flops`` divided the operations of a frozen model by three:
+their share of the peak is computed again here. A claim that has its card already stays as it is. Without files, the table of ``training.md`` is written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from physisforcing.planner.measurements import placeless
+
+FOLDER = Path(__file__).resolve().parent
+DATA, PAGE = FOLDER / "large_training.json", FOLDER / "training.md"
+BEGIN, END = "<!-- rows:begin -->\n", "<!-- rows:end -->"
+#: Forward operations of TI2V-5B at 480x640x81, in TFLOP (``flops.forward_flops``; tests/unit/test_flops.py), and the cards' peak in TFLOP/s.
+FORWARD, PEAK = 71.13, 989.0
+HEAD = "| claim | value | n | of the peak | memory, GiB | beside it |\n|---|---|---|---|---|---|\n"
+#: Fields of ``against`` that the table shows.
+SHOWN = (
+    "plain_ms",
+    "plain_compiled_ms",
+    "lora_plain_ms",
+    "relative_difference",
+    "scaling_efficiency",
+    "before",
+    "after",
+    "steps",
+)
+
+
+def gathered(known: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All lines, sorted by claim; new ones replace those of the same claim."""
+    found = {line["claim"]: line for line in known}
+    for line in lines:
+        line = corrected(line)
+        found[line["claim"]] = line
+    return [found[claim] for claim in sorted(found)]
+
+
+def corrected(line: dict[str, Any]) -> dict[str, Any]:
+    """A line with the card in its claim, and the share of the peak of a forward pass by the right count."""
+    card = next((name for name in ("H100", "H200", "A100") if name in line["hardware"]), "cpu").lower()
+    claim, against = line["claim"], dict(line["against"])
+    if f"/{card}/" in claim:
+        return line
+    head, _, rest = claim.removeprefix("training/").partition("/")
+    if head == "generate_5b" and against.get("tflop", FORWARD) < 0.9 * FORWARD and line["value"]:
+        against |= {"tflop": FORWARD, "mfu_pct": round(100 * FORWARD / (1e-3 * line["value"]) / PEAK, 2)}
+    return line | {"claim": f"training/{head}/{card}/{rest}", "against": against, "command": placeless(line["command"])}
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    return HEAD + "".join(map(row, lines))
+
+
+def row(line: dict[str, Any]) -> str:
+    against = line["against"]
+    memory = next((against[name] for name in ("peak_memory_gb", "memory_gib") if against.get(name)), "")
+    peak = f"{against['mfu_pct']:.1f} %" if against.get("mfu_pct") else ""
+    shown = ", ".join(f"{name} {against[name]:g}" for name in SHOWN if isinstance(against.get(name), int | float))
+    value = "failed" if line["value"] is None else f"{line['value']:.4g} {line['unit']}"
+    return f"| `{line['claim'].removeprefix('training/')}` | {value} | {line['n']} | {peak} | {memory} | {shown} |\n"
+
+
+def page(text: str, lines: list[dict[str, Any]]) -> str:
+    """The page with its table."""
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: BEGIN + table(lines) + END, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--without", action="append", default=[], help="claims that are left out")
+    options = parser.parse_args()
+    known = json.loads(DATA.read_text(encoding="utf-8")) if DATA.is_file() else []
+    new = [line for path in options.files for line in json.loads(path.read_text(encoding="utf-8"))]
+    lines = gathered(known, [line for line in new if line["claim"] not in options.without])
+    DATA.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
