@@ -15,6 +15,7 @@ from physisforcing.core.lerobot import HEAD, LeRobotWriter
 from physisforcing.core.lerobot_format import video_feature
 from physisforcing.core.video import write_mp4
 from physisforcing.worldmodel.data.clips.decode import Span
+from physisforcing.worldmodel.data.clips.manifest import ClipRecord, read_records, write_records
 from physisforcing.worldmodel.data.clips.sources import list_clips
 
 ROWS = [
@@ -115,7 +116,7 @@ def test_a_folder_with_texts_and_one_with_a_table(tmp_path: Path) -> None:
     found = [(c.where, c.caption, c.task) for c in clips]
     assert found == [("b.mp4", "press the bell", ""), ("pour/a.MKV", "", "pour")]
     write(tmp_path / "metadata.csv", [{"file_name": "b.mp4", "text": "ring"}])
-    assert [(c.span.path.name, c.caption) for c in list_clips(tmp_path)[1]] == [("b.mp4", "ring")]
+    assert [(c.span.path.name, c.caption) for c in list_clips(tmp_path)[1]] == [("b.mp4", "ring"), ("a.MKV", "")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="no clip"):
         list_clips(tmp_path / "empty")
@@ -161,3 +162,56 @@ def test_episodes_of_an_older_dataset_have_a_video_each(tmp_path: Path) -> None:
         ("ring", 7 / 5),
     ]
     assert clips[1].span.path.name == "episode_000001.mp4" and clips[1].span.start == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"video,caption\nx.mp4,pick, then place\n", "line 2: got '3 cells', wanted 2"),
+        ("b.csv", "video,caption\nx.mp4,caf\u00e9\n".encode("latin1"), "byte 0xe9 at 23', wanted UTF-8"),
+        ("c.csv", b'video,caption\nx.mp4,"open' + b"a" * 140_000 + b"\n", "field larger"),
+        ("d.csv", b"video,caption,caption\nx.mp4,a,b\n", "columns: got 'caption twice'"),
+        ("e.json", b"[" * 100_000, "line 1: got 'maximum recursion"),
+        ("f.parquet", b"PAR1", "wanted a parquet file"),
+        ("g.jsonl", b'{"video": {"path": "x.mp4"}}', "row 1: got {'path': 'x.mp4'}, wanted a path"),
+        ("h.jsonl", b'{"video": "x.mp4", "caption": "cut \\ud83d"}', "caption of 'row 1': got 'cut \\\\ud83d'"),
+    ],
+)
+def test_damaged_tables_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DatasetError) as raised:
+        list_clips(tmp_path / name)
+    assert message in str(raised.value)
+
+
+def test_a_line_of_json_ends_at_a_newline_alone(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"video": "x.mp4", "caption": "one\u2028two\x85"}\n', encoding="utf-8")
+    assert [clip.caption for clip in list_clips(tmp_path / "t.jsonl")[1]] == ["one two"]
+    record = ClipRecord(
+        id="1", path="a\u2028b.mp4", start=0.0, frames=1, fps=1.0, height=2, width=2, caption="c", task="x\x0cy"
+    )
+    write_records(tmp_path / "clips.jsonl", [record])
+    assert read_records(tmp_path / "clips.jsonl") == [record]
+
+
+def test_brackets_of_absurd_depth_are_text(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text("video\tcaption\nx.mp4\t" + "[" * 90_000 + "\n")
+    assert list_clips(tmp_path / "t.tsv")[1][0].caption == "[" * 90_000
+
+
+def test_videos_that_a_folders_table_leaves_out_have_no_caption(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).touch()
+    write(tmp_path / "captions.csv", [{"video": "b.mp4", "caption": "pour"}])
+    found = list_clips(tmp_path)[1]
+    assert [(c.span.path.name, c.caption, c.where) for c in found] == [
+        ("b.mp4", "pour", "row 1"),
+        ("a.mp4", "", "a.mp4, in no row of captions.csv"),
+    ]
+
+
+def test_a_text_beside_a_video_is_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DatasetError, match=r"a\.txt: got 'byte 0xe9 at 3', wanted UTF-8"):
+        list_clips(tmp_path)

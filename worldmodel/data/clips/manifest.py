@@ -91,6 +91,8 @@ class ClipManifest:
         if num_frames < 1 or num_frames % 4 != 1:
             near = max(1, 4 * round((num_frames - 1) / 4) + 1)
             raise UserError("num_frames", got=num_frames, wanted="4k + 1", fix=f"write num_frames={near}")
+        if not fps > 0:
+            raise UserError("fps", got=fps, wanted="frames a second, above 0", fix="write fps=16")
         record = self.clips[index]
         if start < 0 or not self.holds(index, fps=fps, num_frames=num_frames, start=start):
             raise UserError(
@@ -109,7 +111,10 @@ def read_records(path: Path) -> list[ClipRecord]:
         fix = "run physis data prepare, or correct the path"
         raise DatasetError(str(path), got="no such file", wanted=f"a {NAME}", fix=fix)
     known, records = {item.name for item in fields(ClipRecord)}, []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: the file of a video may have U+2028 and its like in its name.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line:
+            continue
         try:
             records.append(ClipRecord(**json.loads(line)))
         except (ValueError, TypeError) as error:

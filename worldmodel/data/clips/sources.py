@@ -11,7 +11,7 @@ from physisforcing.core.lerobot import HEAD, LeRobotDataset
 from physisforcing.core.readers import open_dataset
 
 from .decode import CONTAINERS, Span
-from .tables import TABLES, read_table, rows_to_sources
+from .tables import TABLES, read_table, read_text, rows_to_sources
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -62,7 +62,21 @@ def list_clips(
         raise DatasetError(
             str(root), got="no clip", wanted=kinds, fix="correct the path; docs/data.md shows the layouts"
         )
-    return layout, [ClipSource(**one) for one in found]
+    sources = [ClipSource(**one) for one in found]
+    for source in sources:
+        _check_text(source)
+    return layout, sources
+
+
+def _check_text(source: ClipSource) -> None:
+    """``DatasetError`` for text that no UTF-8 file can hold: half a character from a cut string, a file's name in another encoding."""
+    for name, text in (("path", str(source.span.path)), ("caption", source.caption), ("task", source.task)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            got = text.encode(errors="backslashreplace").decode()
+            fix = "rename the file" if name == "path" else "correct the text"
+            raise DatasetError(f"{name} of {source.where!a}", got=got, wanted="Unicode text", fix=fix) from error
 
 
 def _episodes(root: Path, camera: str | None) -> tuple[str, list[dict[str, Any]]]:
@@ -92,17 +106,25 @@ def _folder(root: Path, captions: str | None, columns: list[str]) -> list[dict[s
     """Every video below ``root``, with the text beside it (``clip.txt``) or the caption of a table."""
     if not root.is_dir():
         raise DatasetError(str(root), got="no such file or folder", wanted="clips", fix="correct the path")
-    if captions is not None:
-        table = Path(captions) if Path(captions).is_file() else root / captions
-        return rows_to_sources(read_table(table), table, root, columns)
+    videos = sorted(p for p in root.rglob("*") if p.suffix.lower() in CONTAINERS and p.is_file())
     tables = [root / f"{name}{ending}" for name in ("captions", "metadata") for ending in TABLES]
+    if captions is not None:
+        tables = [Path(captions) if Path(captions).is_file() else root / captions]
     for table in tables:
-        if table.is_file():
-            return rows_to_sources(read_table(table), table, root, columns)
+        if captions is not None or table.is_file():
+            found = rows_to_sources(read_table(table), table, root, columns)
+            named = {one["span"].path.resolve() for one in found}
+            # Not passed over in silence: without a row they have no caption, and are counted as such.
+            rest = [path for path in videos if path.resolve() not in named]
+            wheres = [f"{path.relative_to(root).as_posix()}, in no row of {table.name}" for path in rest]
+            more = [
+                {"span": Span(path=p), "caption": "", "task": "", "where": w} for p, w in zip(rest, wheres, strict=True)
+            ]
+            return found + more
     found = []
-    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in CONTAINERS and p.is_file()):
+    for path in videos:
         beside = path.with_suffix(".txt")
-        caption = " ".join(beside.read_text(encoding="utf-8").split()) if beside.is_file() else ""
+        caption = " ".join(read_text(beside).split()) if beside.is_file() else ""
         # Clips in one folder below the root are those of one task, as image folders have one class each.
         task = path.parent.name if path.parent != root else ""
         where = path.relative_to(root).as_posix()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -46,20 +47,58 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         raise DatasetError(str(path), got="no such file", wanted="a table of clips", fix="correct the path")
     ending = path.suffix.lower()
     if ending == ".parquet":
-        import pyarrow.parquet as pq
-
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-        return rows
-    if ending in (".csv", ".tsv"):
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, delimiter="\t" if ending == ".tsv" else ","))
+        return _parquet(path)
     if ending not in TABLES:
         raise DatasetError(str(path), got=ending, wanted=f"one of {', '.join(TABLES)}", fix="convert the table")
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_text(path)
+    if ending in (".csv", ".tsv"):
+        return _separated(path, text, "\t" if ending == ".tsv" else ",")
     if ending == ".json":
         return _objects([_parsed(path, 1, text)], path)
-    lines = enumerate(text.splitlines(), start=1)
+    # Not splitlines: what JSON may hold unescaped, such as U+2028, ends a line for it.
+    lines = enumerate(text.split("\n"), start=1)
     return _objects([_parsed(path, number, line) for number, line in lines if line.strip()], path, lines=True)
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8; ``DatasetError`` for other bytes."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        got, fix = f"byte {error.object[error.start]:#04x} at {error.start}", "iconv -f latin1 -t utf-8 FILE > NEW"
+        raise DatasetError(str(path), got=got, wanted="UTF-8", fix=fix) from error
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        got = str(error).splitlines()[0]
+        raise DatasetError(str(path), got=got, wanted="a parquet file", fix="copy the table again") from error
+    return rows
+
+
+def _separated(path: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
+    """Rows of a CSV or TSV. ``DatasetError`` for a name that stands twice and for more cells than names: a comma without quotes."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = []
+    try:
+        names = list(reader.fieldnames or ())
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise DatasetError(f"{path} columns", got=f"{twice} twice", wanted="each once", fix="rename one of them")
+        for row in reader:
+            if None in row:
+                got = f"{len(names) + len(row[None])} cells"
+                fix = "put text that holds the separator in double quotes"
+                raise DatasetError(f"{path} line {reader.line_num}", got=got, wanted=f"{len(names)}", fix=fix)
+            rows.append(row)
+    except csv.Error as error:
+        fix = "close the quotes of this line or of one before it"
+        raise DatasetError(f"{path} line {reader.line_num}", got=str(error), wanted="cells", fix=fix) from error
+    return rows
 
 
 def rows_to_sources(rows: list[dict[str, Any]], table: Path, home: Path, columns: list[str]) -> list[dict[str, Any]]:
@@ -74,11 +113,10 @@ def rows_to_sources(rows: list[dict[str, Any]], table: Path, home: Path, columns
     for number, row in enumerate(rows, start=1):
         value = {ours: row.get(theirs) for ours, theirs in names.items()}
         where = f"row {number}"
-        if not value["video"]:
-            raise DatasetError(
-                f"{table} {where}", got="no video", wanted=f"a path in {names['video']}", fix="fill it in"
-            )
-        path = home / str(value["video"])
+        if not isinstance(value["video"], str) or not value["video"].strip():
+            got = "no video" if value["video"] in (None, "") else value["video"]
+            raise DatasetError(f"{table} {where}", got=got, wanted=f"a path in {names['video']}", fix="fill it in")
+        path = home / value["video"]
         start, seconds = _piece(value, path, f"{table} {where}")
         span = Span(path=path, start=start, seconds=seconds)
         task = _text(value.get("task"))
@@ -160,7 +198,7 @@ def _text(value: Any) -> str:
         for reader in (json.loads, ast.literal_eval):
             try:
                 listed = reader(value)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, RecursionError, MemoryError):  # no list, or one of absurd depth
                 continue
             value = listed if isinstance(listed, list) else value
             break
@@ -174,7 +212,7 @@ def _text(value: Any) -> str:
 def _parsed(path: Path, number: int, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fix = "correct the line, or copy the table again"
         raise DatasetError(f"{path} line {number}", got=str(error), wanted="JSON", fix=fix) from error
 
