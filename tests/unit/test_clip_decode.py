@@ -72,6 +72,41 @@ def test_other_containers(tmp_path: Path, name: str, codec: str) -> None:
     assert [round(n / 3) for n in numbers(sample(piece, [0.0, 0.2]))] == [10, 14]
 
 
+def trimmed(source: Path, path: Path, frames: int) -> Path:
+    """``source`` from a frame on, its packets copied: those before it stay in the file, and its edit list hides them."""
+    import av
+
+    with av.open(str(source)) as read, av.open(str(path), "w") as container:
+        stream = read.streams.video[0]
+        copy, gone = container.add_stream_from_template(stream), round(frames / FPS / stream.time_base)
+        for packet in read.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - gone, packet.dts - gone, copy
+                container.mux(packet)
+    return path
+
+
+def test_a_video_cut_without_encoding_it_again_is_whole(video: Path, tmp_path: Path) -> None:
+    path = trimmed(video, tmp_path / "b.mp4", 10)
+    with SpanReader(Span(path=path)) as reader:
+        times, frames = zip(*reader.frames(), strict=True)
+    shown = numbers(np.stack([frame.to_ndarray(format="rgb24") for frame in frames]))
+    assert shown == list(range(shown[0], 60)) and 1 <= shown[0] <= 10 and times[0] == 0
+    half = tmp_path / "half.mp4"
+    half.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(DatasetError, match=r"half\.mp4"):
+        sample(Span(path=half), [0.0, 2.5])
+
+
+def test_a_file_of_matroska_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    path = write_as(tmp_path / "a.mkv", numbered(60), 20, "libx264")
+    half = tmp_path / "half.mkv"
+    half.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(DatasetError, match=r"half\.mkv: got '\d\d frames and an end at 1\.\d+ s', wanted the 3\.000 s"):
+        with SpanReader(Span(path=half)) as reader:
+            list(reader.frames())
+
+
 def test_pictures_cover_the_size_and_are_cut_at_the_centre() -> None:
     picture = np.zeros((40, 80, 3), np.uint8)
     picture[:, 30:50] = 200  # the middle of a picture twice as wide as high
@@ -117,6 +152,8 @@ def test_a_manifest_gives_windows_of_4k_plus_1(video: Path, tmp_path: Path) -> N
     np.testing.assert_array_equal(window, again)
     with pytest.raises(UserError, match="num_frames=9"):
         manifest.frames(0, fps=FPS, size=(16, 24), num_frames=8)
+    with pytest.raises(UserError, match="fps: got 0, wanted frames a second"):
+        manifest.frames(0, fps=0, size=(16, 24), num_frames=9)
     assert manifest.holds(0, fps=FPS, num_frames=37) and not manifest.holds(0, fps=FPS, num_frames=41)
     assert numbers(manifest.frames(0, fps=FPS, size=(32, 48), num_frames=37, start=3 / FPS))[-1] == 49
     with pytest.raises(UserError, match=r"41 frames at 16.6667/s"):

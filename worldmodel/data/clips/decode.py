@@ -22,6 +22,8 @@ CONTAINERS = {
     ".webm": "matroska",
     ".avi": "avi",
 }
+#: Seconds that the last frame of a Matroska file may last beyond its time, which such files need not say.
+SLACK = 0.5
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -79,31 +81,67 @@ class SpanReader:
             self._container.seek(
                 int((origin + max(start - half, 0.0)) / stream.time_base), stream=stream, backward=True
             )
-        last, count = None, 0
+        last, seen = None, _Seen()
         try:
-            for frame in self._container.decode(stream):
-                if frame.pts is None:
-                    raise _damaged(self.span.path, "a frame without a time")
-                time = float(frame.pts * stream.time_base) - origin
-                if time >= end - half:
-                    return
-                last = time
-                if time >= start - half:
-                    count += 1
-                    yield time - start, frame
+            for packet in self._container.demux(stream):
+                seen.add(packet)
+                for frame in packet.decode():
+                    if frame.pts is None:
+                        raise _damaged(self.span.path, "a frame without a time")
+                    time = float(frame.pts * stream.time_base) - origin
+                    if time >= end - half:
+                        return
+                    last = time
+                    if time >= start - half:
+                        seen.frames += 1
+                        yield time - start, frame
         except av.FFmpegError as error:
             raise _damaged(self.span.path, str(error)) from error
-        self._check_end(last, end, count, stream.frames)
+        self._check_end(last, end, seen)
 
-    def _check_end(self, last: float | None, end: float, count: int, announced: int) -> None:
+    def _check_end(self, last: float | None, end: float, seen: _Seen) -> None:
         """The file is over: ``DatasetError`` where it should not be yet."""
-        step = 1 / self.header.fps
-        if last is None or not count:
+        step, stream = 1 / self.header.fps, self._container.streams.video[0]
+        if last is None or not seen.frames:
             raise _damaged(self.span.path, f"no frame from {self.span.start:g} s on")
         if end < float("inf") and last + 2.5 * step < end:
             raise _damaged(self.span.path, f"an end at {last + step:.3f} s", wanted=f"video up to {end:g} s")
-        if self.span.start <= 0.5 * step and end == float("inf") and count < announced:
-            raise _damaged(self.span.path, f"{count} of the {announced} frames that its header announces")
+        if self.span.start > 0.5 * step or end < float("inf"):
+            return
+        announced, shown = stream.frames, seen.packets - seen.hidden
+        if seen.frames < min(announced - seen.hidden, shown):
+            raise _damaged(self.span.path, f"{seen.frames} of {announced} frames, the others cannot be decoded")
+        seconds = self._announced_seconds()
+        if seen.frames < announced - seen.hidden or not announced:
+            missing = seconds - seen.end
+            if missing > (1.5 * step if announced else max(1.5 * step, SLACK)):
+                got = f"{seen.frames} frames and an end at {seen.end:.3f} s"
+                raise _damaged(self.span.path, got, wanted=f"the {seconds:.3f} s that its header announces")
+
+    def _announced_seconds(self) -> float:
+        """How long the header says the video is; 0 where it does not. Matroska tells the length of all streams together."""
+        stream = self._container.streams.video[0]
+        if stream.duration is not None:
+            return float(stream.duration * stream.time_base)
+        alone = len(self._container.streams) == 1
+        return self._container.duration / 1e6 if alone and self._container.duration else 0.0
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was read of a file: frames of the span, packets, those among them that an edit list hides (a video that was cut without
+    encoding it again begins with some), and when the last one ends."""
+
+    frames: int = 0
+    packets: int = 0
+    hidden: int = 0
+    end: float = 0.0
+
+    def add(self, packet: Any) -> None:
+        if packet.size and packet.pts is not None:
+            self.packets += 1
+            self.hidden += packet.is_discard
+            self.end = max(self.end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
 
 
 def sample(span: Span, times: Sequence[float], size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
