@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -12,11 +14,11 @@ import torch
 from drawn_clips import FPS, film
 from physisforcing.core.errors import UserError
 from physisforcing.core.video import write_mp4
-from physisforcing.worldmodel.data.clips import alignment
+from physisforcing.worldmodel.data.clips import alignment, duplicates
 from physisforcing.worldmodel.data.clips.alignment import PredictedAlignment, centre, nearest
-from physisforcing.worldmodel.data.clips.config import ClipsConfig
+from physisforcing.worldmodel.data.clips.config import AlignmentConfig, ClipsConfig, DuplicatesConfig, MotionConfig
 from physisforcing.worldmodel.data.clips.decode import Span
-from physisforcing.worldmodel.data.clips.duplicates import keep_best, likeness
+from physisforcing.worldmodel.data.clips.duplicates import grey_film, keep_best, likeness
 from physisforcing.worldmodel.data.clips.image_text import ImageTextAlignment
 from physisforcing.worldmodel.data.clips.motion import cut_score, motion_score, sharpness
 
@@ -66,6 +68,17 @@ def test_a_cut_is_one_large_change() -> None:
     assert cut_score(arm[:4] + [grey] * 4) > 0.02, "but it does not vanish"
 
 
+def test_a_cut_in_a_long_recording_needs_little_memory() -> None:
+    one, two = texture(32, 32, 1), texture(32, 32, 2)
+    for where in (1022, 1023, 1024, 1025, 4000):  # pieces that are compared at once begin and end here
+        long = [one] * where + [two] * (12_000 - where)
+        tracemalloc.start()
+        found = cut_score(long)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert found == cut_score([one] * 4 + [two] * 4) and peak < 40e6, "12000 thumbnails as float32 are 147 MB"
+
+
 def test_sharpness_falls_with_blur_and_ignores_contrast() -> None:
     picture = texture(96, 128)[None]
     flat = (picture * 0.6 + 40).astype(np.uint8)
@@ -99,6 +112,25 @@ def test_another_take_of_the_task_is_not(recordings: dict[str, Span]) -> None:
     assert late < 0.9, "without a time shift the late copy does not fit"
 
 
+def test_a_film_is_of_the_file_as_it_is_now(recordings: dict[str, Span], tmp_path: Path) -> None:
+    there = Span(path=tmp_path / "a.mp4")
+    found = []
+    for name in ("one", "two"):
+        shutil.copy(recordings[name].path, there.path)
+        found.append(likeness(recordings["one"], there, 2.0))
+    assert found[0] == pytest.approx(1.0) and found[1] == likeness(recordings["one"], recordings["two"], 2.0) < 0.9
+
+
+def test_films_are_remembered_up_to_a_size(recordings: dict[str, Span], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "_films", {})
+    monkeypatch.setattr(duplicates, "REMEMBERED", 3 * grey_film(recordings["one"]).frames_THW.nbytes)
+    for name in ("one", "bright", "two", "late", "one", "bright"):
+        grey_film(recordings[name])
+    kept = [span for span, _ in duplicates._films]
+    assert kept == [recordings[name] for name in ("late", "one", "bright")]
+    assert grey_film(recordings["late"]) is grey_film(recordings["late"])
+
+
 def test_the_best_of_copies_is_kept_and_chains_are_not_followed() -> None:
     # 2 - 0 - 1 - 3: the best, 1, takes its neighbours 0 and 3; 2 repeats only the dropped 0 and stays.
     assert keep_best([1, 0, 3, 2], [(0, 2), (0, 1), (1, 3)]) == {0: 1, 3: 1}
@@ -111,7 +143,11 @@ def test_nearest_by_cosine_of_standardised_columns() -> None:
     cosine = unit @ unit.T / np.outer(np.linalg.norm(unit, axis=1), np.linalg.norm(unit, axis=1))
     np.fill_diagonal(cosine, -2)
     assert nearest(seen, 4) == np.argsort(-cosine, axis=1, kind="stable")[:, :4].tolist()
-    assert nearest(seen[:1], 4) == [[]]
+    assert nearest(seen[:1], 4) == [[]] and nearest(seen[:3], 9) == [row[:2] for row in nearest(seen[:3], 2)]
+    tied = np.random.default_rng(1).integers(0, 2, (60, 3)).astype(np.float32)
+    like = centre(tied) @ centre(tied).T
+    np.fill_diagonal(like, -np.inf)
+    assert nearest(tied, 5) == np.argsort(-like, axis=1, kind="stable")[:, :5].tolist(), "ties by number"
 
 
 def test_predicted_captions_equal_the_regression_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +254,14 @@ def test_settings_that_do_not_fit_are_named() -> None:
     for config, message in (
         (ClipsConfig(filters=["motoin"]), "did you mean 'motion'"),
         (ClipsConfig(filters=["alignment"], alignment=ClipsConfig().alignment.__class__(model="image_text")), "path"),
+        (ClipsConfig(motion=MotionConfig(least=float("nan"))), r"motion\.least: got nan, wanted 0 or more"),
+        (
+            ClipsConfig(duplicates=DuplicatesConfig(likeness=97)),
+            r"duplicates\.likeness: got 97, wanted a number in \[0, 1\]",
+        ),
+        (ClipsConfig(duplicates=DuplicatesConfig(shift=float("inf"))), r"duplicates\.shift: got inf"),
+        (ClipsConfig(min_seconds=-1), "min_seconds: got -1"),
+        (ClipsConfig(alignment=AlignmentConfig(least=32)), r"alignment\.least: got 32, wanted a cosine"),
     ):
         with pytest.raises(UserError, match=message):
             config.check()

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 PARTS, FEWEST = 10, 24
 #: Weight of the regression's penalty, beside rows of length 1.
 RIDGE = 3.0
-#: Clips compared at once.
-_BLOCK = 1024
+#: Clips compared with all others at once, and the most numbers that this makes (256 MB).
+_BLOCK, _NUMBERS = 1024, 1 << 26
 
 
 @runtime_checkable
@@ -99,13 +99,16 @@ def nearest(seen_ND: NDArray[np.float32], count: int) -> list[list[int]]:
     rows = len(seen_ND)
     if rows < 2 or count < 1:
         return [[] for _ in range(rows)]
-    centred = centre(seen_ND)
+    centred, count = centre(seen_ND), min(count, rows - 1)
     found = []
-    for start in range(0, rows, _BLOCK):
-        likeness = centred[start : start + _BLOCK] @ centred.T
+    step = max(1, min(_BLOCK, _NUMBERS // rows))
+    for start in range(0, rows, step):
+        likeness = centred[start : start + step] @ centred.T
         for offset, row in enumerate(likeness):
             row[start + offset] = -np.inf
-            order = np.argsort(-row, kind="stable")[: min(count, rows - 1)]
+            least = np.partition(row, rows - count)[rows - count]  # a whole sort of each row is most of the time
+            near = np.nonzero(row >= least)[0]
+            order = near[np.argsort(-row[near], kind="stable")][:count]
             found.append([int(j) for j in order])
     return found
 

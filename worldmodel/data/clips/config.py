@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
 from physisforcing.core.errors import UserError, check_at_least, unknown_name
 
@@ -33,6 +34,8 @@ examples:
 
 FILTERS = ("motion", "duplicates", "alignment")
 MODELS = ("predicted", "image_text")
+#: Seconds: as long as what is compared of a clip.
+MOST_SHIFT = 20.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,7 +93,23 @@ class ClipsConfig:
                 raise unknown_name("filters", name, FILTERS, see="docs/data.md")
         if self.alignment.model not in MODELS:
             raise unknown_name("alignment.model", self.alignment.model, MODELS, see="docs/data.md")
-        check_at_least(self.duplicates, neighbours=1, shift=0, per_task=0)
+        check_at_least(self.duplicates, neighbours=1, per_task=0)
+        within = [
+            ("min_seconds", self.min_seconds, inf),
+            ("motion.least", self.motion.least, inf),
+            ("motion.cut", self.motion.cut, 1),
+        ]
+        within += [
+            ("duplicates.likeness", self.duplicates.likeness, 1),
+            ("duplicates.shift", self.duplicates.shift, MOST_SHIFT),
+        ]
+        for name, value, most in within:
+            if not 0 <= value <= most:
+                wanted = "0 or more" if most == inf else f"a number in [0, {most:g}]"
+                raise UserError(name, got=value, wanted=wanted, fix=f"leave {name} out, or correct it")
+        if self.alignment.least is not None and not -1 <= self.alignment.least <= 1:
+            fix = "leave alignment.least out, or correct it"
+            raise UserError("alignment.least", got=self.alignment.least, wanted="a cosine in [-1, 1]", fix=fix)
         if self.alignment.model == "image_text" and "alignment" in self.filters:
             for name in ("path", "least"):
                 if getattr(self.alignment, name) is None:

@@ -29,6 +29,8 @@ WHITE, BLACK = 250, 5
 CROPS = (0.94, 0.88)
 #: Clips must share this share of the shorter one.
 OVERLAP = 0.5
+#: Bytes of films that are kept: some hundred clips of ten seconds.
+REMEMBERED = 1 << 29
 #: Coarse likeness below which no registration is tried.
 HOPEFUL = 0.5
 
@@ -60,9 +62,21 @@ class GreyFilm:
         return GreyFilm(frames_THW=_resized(self.frames_THW, size), times_T=self.times_T)
 
 
-@lru_cache(maxsize=64)
 def grey_film(span: Span) -> GreyFilm:
-    """Read from the file; the last 64 are remembered. ``DatasetError`` as ``SpanReader``."""
+    """Read from the file as it is now; the last ones are remembered, up to ``REMEMBERED`` bytes. ``DatasetError`` as ``SpanReader``."""
+    state = span.path.stat() if span.path.is_file() else None
+    key = span, state and (state.st_mtime_ns, state.st_size)
+    film = _films.pop(key, None) or _read_film(span)
+    _films[key] = film  # the newest is last
+    while len(_films) > 2 and sum(one.frames_THW.nbytes for one in _films.values()) > REMEMBERED:
+        del _films[next(iter(_films))]
+    return film
+
+
+_films: dict[tuple[Span, tuple[int, int] | None], GreyFilm] = {}
+
+
+def _read_film(span: Span) -> GreyFilm:
     import cv2
     from av.video.reformatter import Interpolation, VideoReformatter
 

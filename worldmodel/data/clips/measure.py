@@ -88,6 +88,7 @@ class Measurer:
             }
         )
         self._encoder: FrameEncoder | None = None
+        self._ids: dict[Span, str] = {}
 
     def known(self, source: ClipSource) -> Measured | None:
         """What the file says of a clip, None where it says nothing. A clip whose file is gone is measured as such."""
@@ -117,7 +118,9 @@ class Measurer:
                 self.measure(source)
 
     def _key(self, source: ClipSource) -> ResultKey:
-        return ResultKey(manifest="clips", episode=clip_id(source.span), fingerprint=self.key, config="")
+        if source.span not in self._ids:  # reading all of a file for its digest takes as long as decoding some
+            self._ids[source.span] = clip_id(source.span)
+        return ResultKey(manifest="clips", episode=self._ids[source.span], fingerprint=self.key, config="")
 
     def _look(self, span: Span) -> dict[str, Any]:
         with SpanReader(span) as reader:

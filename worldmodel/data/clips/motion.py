@@ -14,6 +14,8 @@ FASTEST = 0.05
 CHANGED = 6.0
 #: Thumbnail pixels that something may jerk from one frame to the next: a tenth of the picture, of 32.
 REACH = 3
+#: Thumbnails that are compared at once.
+_AT_ONCE = 1024
 #: Plain differences that stand out by less are no cut.
 PEAK = 0.01
 
@@ -51,15 +53,21 @@ def cut_score(thumbnails: Sequence[NDArray[np.uint8]]) -> float:
     """
     if len(thumbnails) < 4:
         return 0.0
-    small = np.stack(thumbnails).astype(np.float32) / 255
-    step = np.abs(np.diff(small, axis=0)).mean(axis=(1, 2, 3))
+    parts = range(0, len(thumbnails) - 1, _AT_ONCE)
+    steps = [np.abs(np.diff(_unit(thumbnails[k : k + _AT_ONCE + 1]), axis=0)).mean(axis=(1, 2, 3)) for k in parts]
+    step = np.concatenate(steps)
     # The first and the last step have one neighbour only: a still picture may stand at either end of a recording.
     peaks = np.nonzero(step[1:-1] - np.maximum(step[:-2], step[2:]) > PEAK)[0] + 1
     found = 0.0
     for k in peaks:
-        beside = max(_change(small[k - 1], small[k]), _change(small[k + 1], small[k + 2]))
-        found = max(found, _change(small[k], small[k + 1]) - beside)
+        before, one, two, after = _unit(thumbnails[k - 1 : k + 3])
+        found = max(found, _change(one, two) - max(_change(before, one), _change(two, after)))
     return found
+
+
+def _unit(thumbnails: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    """In [0,1]. Never of all of a long recording: an hour at 30 a second would be 1.3 GB."""
+    return np.stack(thumbnails).astype(np.float32) / 255
 
 
 def _change(one_HWC: NDArray[np.float32], two_HWC: NDArray[np.float32]) -> float:
