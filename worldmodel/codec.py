@@ -55,6 +55,28 @@ def to_uint8(frames: Tensor) -> Tensor:
     return (frames.clamp(0.0, 1.0) * 255.0).round_().to(torch.uint8)
 
 
+class LatentScale:
+    """Mean and deviation of the latents of diffusers' ``AutoencoderKLWan``, applied as its pipelines do it. ``UserError`` for a config
+    without them."""
+
+    def __init__(self, config: Any) -> None:
+        shape = (1, int(config.z_dim), 1, 1, 1)
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(config, name, None)
+            if values is None or len(values) != config.z_dim:
+                got, wanted = values if values is None else f"{len(values)} numbers", f"{config.z_dim}, one a channel"
+                fix = "put those of its training into vae/config.json; physis convert knows the published ones"
+                raise UserError(f"vae: {name}", got=got, wanted=wanted, fix=fix)
+        self._mean = torch.tensor(config.latents_mean).view(shape)
+        self._std = torch.tensor(config.latents_std).view(shape)
+
+    def normalised(self, raw_BCFhw: Tensor) -> Tensor:
+        return (raw_BCFhw - self._mean.to(raw_BCFhw)) * (1.0 / self._std.to(raw_BCFhw))
+
+    def raw(self, latents_BCFhw: Tensor) -> Tensor:
+        return latents_BCFhw / (1.0 / self._std.to(latents_BCFhw)) + self._mean.to(latents_BCFhw)
+
+
 class WanVaeCodec:
     """diffusers' ``AutoencoderKLWan`` behind the ``VideoCodec`` protocol (stride 4x8x8 configurations, e.g. Wan 2.1's)."""
 
@@ -67,9 +89,7 @@ class WanVaeCodec:
                 fix="use a Wan 2.1 style AutoencoderKLWan",
             )
         self.vae = vae.eval()
-        shape = (1, vae.config.z_dim, 1, 1, 1)
-        self._mean = torch.tensor(vae.config.latents_mean).view(shape)
-        self._std = torch.tensor(vae.config.latents_std).view(shape)
+        self._scale = LatentScale(vae.config)
 
     @property
     def latent_channels(self) -> int:
@@ -79,13 +99,11 @@ class WanVaeCodec:
     def encode(self, frames_BTHWC: Tensor) -> Tensor:
         latent_frames(frames_BTHWC.shape[1])
         pictures = to_unit_range(frames_BTHWC).transpose(1, 2).to(self.vae.dtype)
-        z = self.vae.encode(pictures).latent_dist.mode().float()
-        return (z - self._mean.to(z.device)) / self._std.to(z.device)
+        return self._scale.normalised(self.vae.encode(pictures).latent_dist.mode().float())
 
     @torch.no_grad()
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
-        z = latents_BCFhw.float() * self._std.to(latents_BCFhw.device) + self._mean.to(latents_BCFhw.device)
-        pictures = self.vae.decode(z.to(self.vae.dtype)).sample.float()
+        pictures = self.vae.decode(self._scale.raw(latents_BCFhw.float()).to(self.vae.dtype)).sample.float()
         return (pictures.movedim(1, -1) * 0.5 + 0.5).clamp(0.0, 1.0)
 
 

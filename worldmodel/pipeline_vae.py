@@ -13,7 +13,7 @@ from torch import Tensor
 from physisforcing.core.errors import UserError
 
 from .backbones.protocol import VideoBackbone
-from .codec import to_uint8
+from .codec import LatentScale, to_uint8
 
 
 class PipelineVae:
@@ -24,9 +24,7 @@ class PipelineVae:
         config = vae.config
         side = int(config.scale_factor_spatial)
         self.stride = (int(config.scale_factor_temporal), side, side)
-        shape = (1, -1, 1, 1, 1)
-        self._mean = torch.tensor(config.latents_mean).view(shape)
-        self._scale = torch.tensor(config.latents_std).view(shape)
+        self._scale = LatentScale(config)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """[C,F,h,w] of the latents of so many pictures of this size."""
@@ -35,9 +33,23 @@ class PipelineVae:
 
     @torch.no_grad()
     def encode(self, video_B3THW: Tensor) -> Tensor:
-        """Pictures in [-1,1] -> normalised latents float32 [B,C,F,h,w]; the mode of the encoder's distribution."""
+        """Pictures in [-1,1] -> normalised latents float32 [B,C,F,h,w]; the mode of the encoder's distribution.
+
+        ``UserError`` for numbers of frames, rows or columns that are no whole latents: the encoder would leave the rest out.
+        """
+        self._check_size(*video_B3THW.shape[2:])
         made = self.vae.encode(video_B3THW.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
-        return (made - self._mean.to(made)) * (1.0 / self._scale.to(made))
+        return self._scale.normalised(made)
+
+    def _check_size(self, frames: int, height: int, width: int) -> None:
+        time, side, _ = self.stride
+        if frames < 1 or (frames - 1) % time:
+            fix = f"give {max(1, (frames - 1) // time * time + 1)}"
+            raise UserError("frames", got=frames, wanted=f"{time}k+1", fix=fix)
+        for name, value in (("height", height), ("width", width)):
+            if value < side or value % side:
+                fix = f"resize the pictures to a {name} of {max(side, value // side * side)}"
+                raise UserError(name, got=value, wanted=f"a multiple of {side}", fix=fix)
 
     def encode_first(self, backbone: VideoBackbone, picture_B3HW: Tensor, frames: int) -> dict[str, Tensor]:
         """What ``backbone.conditions`` needs of the first picture of a video of ``frames`` pictures: its keyword arguments.
@@ -58,8 +70,7 @@ class PipelineVae:
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """Normalised latents -> pictures float32 in [0,1], [B,T,H,W,3]."""
         latents = latents_BCFhw.to(self.vae.device, self.vae.dtype)
-        raw = latents / (1.0 / self._scale.to(latents)) + self._mean.to(latents)
-        pictures = self.vae.decode(raw, return_dict=False)[0].float()
+        pictures = self.vae.decode(self._scale.raw(latents), return_dict=False)[0].float()
         return (pictures.movedim(1, -1) * 0.5 + 0.5).clamp(0.0, 1.0)
 
     def frames(self, latents_1CFhw: Tensor) -> NDArray[np.uint8]:

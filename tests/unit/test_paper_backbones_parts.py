@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import tiny_paper
+from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.backbones.protocol import call_block
 from tiny_paper import our_latents
 
@@ -90,6 +94,53 @@ def test_wan_text_is_the_stock_embedding_and_is_cached(paper_folders, tmp_path):
     assert torch.equal(again.batch(sentences), theirs) and not again._parts, "neither loaded nor used"
     other = UMT5Text(paper_folders["ti2v"], cache=tmp_path, dtype=torch.bfloat16)
     assert other.fingerprint != text.fingerprint and sorted(tmp_path.iterdir()) == written
+
+
+def test_a_miss_reads_the_encoders_weights_once_for_their_digest(paper_folders, tmp_path, monkeypatch):
+    from physisforcing.worldmodel.text_encoders import UMT5Text
+
+    shutil.copytree(paper_folders["ti2v"], tmp_path / "fresh")
+    read: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: (read.append(file.name), digest(file, kind))[1])
+    UMT5Text(tmp_path / "fresh", cache=tmp_path / "cache").tokens("lift")
+    weights = [name for name in read if name.endswith(".safetensors")]
+    assert [Path(name).name for name in weights] == ["model.safetensors"] and "text_encoder" in weights[0]
+
+
+def test_pictures_that_are_no_whole_latents_are_refused(paper_folders):
+    from physisforcing.worldmodel.pipeline_vae import load_vae
+
+    vae = load_vae(paper_folders["ti2v"] / "vae")
+    for shape, message in (((6, 32, 48), r"frames: got 6, wanted 4k\+1. Fix: give 5"), ((5, 40, 48), "height: got 40"),
+                           ((5, 32, 8), "width: got 8, wanted a multiple of 16")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            vae.encode(torch.zeros(1, 3, *shape))
+    assert vae.encode(torch.zeros(1, 3, 5, 32, 48)).shape == (1, 8, 2, 2, 3)
+
+
+def test_both_codecs_scale_latents_alike(paper_folders):
+    from physisforcing.worldmodel.codec import load_codec
+    from physisforcing.worldmodel.pipeline_vae import load_vae
+
+    folder = paper_folders["a14b"] / "vae"
+    frames = torch.randint(0, 256, (1, 5, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codec, vae = load_codec(folder), load_vae(folder)
+    latents = codec.encode(frames)
+    assert torch.equal(latents, vae.encode(frames.permute(0, 4, 1, 2, 3) * (2.0 / 255) - 1.0))
+    assert torch.equal(codec.decode(latents), vae.decode(latents))
+    mean = torch.tensor(vae.vae.config.latents_mean)
+    raw = vae.vae.encode(frames.permute(0, 4, 1, 2, 3) * (2.0 / 255) - 1.0).latent_dist.mode()
+    std = torch.tensor(vae.vae.config.latents_std)
+    torch.testing.assert_close(latents.movedim(1, -1), (raw.movedim(1, -1) - mean) / std)
+
+
+def test_an_autoencoder_without_statistics_is_refused():
+    from physisforcing.worldmodel.codec import LatentScale
+
+    config = SimpleNamespace(z_dim=4, latents_mean=[0.0] * 4, latents_std=None)
+    with pytest.raises(UserError, match="vae: latents_std: got None, wanted 4, one a channel"):
+        LatentScale(config)
 
 
 def test_a_prompt_that_is_cut_is_said_to_be(paper_folders, tmp_path):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from physisforcing.core.digests import file_sha256
 from physisforcing.core.errors import UserError
 
 #: Mean and standard deviation of ImageNet (R, G, B) of pictures in [0,1]: what all of these teachers were trained with.
@@ -116,11 +117,11 @@ def weights_sha256(folder: str | Path) -> str:
     """
     folder = Path(folder)
     if (folder / _WEIGHTS).is_file():
-        return _sha256(folder / _WEIGHTS)
+        return file_sha256(folder / _WEIGHTS)
     if (folder / _INDEX).is_file():
         names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         if all(Path(name).name == name and (folder / name).is_file() for name in names):
-            lines = "".join(f"{_sha256(folder / name)}  {name}\n" for name in names)
+            lines = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)
             return hashlib.sha256(lines.encode()).hexdigest()
     raise UserError(
         "path",
@@ -128,11 +129,6 @@ def weights_sha256(folder: str | Path) -> str:
         wanted=f"a folder with {_WEIGHTS}, or {_INDEX} and all of its shards",
         fix="give weights as safetensors; pickled ones (.bin, .pt, .pth) are not read",
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_pretrained(
