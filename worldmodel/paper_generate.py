@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ class PaperConfig:
                 raise unknown_name(name, getattr(self, name), known, see="docs/paper_scale.md")
         if self.experts is not None and self.experts not in EXPERTS:
             raise unknown_name("experts", self.experts, EXPERTS, see="docs/paper_scale.md")
+        if self.fps is not None and not 0 < self.fps < inf:
+            raise UserError("fps", got=self.fps, wanted="frames a second, above 0", fix="leave fps out")
 
 
 class PaperGenerator:
@@ -102,9 +105,14 @@ class PaperGenerator:
         self.cosmos = read_class(self.folder) == "Cosmos3OmniPipeline"
         self.vae = load_vae(Path(config.codec) if config.codec else self.folder / "vae")
         self.experts = self._experts(index)
+        made, wanted = int(self.vae.vae.config.z_dim), self.experts.high.latent_channels
+        if made != wanted:
+            fix = "use the autoencoder that these weights were trained with"
+            raise UserError("codec", got=f"latents of {made} channels", wanted=f"{wanted}, as the transformer", fix=fix)
         self.kind = self._kind()
         recipe = KINDS[self.kind]
-        self.frames, self.fps = config.frames or recipe.frames, config.fps or recipe.fps
+        self.frames = recipe.frames if config.frames is None else config.frames
+        self.fps = recipe.fps if config.fps is None else config.fps
         self.sampler = self._sampler(recipe.sampler)
         self.sampler.check()
         self._check_size()
@@ -164,13 +172,20 @@ class PaperGenerator:
         if self.experts.low is not None:
             low = used.guidance if used.guidance_low is None else used.guidance_low
             guidance = f"{guidance} (high) {low:g} (low), boundary {self.experts.boundary:g}"
-        first = f"first latent {self.experts.high.first_latent}"
-        return f"{used.steps} steps {used.sampler}, shift {used.shift:g}, guidance {guidance}, {first}, {config.dtype}"
+        said = [f"{used.steps} steps {used.sampler}", f"shift {used.shift:g}", f"guidance {guidance}"]
+        said += [f"first latent {self.experts.high.first_latent}", config.dtype]
+        if self._guided and config.negative_prompt:
+            said.append(f"negative prompt {config.negative_prompt!r}")
+        return ", ".join(said)
+
+    @property
+    def _guided(self) -> bool:
+        return self.sampler.guidance != 1.0 or self.sampler.guidance_low not in (None, 1.0)
 
     def _texts(self, prompt: str) -> list[Tensor]:
         """What the backbone reads: of the prompt and, where guidance is on, of the negative prompt."""
         config, device = self.config, self.placement.device
-        guided = self.sampler.guidance != 1.0 or self.sampler.guidance_low not in (None, 1.0)
+        guided = self._guided
         if isinstance(self.text, CosmosText):
             size = {"frames": self.frames, "height": config.height, "width": config.width, "fps": self.fps}
             both = self.text.pair(prompt, config.negative_prompt, **size)

@@ -7,6 +7,7 @@ are always given. Guidance of two experts is called high and low, because Wan wr
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ from .backbones.protocol import VideoBackbone, pin
 from .flow_matching import TIMESTEP_SCALE, sampling_sigmas
 
 SAMPLERS = ("euler", "unipc")
+#: What makes UniPC's levels those of its ``flow_shift``: with Karras levels, as in published folders of Cosmos3, it reads no shift.
+PLAIN_LEVELS = {
+    "use_flow_sigmas": True, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
+    "use_dynamic_shifting": False, "shift_terminal": None, "final_sigmas_type": "zero", "num_train_timesteps": 1000,
+}  # fmt: skip
 #: Noise level from which on A14B's high-noise expert works.
 BOUNDARY = 0.9
 
@@ -43,9 +49,10 @@ class SamplerConfig:
         if self.sampler not in SAMPLERS:
             raise unknown_name("sampler", self.sampler, SAMPLERS, see="docs/paper_scale.md")
         check_at_least(self, steps=1)
-        for name in ("shift", "guidance"):
-            if not getattr(self, name) > 0:
-                raise UserError(name, got=getattr(self, name), wanted="a number above 0", fix=f"leave {name} out")
+        for name in ("shift", "guidance", "guidance_low"):
+            value = getattr(self, name)
+            if not (name == "guidance_low" and value is None) and not 0 < value < math.inf:
+                raise UserError(name, got=value, wanted="a number above 0", fix=f"leave {name} out")
         if not 0.0 <= self.boundary <= 1.0:
             raise UserError("boundary", got=self.boundary, wanted="a noise level in [0, 1]", fix=f"boundary={BOUNDARY}")
 
@@ -54,7 +61,7 @@ def make_scheduler(config: SamplerConfig, like: Any = None) -> Any:
     """A diffusers scheduler with its timesteps set.
 
     Euler: the levels of ``flow_matching.sampling_sigmas``, shifted once. UniPC: diffusers' own flow levels with this shift; the
-    other settings of ``like``, the folder's scheduler, where that is a UniPC. Raises ``UserError`` where ``like`` is one that
+    settings of ``like``, the folder's scheduler, that are not about levels, where that is a UniPC. Raises ``UserError`` where ``like`` is one that
     does not predict a flow.
     """
     import diffusers
@@ -74,7 +81,7 @@ def make_scheduler(config: SamplerConfig, like: Any = None) -> Any:
             raise UserError(
                 "scheduler", got=like.config.prediction_type, wanted="prediction_type flow_prediction", fix=fix
             )
-        scheduler = type(like).from_config(like.config, flow_shift=config.shift)
+        scheduler = type(like).from_config(like.config, flow_shift=config.shift, **PLAIN_LEVELS)
     scheduler.set_timesteps(config.steps)
     return scheduler
 
@@ -86,11 +93,20 @@ def seed_noise(seed: int, shape_CFhw: tuple[int, int, int, int]) -> Tensor:
 
 @dataclass(slots=True, kw_only=True)
 class Experts:
-    """One backbone for the whole schedule, or a second one for noise levels below ``boundary``."""
+    """One backbone for the whole schedule, or a second one for noise levels below ``boundary``.
+
+    ``UserError`` where the two show the first latent frame in different ways: what one leaves in it, the other cannot read.
+    """
 
     high: VideoBackbone
     low: VideoBackbone | None = None
     boundary: float = BOUNDARY
+
+    def __post_init__(self) -> None:
+        if self.low is not None and self.low.first_latent != self.high.first_latent:
+            got = f"{self.high.first_latent} (high-noise expert), {self.low.first_latent} (low-noise expert)"
+            fix = "experts=high, or say first_latent= for both"
+            raise UserError("first_latent", got=got, wanted="one way for both experts", fix=fix)
 
     def at(self, timestep: float) -> tuple[str, VideoBackbone]:
         """(``high`` or ``low``, the backbone) for a timestep in 0..1000."""

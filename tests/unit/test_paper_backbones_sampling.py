@@ -24,6 +24,20 @@ def test_noise_levels_are_those_of_wan():
     assert int(high.sum()) == 15, "of 40 steps, those of the high-noise expert"
 
 
+def test_a_folders_karras_levels_do_not_hide_the_shift():
+    import diffusers
+
+    folder = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, use_karras_sigmas=True, sigma_max=200.0, sigma_min=0.147,
+        flow_shift=1.0, solver_order=3,
+    )  # fmt: skip
+    for shift in (3.0, 10.0):
+        config = SamplerConfig(sampler="unipc", steps=6, shift=shift)
+        used, plain = make_scheduler(config, folder), make_scheduler(config)
+        assert torch.equal(used.timesteps, plain.timesteps) and torch.equal(used.sigmas, plain.sigmas)
+        assert used.config.solver_order == 3, "what is not about levels stays the folder's"
+
+
 class Straight(torch.nn.Module):
     """The velocity that leads from everywhere to one value; notes who was asked at which level."""
 
@@ -76,3 +90,10 @@ def test_experts_change_at_the_boundary_and_each_has_its_guidance():
     assert [level for _, _, level in calls] == [1.0, 1.0, 0.962, 0.962, 0.909, 0.909, 0.833, 0.714, 0.5]
     assert placed == ["high", "low"] and len(ticks) == 6
     assert two.at(900.0)[0] == "high" and two.at(899.9)[0] == "low"
+
+
+def test_experts_that_show_the_first_latent_in_two_ways_are_refused():
+    low = Straight("low", 0.0, [])
+    low.first_latent = "pinned"
+    with pytest.raises(UserError, match=r"first_latent: got 'mask \(high-noise expert\), pinned \(low-noise expert\)'"):
+        Experts(high=Straight("high", 0.0, []), low=low)
