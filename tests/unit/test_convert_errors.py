@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,6 +164,7 @@ def test_mistakes_in_the_command(words: list[str], message: str, capsys: pytest.
 def test_sources_that_cannot_be_converted(release: Path, tmp_path: Path) -> None:
     state = random_state(T5(vocab=20, dim=8, inner=8, ffn=8, heads=2, layers=1))
     torch.save({**state, "step": 3}, tmp_path / "more.pth")
+    torch.save({"head.modulation": torch.ones(2, 2).to_sparse()}, tmp_path / "sparse.pth")
     torch.save(state, tmp_path / "tar.pth", _use_new_zipfile_serialization=False)
     torch.save(state, tmp_path / "models_t5.pth")
     whole = (tmp_path / "models_t5.pth").read_bytes()
@@ -175,6 +177,7 @@ def test_sources_that_cannot_be_converted(release: Path, tmp_path: Path) -> None
         (tmp_path / "two" / name).touch()
     cases = {
         "more.pth": "tensors by name",
+        "sparse.pth": "dense tensors by name",
         "cut.pth": "a zip file",
         "tar.pth": "a zip file",
         "folder": "models_t5",
@@ -212,6 +215,55 @@ def test_two_conversions_to_one_output_are_refused(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_told_before(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="GB free"):
         writing.check_space(tmp_path / "out", 10**18)
+
+
+def test_what_a_killed_conversion_has_written_is_room_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = tmp_path / ".out.converting" / "transformer"
+    done.mkdir(parents=True)
+    (done / "a.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _place: SimpleNamespace(free=500))
+    writing.check_space(tmp_path / "out", 1500)
+    with pytest.raises(UserError, match="GB free"):
+        writing.check_space(tmp_path / "out", 1501)
+
+
+def test_an_output_that_another_process_has_finished_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, flock = tmp_path / "out", writing.fcntl.flock
+
+    def late(*arguments: object) -> None:
+        output.mkdir()  # between the first look and the lock
+        (output / "model_index.json").touch()
+        flock(*arguments)
+
+    monkeypatch.setattr(writing.fcntl, "flock", late)
+    with pytest.raises(UserError, match="a name that is not taken"):
+        with writing.workplace(output, {}):
+            raise AssertionError("unreachable")
+    assert [path.name for path in output.iterdir()] == ["model_index.json"]
+    monkeypatch.undo()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="a name that is not taken"):
+        with writing.workplace(tmp_path / "link", {}):
+            raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"transformer": [', "a JSON file"),
+        ("[]", "an object of settings"),
+        ('{"../other": ["diffusers", "AutoencoderKLWan"]}', "names of folders beside it"),
+    ],
+)
+def test_a_damaged_index_of_a_pipeline_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text(text)
+    with pytest.raises(UserError, match=message) as raised:
+        run(ConvertConfig(source=str(tmp_path / "model")))
+    assert "model_index.json" in str(raised.value)
 
 
 def test_which_release_a_folder_is(tmp_path: Path) -> None:

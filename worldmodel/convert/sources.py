@@ -117,12 +117,14 @@ def convert(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(map(_is_named_tensor, state.items())):
-        raise UserError(str(path), got=type(state).__name__, wanted="tensors by name", fix=fix)
+        raise UserError(str(path), got=type(state).__name__, wanted="dense tensors by name", fix=fix)
     return state
 
 
 def _is_named_tensor(item: tuple[object, object]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+    name, value = item
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    return isinstance(name, str) and dense
 
 
 def notes(digests: Iterable[tuple[str, str | None]]) -> list[str]:

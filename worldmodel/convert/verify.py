@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from physisforcing.core.errors import UserError
 
 from ..backbones import loading
+from .configs import read_jsonc
 from .find import STOCK
 from .parts import TEXT_WEIGHTS_NAME
 
@@ -26,8 +26,12 @@ def verify(folder: Path) -> tuple[dict[str, Any], list[str]]:
     index = folder / "model_index.json"
     if not index.is_file():
         return {folder.name: _model(folder)}, []
-    listed = json.loads(index.read_text(encoding="utf-8"))
-    names = [name for name, value in listed.items() if isinstance(value, list) and value[0] is not None]
+    listed = read_jsonc(index)
+    names = [name for name, value in listed.items() if isinstance(value, list) and value and value[0] is not None]
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(
+            str(index), got=outside[0], wanted="names of folders beside it", fix="copy the whole folder again"
+        )
     missing = [name for name in names if not (folder / name).is_dir()]
     if missing:
         fix = "copy or download the whole folder"
@@ -39,7 +43,7 @@ def verify(folder: Path) -> tuple[dict[str, Any], list[str]]:
 def _model(folder: Path) -> dict[str, Any]:
     import diffusers
 
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = read_jsonc(folder / "config.json")
     name = content.get("_class_name") or (content.get("architectures") or ["?"])[0]
     if name in STOCK:
         kind = getattr(diffusers, name)
@@ -67,7 +71,7 @@ def _notes(folder: Path, listed: dict[str, Any]) -> list[str]:
     settings = folder / "scheduler" / "scheduler_config.json"
     if listed.get("_class_name") != "WanImageToVideoPipeline" or not settings.is_file():
         return []
-    shift = json.loads(settings.read_text(encoding="utf-8")).get("flow_shift")
+    shift = read_jsonc(settings).get("flow_shift")
     if shift == WAN_SHIFT:
         return []
     return [f"scheduler: flow_shift is {shift}; Wan2.2's own config says {WAN_SHIFT} (3.0 for 480p)"]

@@ -136,10 +136,9 @@ def workplace(output: Path, note: dict[str, Any]) -> Iterator[Path]:
 
     ``UserError`` where ``output`` is there already, or where another process converts to it.
     """
-    if output.exists():
-        raise UserError("output", got=str(output), wanted="a name that is not taken", fix="output=<another folder>")
+    _check_free(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.with_name(f".{output.name}.converting")
+    folder = _aside(output)
     lock = output.with_name(f".{output.name}.lock")
     with lock.open("w") as held:
         try:
@@ -147,6 +146,7 @@ def workplace(output: Path, note: dict[str, Any]) -> Iterator[Path]:
         except BlockingIOError as error:
             fix = "wait for it, or choose another output="
             raise UserError("output", got=f"{output}, in use", wanted="one conversion at a time", fix=fix) from error
+        _check_free(output)  # another process may have finished since
         text = json.dumps(note, indent=2) + "\n"
         if not (folder / NOTE).is_file() or (folder / NOTE).read_text(encoding="utf-8") != text:
             shutil.rmtree(folder, ignore_errors=True)
@@ -159,6 +159,15 @@ def workplace(output: Path, note: dict[str, Any]) -> Iterator[Path]:
         lock.unlink()
 
 
+def _aside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.converting")
+
+
+def _check_free(output: Path) -> None:
+    if os.path.lexists(output):
+        raise UserError("output", got=str(output), wanted="a name that is not taken", fix="output=<another folder>")
+
+
 def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -168,9 +177,10 @@ def _sync(folder: Path) -> None:
 
 
 def check_space(output: Path, needed: int) -> None:
-    """``UserError`` where the disk has less room than the conversion writes."""
+    """``UserError`` where the disk has less room than the conversion writes, what a killed one has left there counted as room."""
     place = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
+    left = [path.lstat().st_size for path in _aside(output).rglob("*") if path.is_file()]
+    free = shutil.disk_usage(place).free + sum(left)
     if free < needed:
         got, wanted = f"{free / 1e9:.1f} GB free in {place}", f"{needed / 1e9:.1f} GB"
         raise UserError("output", got=got, wanted=wanted, fix="output=<a folder on another disk>")
