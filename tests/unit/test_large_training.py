@@ -370,3 +370,43 @@ def test_the_heads_learn_at_their_own_rate(made, tmp_path):
     }
     assert all(rate == pytest.approx(0.1) for name, rate in rates.items() if name.startswith("forcing."))
     assert all(rate == pytest.approx(0.01) for name, rate in rates.items() if name.startswith("denoiser."))
+
+
+def test_deterministic_kernels_are_chosen_and_given_up_again(tmp_path):
+    from physisforcing.worldmodel.training.runtime import choose_kernels
+
+    try:
+        choose_kernels(CPU, True)
+        assert torch.are_deterministic_algorithms_enabled()
+        choose_kernels(CPU, False)
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_an_unknown_way_of_sharding_is_refused(made, tmp_path):
+    model, store = made["ti2v"]
+    config = tiny_large.config(model, [store], tmp_path / "run")
+    config.run.sharding = "some"
+    with pytest.raises(UserError, match=r"run\.sharding.*auto, weights or none"):
+        trainer_of(config)
+
+
+def test_modules_trained_whole_are_exact_and_beside_the_adapter(made, tmp_path):
+    model, store = made["ti2v"]
+    config = tiny_large.config(model, [store], tmp_path / "run")
+    config.lora.also, config.run.precision = ["patch_embedding", "proj_out"], "bf16"
+    trainer = trainer_of(config)
+    dtypes = {name: parameter.dtype for name, parameter in trainer.denoiser.named_parameters()}
+    kept = dtypes["backbone.transformer.blocks.0.attn1.to_q.base_layer.weight"]
+    assert (kept, dtypes["backbone.transformer.proj_out.weight"]) == (torch.bfloat16, torch.float32)
+    config.run.precision = "auto"
+    export = train_world_model(config)
+    whole = load_file(export / "adapter" / "whole_modules.safetensors")
+    assert set(whole) == {f"{name}.{part}" for name in config.lora.also for part in ("weight", "bias")}
+    before, after = (load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (model, export))
+    for name, value in whole.items():
+        assert torch.equal(after[name].float(), value.bfloat16().float()) and not torch.equal(value, before[name])
+    config.lora.also = ["nowhere"]
+    with pytest.raises(UserError, match=r"lora\.also.*nowhere"):
+        trainer_of(config)
