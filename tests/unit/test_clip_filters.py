@@ -18,7 +18,7 @@ from physisforcing.worldmodel.data.clips import alignment, duplicates
 from physisforcing.worldmodel.data.clips.alignment import PredictedAlignment, centre, nearest
 from physisforcing.worldmodel.data.clips.config import AlignmentConfig, ClipsConfig, DuplicatesConfig, MotionConfig
 from physisforcing.worldmodel.data.clips.decode import Span
-from physisforcing.worldmodel.data.clips.duplicates import grey_film, keep_best, likeness
+from physisforcing.worldmodel.data.clips.duplicates import candidates, grey_film, keep_best, likeness, reading_order
 from physisforcing.worldmodel.data.clips.image_text import ImageTextAlignment
 from physisforcing.worldmodel.data.clips.motion import cut_score, motion_score, sharpness
 
@@ -148,6 +148,27 @@ def test_nearest_by_cosine_of_standardised_columns() -> None:
     like = centre(tied) @ centre(tied).T
     np.fill_diagonal(like, -np.inf)
     assert nearest(tied, 5) == np.argsort(-like, axis=1, kind="stable")[:, :5].tolist(), "ties by number"
+
+
+def test_pairs_are_read_so_that_films_are_remembered() -> None:
+    rng = np.random.default_rng(0)
+    kind = rng.permutation(np.arange(800) % 20)
+    seen = (rng.normal(0, 1, (20, 64))[kind] + rng.normal(0, 0.2, (800, 64))).astype(np.float32)
+    pairs = candidates(seen, 4)
+
+    def films_read(order: list[tuple[int, int]], remembered: int = 64) -> int:
+        last, count = dict[int, None](), 0
+        for clip in (clip for pair in order for clip in pair):
+            count += clip not in last
+            last.pop(clip, None)
+            last[clip] = None
+            if len(last) > remembered:
+                del last[next(iter(last))]
+        return count
+
+    order = reading_order(pairs)
+    assert sorted(order) == pairs and reading_order([]) == [] and reading_order([(3, 9)]) == [(3, 9)]
+    assert films_read(order) <= 1.1 * 800 < 2.5 * 800 < films_read(pairs), "each once, not once a pair"
 
 
 def test_predicted_captions_equal_the_regression_written_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,18 @@ def test_broken_videos_are_named_and_the_rest_is_done(
     assert "row 4, `../half.mp4`: got" in page and "row 5, `../gone.mp4`: got no such file" in page
 
 
+def test_paths_that_lead_nowhere_are_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    rows = [{"video": name, "caption": "press"} for name in ("loop.mp4", f"{'long' * 99}.mp4", "gone.mp4")]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    summary = prepare_clips(tmp_path / "out", tmp_path / "t.jsonl")
+    assert summary["dropped"] == {"unreadable": 3}
+    assert [Path(name).name for name in summary["unreadable"]] == [row["video"] for row in rows]
+    (tmp_path / "t.jsonl").write_text(json.dumps({"video": "x\0.mp4", "caption": "press"}))
+    with pytest.raises(UserError, match=r"row 1: got 'x\\x00\.mp4', wanted a path"):
+        prepare_clips(tmp_path / "out", tmp_path / "t.jsonl")
+
+
 def test_shards_measure_their_part(planted: tuple[Path, list[Any]], prepared: Path, tmp_path: Path) -> None:
     lines = (planted[0] / "manifest.csv").read_text().splitlines()
     (tmp_path / "part.csv").write_text("\n".join(lines[:3]) + "\n")

@@ -9,7 +9,7 @@ import numpy as np
 
 from .alignment import LooksItself, PredictedAlignment, TextAlignment
 from .config import ClipsConfig
-from .duplicates import candidates, keep_best
+from .duplicates import candidates, keep_best, reading_order
 from .measure import Measured, stacked
 from .sources import ClipSource
 
@@ -48,7 +48,7 @@ def decide(
     likeness: Likeness,
     alignment: TextAlignment | None = None,
 ) -> list[Decision]:
-    """One ``Decision`` a clip. ``likeness(i, j)``: called for the candidates only, i < j, in ascending order.
+    """One ``Decision`` a clip. ``likeness(i, j)``: called for the candidates only, i < j, once each (``reading_order``).
 
     ``alignment``: what scores captions (``PredictedAlignment``).
     """
@@ -108,9 +108,10 @@ def _same(
     unique = sorted(first.values())
     if len(unique) > 1:
         seen = stacked((measured[i] for i in unique), "appearance")
-        for a, b in candidates(seen, config.duplicates.neighbours):
-            i, j = unique[a], unique[b]
-            value = likeness(i, j)
+        pairs = [(unique[a], unique[b]) for a, b in candidates(seen, config.duplicates.neighbours)]
+        found = {pair: likeness(*pair) for pair in reading_order(pairs)}
+        for i, j in pairs:
+            value = found[i, j]
             for clip in (i, j):
                 made[clip].scores["likeness"] = max(value, made[clip].scores.get("likeness", 0.0))
             if value >= config.duplicates.likeness:

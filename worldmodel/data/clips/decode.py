@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +199,7 @@ def cover(picture_HWC: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.u
 def _open(path: Path) -> Any:
     import av
 
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise DatasetError(str(path), got="no such file", wanted="a video", fix="correct the path, or copy the file")
     kind = CONTAINERS.get(path.suffix.lower())
     if kind is None:

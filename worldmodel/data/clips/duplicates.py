@@ -7,6 +7,7 @@ moved and scaled in the picture until it fits, and compared where something move
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,6 +42,23 @@ def candidates(seen_ND: NDArray[np.float32], count: int) -> list[tuple[int, int]
     return sorted(pairs)
 
 
+def reading_order(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The pairs in an order in which those that share clips are near each other: reading a film takes longer than comparing two, and
+    only the last films are remembered. Clips are numbered so that neighbours have near numbers (reverse Cuthill-McKee)."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import reverse_cuthill_mckee
+
+    if not pairs:
+        return []
+    one, two = np.array(pairs, dtype=np.int32).T
+    count = int(max(one.max(), two.max())) + 1
+    ends = np.concatenate([one, two]), np.concatenate([two, one])
+    graph = coo_array((np.ones(len(ends[0])), ends), shape=(count, count)).tocsr()
+    place = np.empty(count, np.int64)
+    place[reverse_cuthill_mckee(graph, symmetric_mode=True)] = np.arange(count)
+    return sorted(pairs, key=lambda pair: sorted((int(place[pair[0]]), int(place[pair[1]]))))
+
+
 @dataclass(slots=True, kw_only=True, frozen=True)
 class GreyFilm:
     """A clip made small: every frame of its first ``MOST`` s, grey uint8 [T,h,w], h at most ``HEIGHT``, and when each is shown, in
@@ -64,7 +82,7 @@ class GreyFilm:
 
 def grey_film(span: Span) -> GreyFilm:
     """Read from the file as it is now; the last ones are remembered, up to ``REMEMBERED`` bytes. ``DatasetError`` as ``SpanReader``."""
-    state = span.path.stat() if span.path.is_file() else None
+    state = span.path.stat() if os.path.isfile(span.path) else None
     key = span, state and (state.st_mtime_ns, state.st_size)
     film = _films.pop(key, None) or _read_film(span)
     _films[key] = film  # the newest is last

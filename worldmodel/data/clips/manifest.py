@@ -135,7 +135,8 @@ def write_records(path: Path, records: Iterable[ClipRecord]) -> None:
 
 def relative(path: Path, folder: Path) -> str:
     """``path`` as it is written into a manifest in ``folder``."""
-    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    # Not Path.resolve, which raises for a link to itself.
+    return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(folder))).as_posix()
 
 
 def summary_of(records: Sequence[ClipRecord]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,13 +63,11 @@ class Measured:
 
 def clip_id(span: Span) -> str:
     """32 hexadecimal digits of the SHA-256 of the file's SHA-256 and the piece. ``DatasetError`` where there is no such file."""
-    if not span.path.is_file():
+    if not os.path.isfile(span.path):  # Path.is_file raises for a name that is too long
         raise DatasetError(
             str(span.path), got="no such file", wanted="a video", fix="correct the path, or copy the file"
         )
-    piece = (
-        f"{file_sha256(span.path.resolve())} {span.start:.6f} {'' if span.seconds is None else f'{span.seconds:.6f}'}"
-    )
+    piece = f"{file_sha256(Path(os.path.realpath(span.path)))} {span.start:.6f} {'' if span.seconds is None else f'{span.seconds:.6f}'}"
     return hashlib.sha256(piece.encode()).hexdigest()[:32]
 
 

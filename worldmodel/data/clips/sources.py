@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,9 @@ def _folder(root: Path, captions: str | None, columns: list[str]) -> list[dict[s
     for table in tables:
         if captions is not None or table.is_file():
             found = rows_to_sources(read_table(table), table, root, columns)
-            named = {one["span"].path.resolve() for one in found}
+            named = {os.path.realpath(one["span"].path) for one in found}
             # Not passed over in silence: without a row they have no caption, and are counted as such.
-            rest = [path for path in videos if path.resolve() not in named]
+            rest = [path for path in videos if os.path.realpath(path) not in named]
             wheres = [f"{path.relative_to(root).as_posix()}, in no row of {table.name}" for path in rest]
             more = [
                 {"span": Span(path=p), "caption": "", "task": "", "where": w} for p, w in zip(rest, wheres, strict=True)

@@ -113,7 +113,7 @@ def rows_to_sources(rows: list[dict[str, Any]], table: Path, home: Path, columns
     for number, row in enumerate(rows, start=1):
         value = {ours: row.get(theirs) for ours, theirs in names.items()}
         where = f"row {number}"
-        if not isinstance(value["video"], str) or not value["video"].strip():
+        if not isinstance(value["video"], str) or not value["video"].strip() or "\0" in value["video"]:
             got = "no video" if value["video"] in (None, "") else value["video"]
             raise DatasetError(f"{table} {where}", got=got, wanted=f"a path in {names['video']}", fix="fill it in")
         path = home / value["video"]
