@@ -34,18 +34,26 @@ class EpochSampler:
     out of it (another rest in every epoch), and a shape with fewer rows than a batch repeats them."""
 
     groups: list[Tensor]
+    _epoch: tuple[tuple[int, int, int], list[Tensor], Tensor] | None = None
 
     def rows(self, batch: int, seed: int, step: int) -> Tensor:
         """int64 [batch] on the CPU: a function of (seed, step)."""
         counts = [max(1, len(group) // batch) for group in self.groups]
         epoch, place = divmod(step, sum(counts))
-        generator = step_generator(seed, epoch)
-        orders = [group[torch.randperm(len(group), generator=generator)] for group in self.groups]
-        turns = torch.cat([torch.full((count,), number) for number, count in enumerate(counts)])
-        turns = turns[torch.randperm(len(turns), generator=generator)]
+        if self._epoch is None or self._epoch[0] != (batch, seed, epoch):
+            # kept: half a million windows take milliseconds to put in order
+            self._epoch = ((batch, seed, epoch), *self._order(counts, seed, epoch))
+        _, orders, turns = self._epoch
         number = int(turns[place])
         first = batch * int((turns[:place] == number).sum())
         return orders[number][torch.arange(first, first + batch) % len(orders[number])]
+
+    def _order(self, counts: list[int], seed: int, epoch: int) -> tuple[list[Tensor], Tensor]:
+        """-> (rows of each shape in the order of an epoch, which shape each of its batches has)."""
+        generator = step_generator(seed, epoch)
+        orders = [group[torch.randperm(len(group), generator=generator)] for group in self.groups]
+        turns = torch.cat([torch.full((count,), number) for number, count in enumerate(counts)])
+        return orders, turns[torch.randperm(len(turns), generator=generator)]
 
 
 @dataclass(slots=True, kw_only=True)

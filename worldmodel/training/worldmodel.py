@@ -264,6 +264,9 @@ def _train(config: TrainWorldModelConfig, banks: Banks | None, processes: Proces
     log.close()
     trainer.average.swap()
     trainer.export(run / "export")
+    for some in (bank, heldout):
+        if isinstance(some, LatentBank):
+            some.close()
     processes.barrier()
     return run / "export"
 
