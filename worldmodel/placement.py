@@ -72,9 +72,10 @@ class StreamedBlocks:
         gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if gpu else None
         self._order = {id(block): index for index, block in enumerate(blocks)}
-        self._home: list[list[tuple[Tensor, Tensor]]] = [
-            [(value, value.data.pin_memory() if gpu else value.data) for value in _values(block)] for block in blocks
-        ]
+        self._home: list[list[tuple[Tensor, Tensor]]] = []
+        for index, block in enumerate(blocks):
+            self._home.append([(value, value.data.pin_memory() if gpu else value.data) for value in _values(block)])
+            self._leave(index)  # else the weights would lie in memory twice until each block has run
         self._waiting: dict[int, list[Tensor]] = {}
 
     def run(self, block: nn.Module, *inputs: Any) -> Any:
