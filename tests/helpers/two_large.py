@@ -53,6 +53,24 @@ def parts(folder: Path) -> None:
     processes.close()
 
 
+def measured(folder: Path) -> None:
+    """Write the losses of three updates, without and with held-out values of other, averaged weights between the second and the third."""
+    processes = Processes.start("cpu")
+    made = settings(folder, "full", "measured")
+    made.optim.lr, made.optim.ema = 0.01, 0.99
+    bank, heldout = prepare_banks(made, processes.device)
+    found: dict[bool, list[float]] = {}
+    for measure in (False, True):
+        trainer = Trainer(made, bank, processes.device, processes)
+        found[measure] = [float(trainer.step(step)["loss"]) for step in (0, 1)]
+        if measure:
+            trainer.heldout(heldout)
+        found[measure].append(float(trainer.step(2)["loss"]))
+    if processes.first:
+        (folder / "measured.json").write_text(json.dumps([found[False], found[True]]))
+    processes.close()
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     first = settings(folder, "full", "first")
@@ -64,6 +82,7 @@ def main(folder: Path) -> None:
         shutil.copytree(folder / f"two-{case}" / "step-000004", folder / f"halves-{case}" / "step-000004")
         both(lambda case=case: train_world_model(settings(folder, case, f"halves-{case}")))
     both(lambda: parts(folder))
+    both(lambda: measured(folder))
 
 
 if __name__ == "__main__":

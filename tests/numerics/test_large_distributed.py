@@ -80,3 +80,8 @@ def test_no_process_holds_the_whole_and_both_begin_alike(runs):
     held = sum(mine for name, (mine, _, _) in found[0].items() if name.startswith("denoiser."))
     whole = sum(count for name, (_, count, _) in found[0].items() if name.startswith("denoiser."))
     assert held < 0.6 * whole
+
+
+def test_measuring_averaged_weights_changes_no_update(runs):
+    plain, measured = json.loads((runs / "measured.json").read_text())
+    assert plain == measured and len(set(plain)) == 3

@@ -40,6 +40,16 @@ def shard_rest(module: nn.Module, whole: Iterable[nn.Module], processes: Process
     fully_shard(module, mesh=processes.mesh, mp_policy=plain, ignored_params=kept)
 
 
+def scatter(module: nn.Module) -> None:
+    """Let go of sharded weights in ``module`` that lie around gathered. What is not in blocks stays gathered after a forward pass without a
+    backward one, and the next pass would compute with it whatever was written into the shards since then."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 @torch.no_grad()
 def whole(value: Tensor) -> Tensor:
     """A sharded tensor put together (every process must ask); another tensor as it is."""

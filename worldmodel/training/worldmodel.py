@@ -29,7 +29,7 @@ from .initial import adopt_model
 from .modules import base_fingerprint, build_modules, check_run, prepared_modules
 from .objective import draw_noise, objective, part_counts, part_of, without_text
 from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
-from .parallel import average_gradients, clip_gradients, mean_terms, sum_parts
+from .parallel import average_gradients, clip_gradients, mean_terms, scatter, sum_parts
 from .pictures import heldout_pictures
 from .processes import Processes
 from .runtime import autocast, begin_run
@@ -142,12 +142,17 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """Inside, the model has the averaged weights. Weights that are gathered or frozen in bfloat16 are used in it, others in float32."""
         half = self.config.lora.rank > 0 or self.config.model or (self.processes.many and self.device.type == "cuda")
-        self.average.swap()
+        self._swap()
         try:
             with autocast(self.config.run, self.device) if half else contextlib.nullcontext():
                 yield
         finally:
-            self.average.swap()
+            self._swap()
+
+    def _swap(self) -> None:
+        if self.processes.many:
+            scatter(self.model)
+        self.average.swap()
 
     def heldout(self, bank: WindowBank | LatentBank) -> dict[str, float]:
         """Held-out values of the averaged weights; each of several processes computes all of them, which gives what one would."""
