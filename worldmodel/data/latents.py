@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 USAGE = """usage: physis data latents data=[FOLDER,...] model=PIPELINE out=STORE [field=value ...]
 
-Encodes windows of demonstrations or clips with a pipeline's autoencoder and text encoder, and makes their physics targets: what
-physis train worldmodel model=PIPELINE data.latents=[STORE] reads. What is there already is kept, so the same command continues.
+Encodes windows of demonstrations or clips with a pipeline's autoencoder and text encoder, and makes their physics targets: what the
+training of a large backbone reads (model=PIPELINE data.latents=[STORE]). What is there already is kept, so the same command continues.
 
 examples:
   physis data latents data=[runs/bell] model=wan22-5b out=runs/latents
