@@ -124,7 +124,10 @@ def _save_whole(folder: Path, live: BackboneDenoiser, processes: Processes) -> N
     trained = {name for name, p in live.named_parameters() if p.requires_grad and ".lora_" not in name}
     state = {name: whole(value.detach()) for name, value in live.state_dict().items() if name in trained}
     if processes.first:
-        plain = {name.removeprefix("backbone.transformer."): value for name, value in state.items()}
+        plain = {
+            name.removeprefix("backbone.transformer.").replace(".base_layer.", "."): value
+            for name, value in state.items()
+        }
         save_tensors(as_dtype(plain, None), folder / "whole_modules.safetensors")
 
 
