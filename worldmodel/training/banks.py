@@ -77,22 +77,40 @@ def load_bank(
 def open_stores(
     folders: Sequence[str | Path], heldout: int, device: torch.device, physics: PhysicsConfig | None, *, ahead: int = 4
 ) -> tuple[LatentBank, LatentBank | None]:
-    """-> (training windows, windows of ``heldout`` episodes spread evenly, None for 0). Episodes are whole on one side."""
+    """-> (training windows, windows of ``heldout`` episodes spread evenly, None for 0). Episodes are whole on one side, also where several
+    stores were made of them."""
     if not folders:
         fix = "physis data latents, then data.latents=[<its folder>]"
         raise UserError("data.latents", got="no store", wanted="one or more latent stores", fix=fix)
     stores = {Path(folder): read_store(Path(folder)) for folder in folders}
     info = check_same({folder: found for folder, (found, _) in stores.items()})
-    episodes: dict[tuple[Path, str, int], list[tuple[Path, LatentWindow]]] = {}
-    for folder, (_, windows) in stores.items():
-        for window in windows:
-            episodes.setdefault((folder, window.source, window.episode), []).append((folder, window))
+    windows = [(folder, window) for folder, (_, some) in stores.items() for window in some]
+    episodes = _episodes(windows)
     if not episodes:
         raise UserError("data.latents", got="stores without windows", wanted="windows", fix="see physis data latents")
     banks = []
-    for part in split_heldout(list(episodes.values()), heldout):
-        windows = [one for episode in part for one in episode]
-        bank = LatentBank(info=info, windows=windows, device=device, physics=physics, ahead=ahead) if windows else None
+    for part in split_heldout(episodes, heldout):
+        rows = [windows[row] for episode in part for row in episode]
+        bank = LatentBank(info=info, windows=rows, device=device, physics=physics, ahead=ahead) if rows else None
         banks.append(bank)
     assert banks[0] is not None
     return banks[0], banks[1]
+
+
+def _episodes(windows: Sequence[tuple[Path, LatentWindow]]) -> list[list[int]]:
+    """Rows of the windows of each episode, in the order of the first. Windows belong together where dataset and episode have the same
+    names, in whatever store, or where they were cut out of the same pictures under two names."""
+    groups: dict[tuple[str, int] | str, list[int]] = {}
+    for row, (_, window) in enumerate(windows):
+        keys = [(window.source, window.episode), *([window.content] if window.content else [])]
+        known = {id(groups[key]): groups[key] for key in keys if key in groups}
+        rows = [row for some in known.values() for row in some] + [row]
+        for key, some in list(groups.items()) if len(known) > 1 else ():
+            if id(some) in known:
+                groups[key] = rows
+        if len(known) == 1:
+            (some,) = known.values()
+            some.append(row)
+            rows = some
+        groups |= dict.fromkeys(keys, rows)
+    return sorted({id(rows): sorted(rows) for rows in groups.values()}.values())
