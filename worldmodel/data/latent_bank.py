@@ -84,13 +84,17 @@ class LatentBank:
     physics: PhysicsConfig | None = None
     ahead: int = 4
     targets: StoreTargets | None = None
+    _lenders: dict[tuple[int, ...], int] = field(default_factory=dict)
     _pool: ThreadPoolExecutor | None = None
     _coming: dict[int, Future[dict[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.physics is None:
             return
-        known = next((row for row, (_, window) in enumerate(self.windows) if window.targets), None)
+        for row, (_, window) in enumerate(self.windows):
+            if window.targets:
+                self._lenders.setdefault(window.shape, row)
+        known = next(iter(self._lenders.values()), None)
         if known is None:
             fix = "physis data latents with a teacher=, or physics=none"
             raise UserError(
@@ -109,10 +113,14 @@ class LatentBank:
         return self.windows[row][1].name
 
     def sampler(self, _start: float = 0.0, _end: float = 0.0) -> EpochSampler:
-        """What draws the rows of the steps: all windows alike, wherever they start."""
+        """What draws the rows of the steps: all windows alike, wherever they start. ``UserError`` where physics losses are wanted of a shape
+        that has no targets at all, of which a run would hear with its first batch."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, (_, window) in enumerate(self.windows):
             groups.setdefault(window.shape, []).append(row)
+        if self.physics is not None:
+            for shape in sorted(groups):
+                self._lender(shape)
         return EpochSampler(groups=[torch.tensor(rows) for _, rows in sorted(groups.items())])
 
     @property
@@ -201,18 +209,19 @@ class LatentBank:
             return reduce_shard(shard, [start], start + 1, recipe, self._physics()).batch(
                 torch.zeros(1, dtype=torch.int64)
             )
-        alike = [w.shape == window.shape and bool(w.targets) for _, w in self.windows]
-        if not any(alike):
-            fix = "physis data latents with a teacher= for these buckets as well"
-            wanted = f"some with latents of {list(window.shape)}"
-            raise UserError(
-                "data.latents", got=f"{window.name} and all like it without targets", wanted=wanted, fix=fix
-            )
-        empty = self._target(alike.index(True))
+        empty = self._target(self._lender(window.shape))
         for name in ("select_BN", "token_mask_BFhw", "relation_valid_BK"):
             if name in empty:
                 empty[name] = torch.zeros_like(empty[name])
         return empty
+
+    def _lender(self, shape: tuple[int, ...]) -> int:
+        """Row of a window of this shape that has targets, whose form those without any take."""
+        if shape not in self._lenders:
+            got = f"no targets of any window with latents of {list(shape)}"
+            fix = "physis data latents with a teacher= for these buckets as well, or physics=none"
+            raise UserError("data.latents", got=got, wanted="some windows of every shape with targets", fix=fix)
+        return self._lenders[shape]
 
     def _physics(self) -> PhysicsConfig:
         assert self.physics is not None

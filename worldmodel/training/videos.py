@@ -31,7 +31,7 @@ def heldout_videos(trainer: Trainer, bank: LatentBank, step: int, log: StepLog) 
     the log.
     """
     config = trainer.config
-    rows = bank.alike(physics=False)[: config.large.videos]
+    rows = bank.alike()[: config.large.videos]
     if not len(rows):
         return
     try:
