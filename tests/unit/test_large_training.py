@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.worldmodel.backbones.folder import load_backbone
 from physisforcing.worldmodel.backbones.protocol import to_timesteps
 from physisforcing.worldmodel.data.latent_bank import EpochSampler
-from physisforcing.worldmodel.data.latent_shards import read_store, read_window
+from physisforcing.worldmodel.data.latent_shards import read_store, read_window, write_store
 from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.training.banks import open_stores
 from physisforcing.worldmodel.training.config import TrainWorldModelConfig
@@ -277,6 +278,10 @@ def test_the_next_batch_is_read_while_this_one_is_computed(made, tmp_path, monke
         (lambda c: setattr(c.data, "heldout", 4), r"data\.heldout.*fewer than the 4 episodes"),
         (lambda c: setattr(c.large, "tap", 9), r"tap.*a block from 1 to 3"),
         (lambda c: setattr(c.large, "first_latent", "mask"), r"first_latent.*no place for a mask"),
+        (lambda c: setattr(c.backbone, "tap", 2), r"backbone\.tap.*no such setting with model=.*large\.tap="),
+        (lambda c: setattr(c.teacher.tracker, "name", "classical"), r"teacher\.tracker\.name.*leave teacher out"),
+        (lambda c: setattr(c.data, "start_stride", 8), r"data\.start_stride.*no such setting with model="),
+        (lambda c: setattr(c, "model", ""), r"large\.videos.*no such setting without model="),
         (lambda c: setattr(c.run, "wandb", "physis"), r"run\.wandb.*without the package wandb"),
     ],
 )
@@ -410,3 +415,37 @@ def test_modules_trained_whole_are_exact_and_beside_the_adapter(made, tmp_path):
     config.lora.also = ["nowhere"]
     with pytest.raises(UserError, match=r"lora\.also.*nowhere"):
         trainer_of(config)
+
+
+def test_modules_under_adapters_are_trained_whole_by_their_stock_names(made, tmp_path):
+    model, store = made["ti2v"]
+    config = tiny_large.config(model, [store], tmp_path / "run")
+    config.lora.also = ["blocks.0.ffn"]
+    whole = load_file(train_world_model(config) / "adapter" / "whole_modules.safetensors")
+    stock = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert set(whole) == {name for name in stock if name.startswith("blocks.0.ffn.")} and len(whole) == 4
+
+
+def test_a_shape_without_any_targets_is_refused_before_the_first_batch(made, tmp_path):
+    model, store = made["ti2v"]
+    bare = tiny_large.store(tmp_path / "bare", "ti2v", episodes=4, seed=5, targets=False, rows=8)
+    info, windows = read_store(bare)
+    info.teachers = {"tracker": "random"}
+    write_store(bare, info, windows)
+    config = tiny_large.config(model, [store, bare], tmp_path / "run")
+    config.data.heldout = 0
+    with pytest.raises(UserError, match=r"no targets of any window with latents of \[8, 3, 8, 6\].*physics=none"):
+        trainer_of(config)
+
+
+def test_an_episode_in_two_stores_is_on_one_side(tmp_path):
+    stores = [tiny_large.store(tmp_path / name, "ti2v", episodes=6, rows=rows) for name, rows in (("a", 0), ("b", 8))]
+    other = tiny_large.store(
+        tmp_path / "c", "ti2v", episodes=6, seed=1
+    )  # the same pictures as in "a", under another name
+    for folder in (stores[0], other):
+        info, windows = read_store(folder)
+        write_store(folder, info, [dataclasses.replace(w, content=f"film {w.episode}") for w in windows])
+    training, heldout = open_stores([*stores, other], 2, CPU, None)
+    seen, kept = ({window.episode for _, window in bank.windows} for bank in (training, heldout))
+    assert not seen & kept and len(kept) == 2 and len(heldout) == 2 * 3 * 2 and len(training) == 4 * 3 * 2

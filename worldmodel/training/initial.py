@@ -21,12 +21,13 @@ from .config import TrainVaeConfig, TrainWorldModelConfig
 
 def adopt_model(config: TrainWorldModelConfig) -> None:
     """Check what a run starts from and take its sizes into the config: of a large backbone (``model``) or one of our own."""
-    if not config.model:
-        adopt_world_model(config)
-        return
-    from .large import check_large
+    from .large import check_large, check_small
 
-    check_large(config)
+    if config.model:
+        check_large(config)
+    else:
+        check_small(config)
+        adopt_world_model(config)
 
 
 def adopt_world_model(config: TrainWorldModelConfig) -> None:

@@ -7,8 +7,10 @@ the blocks compute in bfloat16 either way on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,23 +30,49 @@ from .processes import Processes
 from .recompute import recomputed
 from .runtime import compiles, sharded
 
-#: Settings that say something about the small models alone: ``model`` leaves them as they are.
-_SMALL = ("codec", "actions", "text_dropout")
-_SMALL_DATA = ("roots", "tasks", "limit", "targets_cache")
+#: Beginnings of the names of settings that say something about the small models alone, and of those that do about the large ones.
+_SMALL = (
+    "codec", "actions", "text_dropout", "backbone.", "conditioner.", "teacher.", "data.roots", "data.tasks", "data.limit",
+    "data.success_only", "data.start_stride", "data.start_fraction", "data.end_fraction", "data.targets", "data.text_cache",
+)  # fmt: skip
+_LARGE = ("large.",)
 
 
 def check_large(config: TrainWorldModelConfig) -> None:
     """``UserError`` for settings that a large backbone does not have, and for folders that are none. Nothing large is read."""
-    usual = TrainWorldModelConfig()
-    for section, names in (("", _SMALL), ("data.", _SMALL_DATA)):
-        ours, theirs = (config, usual) if not section else (config.data, usual.data)
-        for name in names:
-            if getattr(ours, name) != getattr(theirs, name):
-                fix = f"leave {section}{name} out, or model= for one of our own small models"
-                raise UserError(
-                    f"{section}{name}", got=getattr(ours, name), wanted="no such setting with model=", fix=fix
-                )
+    for name, value in _chosen(config, _SMALL):
+        fix = f"leave {name} out; without experiment= it is that of the small pico: name a recipe such as experiment=lora_24gb"
+        if name.startswith("backbone."):
+            fix = "large.tap=, and leave the rest out: its sizes are those of its folder"
+        if name.startswith("teacher."):
+            fix = "leave teacher out: data.latents hold the targets, and who made them"
+        raise UserError(name, got=value, wanted="no such setting with model=", fix=fix)
     described(config)
+
+
+def check_small(config: TrainWorldModelConfig) -> None:
+    """``UserError`` for settings that the small models do not have."""
+    for name, value in _chosen(config, _LARGE):
+        fix = f"leave {name} out, or name the folder of a large backbone with model="
+        raise UserError(name, got=value, wanted="no such setting without model=", fix=fix)
+
+
+def _chosen(config: TrainWorldModelConfig, beginnings: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of the settings with such names that are not the usual ones."""
+    usual = _flat(dataclasses.asdict(TrainWorldModelConfig()))
+    for name, value in _flat(dataclasses.asdict(config)).items():
+        if name.startswith(beginnings) and value != usual.get(name):
+            yield name, value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 def described(config: TrainWorldModelConfig) -> Described:
