@@ -449,3 +449,23 @@ def test_an_episode_in_two_stores_is_on_one_side(tmp_path):
     training, heldout = open_stores([*stores, other], 2, CPU, None)
     seen, kept = ({window.episode for _, window in bank.windows} for bank in (training, heldout))
     assert not seen & kept and len(kept) == 2 and len(heldout) == 2 * 3 * 2 and len(training) == 4 * 3 * 2
+
+
+def test_a_run_that_was_ended_early_is_exported_without_training_on(made, tmp_path):
+    model, store = made["ti2v"]
+    config = tiny_large.config(model, [store], tmp_path / "run")
+    config.large.export = True
+    with pytest.raises(UserError, match=r"large\.export.*run\.resume=true"):
+        train_world_model(copy.deepcopy(config))
+    trainer = trainer_of(copy.deepcopy(config))
+    for step in range(2):
+        trainer.step(step)
+    trainer.save(tmp_path / "run", 2)
+    trainer.average.swap()
+    trainer.export(tmp_path / "wanted")
+    config.run.resume = True
+    export = train_world_model(config)
+    for file in ("transformer/diffusion_pytorch_model.safetensors", "physics_heads.safetensors"):
+        a, b = load_file(tmp_path / "wanted" / file), load_file(export / file)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), file
+    assert not (tmp_path / "run" / "step-000004").exists()

@@ -29,7 +29,7 @@ FREE_SETTINGS = (
     )
     | frozenset(f"fit.{name}" for name in ("log_every", "save_every"))
     | frozenset(f"data.{name}" for name in ("workers", "text_cache", "targets_cache", "latents"))
-    | frozenset(("model", "large.videos", "large.video_steps"))
+    | frozenset(("model", "large.videos", "large.video_steps", "large.export"))
     | frozenset(
         f"teacher.{kind}.{name}" for kind in ("tracker", "depth", "encoder") for name in ("path", "source", "device")
     )

@@ -104,12 +104,14 @@ class LoraConfig:
 class LargeConfig:
     """What is said of a large backbone (``model``) alone. ``first_latent``, ``tap``: see ``backbones.folder.load_backbone``; None is what the
     folder says. ``videos``: held-out windows that are imagined at every evaluation, in ``video_steps`` Euler steps without guidance.
+    ``export``: with ``run.resume``, train nothing more and write ``export/`` of the last checkpoint, for a run that was ended early.
     """
 
     first_latent: str | None = None
     tap: int | None = None
     videos: int = 1
     video_steps: int = 20
+    export: bool = False
 
     def __post_init__(self) -> None:
         check_at_least(self, videos=0, video_steps=1)

@@ -241,11 +241,16 @@ def train_world_model(config: TrainWorldModelConfig, banks: Banks | None = None)
 def _train(config: TrainWorldModelConfig, banks: Banks | None, processes: Processes) -> Path:
     check_run(config, processes)
     run, device, found = begin_run(config, processes)
+    if config.large.export and found is None:
+        wanted = "a run with a checkpoint, and run.resume=true"
+        raise UserError("large.export", got=str(run), wanted=wanted, fix="run.out=<that run> run.resume=true")
     if banks is None:
         banks = processes.one_after_the_other(lambda: prepare_banks(config, device))
     bank, heldout = banks
     trainer = Trainer(config, bank, device, processes)
     first = trainer.restore(found) if found is not None else 0
+    if config.large.export:
+        return _finish(trainer, banks, run)
     quiet = not processes.first
     log = StepLog(
         run, config.run.steps, config.run.batch, trainer.flops(), device, done=first, quiet=quiet, wandb=config.run.wandb
@@ -267,12 +272,17 @@ def _train(config: TrainWorldModelConfig, banks: Banks | None, processes: Proces
                     log.close()
                     raise TrainingStopped(told, done, config.run.steps, saved)
     log.close()
+    return _finish(trainer, banks, run)
+
+
+def _finish(trainer: Trainer, banks: Banks, run: Path) -> Path:
+    """Write the averaged weights as ``export/``."""
     trainer.average.swap()
     trainer.export(run / "export")
-    for some in (bank, heldout):
+    for some in banks:
         if isinstance(some, LatentBank):
             some.close()
-    processes.barrier()
+    trainer.processes.barrier()
     return run / "export"
 
 
