@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -281,6 +282,7 @@ def test_the_next_batch_is_read_while_this_one_is_computed(made, tmp_path, monke
         (lambda c: setattr(c.backbone, "tap", 2), r"backbone\.tap.*no such setting with model=.*large\.tap="),
         (lambda c: setattr(c.teacher.tracker, "name", "classical"), r"teacher\.tracker\.name.*leave teacher out"),
         (lambda c: setattr(c.data, "start_stride", 8), r"data\.start_stride.*no such setting with model="),
+        (lambda c: setattr(c.data, "workers", 0), r"data\.workers.*1 or more"),
         (lambda c: setattr(c, "model", ""), r"large\.videos.*no such setting without model="),
         (lambda c: setattr(c.run, "wandb", "physis"), r"run\.wandb.*without the package wandb"),
     ],
@@ -469,3 +471,17 @@ def test_a_run_that_was_ended_early_is_exported_without_training_on(made, tmp_pa
         a, b = load_file(tmp_path / "wanted" / file), load_file(export / file)
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), file
     assert not (tmp_path / "run" / "step-000004").exists()
+
+
+def test_a_run_goes_on_with_the_windows_it_began_with_wherever_they_lie(made, tmp_path):
+    model, store = made["ti2v"]
+    config = tiny_large.config(model, [store], tmp_path / "run")
+    trainer = trainer_of(config)
+    trainer.step(0)
+    checkpoint = trainer.save(tmp_path / "run", 1)
+    moved = Path(shutil.copytree(store, tmp_path / "moved"))
+    config.data.latents = [str(moved)]
+    assert trainer_of(config).restore(checkpoint) == 1
+    config.data.latents = [str(moved), str(tiny_large.store(tmp_path / "more", "ti2v", seed=3))]
+    with pytest.raises(UserError, match=r"data\.latents: got 'windows .*as they were when the run began"):
+        trainer_of(config).restore(checkpoint)

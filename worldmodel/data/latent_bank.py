@@ -7,6 +7,7 @@ Which windows a step sees depends on (seed, step) alone: every epoch goes once t
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -111,6 +112,14 @@ class LatentBank:
     def name(self, row: int) -> str:
         """Dataset, episode and first step of a window."""
         return self.windows[row][1].name
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits that tell the windows, in their order, from others; wherever the stores lie."""
+        digest = hashlib.sha256()
+        for _, window in self.windows:
+            digest.update(f"{window.shard} {window.row} {window.targets} {window.target_row}\n".encode())
+        return digest.hexdigest()[:12]
 
     def sampler(self, _start: float = 0.0, _end: float = 0.0) -> EpochSampler:
         """What draws the rows of the steps: all windows alike, wherever they start. ``UserError`` where physics losses are wanted of a shape

@@ -102,7 +102,9 @@ def _episodes(windows: Sequence[tuple[Path, LatentWindow]]) -> list[list[int]]:
     names, in whatever store, or where they were cut out of the same pictures under two names."""
     groups: dict[tuple[str, int] | str, list[int]] = {}
     for row, (_, window) in enumerate(windows):
-        keys = [(window.source, window.episode), *([window.content] if window.content else [])]
+        keys: list[tuple[str, int] | str] = [(window.source, window.episode)]
+        if window.content:
+            keys.append(window.content)
         known = {id(groups[key]): groups[key] for key in keys if key in groups}
         rows = [row for some in known.values() for row in some] + [row]
         for key, some in list(groups.items()) if len(known) > 1 else ():

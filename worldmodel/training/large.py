@@ -47,6 +47,10 @@ def check_large(config: TrainWorldModelConfig) -> None:
         if name.startswith("teacher."):
             fix = "leave teacher out: data.latents hold the targets, and who made them"
         raise UserError(name, got=value, wanted="no such setting with model=", fix=fix)
+    if config.data.workers < 1:
+        raise UserError(
+            "data.workers", got=config.data.workers, wanted="1 or more: they read ahead", fix="data.workers=4"
+        )
     described(config)
 
 

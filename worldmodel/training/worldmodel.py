@@ -67,6 +67,8 @@ class Trainer:
         self.guard = FiniteGuard(config.run.nonfinite, self.clips)
         #: The frozen weights that adapters belong to; they are not in checkpoints.
         self.base = base_fingerprint(config) if config.lora.rank else None
+        #: The windows of stores, which may have grown; those of datasets are told by their settings.
+        self.windows = bank.fingerprint if isinstance(bank, LatentBank) else None
         self.wait_s = 0.0
         #: The held-out window whose pictures are shown, once it is chosen.
         self.shown: Tensor | None = None
@@ -178,6 +180,7 @@ class Trainer:
             "teachers": self.teachers,
             "skipped": self.guard.skipped,
             "base": self.base,
+            "windows": self.windows,
             "processes": self.processes.world,
         }
         return save_checkpoint(run, done, write_model, tensors, state, self.processes)
@@ -189,7 +192,7 @@ class Trainer:
 
     def restore(self, checkpoint: Path) -> int:
         """Continue from a checkpoint, bit-exactly; returns the number of updates it holds. ``UserError`` where the targets are of
-        other teachers or the frozen weights of another model, whose settings may look the same."""
+        other teachers, the frozen weights of another model or the windows of latent stores others, whose settings may look the same."""
         state = json.loads((checkpoint / "training" / "state.json").read_text())
         began, self.guard.skipped = state.get("teachers", self.teachers), state.get("skipped", 0)
         if began != self.teachers:
@@ -198,6 +201,11 @@ class Trainer:
         if state.get("base") != self.base:
             fix = "give run.init the model that the run began with, or begin another run"
             raise UserError("run.init", got=f"weights {self.base}", wanted=f"weights {state.get('base')}", fix=fix)
+        if state.get("windows", self.windows) != self.windows:
+            fix = "give data.latents as they were when the run began, or begin another run with run.init"
+            raise UserError(
+                "data.latents", got=f"windows {self.windows}", wanted=f"windows {state['windows']}", fix=fix
+            )
         return restore_training(
             checkpoint,
             self.model,
