@@ -485,3 +485,25 @@ def test_a_run_goes_on_with_the_windows_it_began_with_wherever_they_lie(made, tm
     config.data.latents = [str(moved), str(tiny_large.store(tmp_path / "more", "ti2v", seed=3))]
     with pytest.raises(UserError, match=r"data\.latents: got 'windows .*as they were when the run began"):
         trainer_of(config).restore(checkpoint)
+
+
+def test_the_heads_of_an_earlier_run_have_their_widths(made, tmp_path):
+    model, store = made["ti2v"]
+    export = train_world_model(tiny_large.config(model, [store], tmp_path / "first", steps=1))
+    config = tiny_large.config(model, [store], tmp_path / "second", steps=1)
+    config.run.init, usual = str(export), PhysicsConfig()
+    config.physics.phi_hidden, config.physics.psi_hidden = usual.phi_hidden, usual.psi_hidden
+    assert trainer_of(config).forcing.phi[1].out_features == 16
+    config.physics.phi_hidden = 32
+    with pytest.raises(UserError, match=r"physics\.phi_hidden: got 32, wanted 16"):
+        trainer_of(config)
+
+
+def test_targets_that_were_not_copied_are_named(made, tmp_path):
+    model, store = made["ti2v"]
+    part = Path(shutil.copytree(store, tmp_path / "part"))
+    trainer = trainer_of(tiny_large.config(model, [part], tmp_path / "run"))
+    shutil.rmtree(part / "targets")
+    row = next(row for row, (_, window) in enumerate(trainer.bank.windows) if window.targets)
+    with pytest.raises(DatasetError, match=r"targets of set0 episode .*targets/.*copy the whole store"):
+        trainer.bank.batch(torch.tensor([row]))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from physisforcing.core.errors import UserError
+from physisforcing.core.errors import DatasetError, UserError
 
 from ..physics.config import PhysicsConfig
 from .batches import step_generator
@@ -239,6 +239,9 @@ class LatentBank:
     def _targets_path(self, row: int) -> tuple[Path, int, int]:
         store, window = self.windows[row]
         path = store / window.targets
+        if not path.is_file():
+            fix = "physis data latents again, or copy the whole store"
+            raise DatasetError(f"targets of {window.name}", got="none", wanted=str(path), fix=fix)
         state = path.stat()
         return path, state.st_mtime_ns, state.st_size
 

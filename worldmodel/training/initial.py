@@ -25,6 +25,8 @@ def adopt_model(config: TrainWorldModelConfig) -> None:
 
     if config.model:
         check_large(config)
+        if config.run.init:
+            _adopt(config.physics, _head_widths(Path(config.run.init)), "physics")
     else:
         check_small(config)
         adopt_world_model(config)
