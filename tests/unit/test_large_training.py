@@ -507,3 +507,48 @@ def test_targets_that_were_not_copied_are_named(made, tmp_path):
     row = next(row for row, (_, window) in enumerate(trainer.bank.windows) if window.targets)
     with pytest.raises(DatasetError, match=r"targets of set0 episode .*targets/.*copy the whole store"):
         trainer.bank.batch(torch.tensor([row]))
+
+
+def test_a_pipeline_without_autoencoder_costs_the_videos_alone(made, tmp_path):
+    import shutil
+
+    model, store = made["ti2v"]
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    (bare / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    config = tiny_large.config(bare, [store], tmp_path / "run", steps=1)
+    config.large.videos = 1
+    assert (train_world_model(config) / "transformer" / "config.json").is_file()
+    told = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "not made" in told and not (tmp_path / "run" / "videos").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: setattr(c.lora, "also", ["proj_out"]), r"lora\.also.*without lora\.rank"),
+        (
+            lambda c: (setattr(c.physics, "weights", "gradient"), setattr(c.run, "micro", 1)),
+            r"physics\.weights.*run\.micro",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(made, tmp_path, change, message):
+    model, store = made["ti2v"]
+    config = tiny_large.config(model, [store], tmp_path / "run", rank=0)
+    change(config)
+    with pytest.raises(UserError, match=message):
+        trainer_of(config)
+
+
+def test_an_export_that_is_cut_off_leaves_the_one_before(made, tmp_path, monkeypatch):
+    from physisforcing.worldmodel.training import export as module
+
+    model, store = made["ti2v"]
+    export = train_world_model(tiny_large.config(model, [store], tmp_path / "run"))
+    before = {path.name: path.read_bytes() for path in (export / "transformer").iterdir()}
+    trainer = trainer_of(tiny_large.config(model, [store], tmp_path / "other"))
+    monkeypatch.setattr(module, "save_settings", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.export(export)
+    assert {path.name: path.read_bytes() for path in (export / "transformer").iterdir()} == before

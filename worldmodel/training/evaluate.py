@@ -56,7 +56,7 @@ def heldout_losses(
     chunk: int = 8,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Mean of every loss term and metric over up to ``windows`` windows of ``bank``, in float32.
+    """Mean of every loss term and metric over up to ``windows`` windows of ``bank``, in float32 unless the caller casts.
 
     ``fm``, ``pix`` and ``sem`` are the three loss terms, ``loss`` their weighted sum; ``epe_px`` the end-point error of the
     soft-argmax beside ``epe_uniform_px`` (uniform map) and ``epe_still_px`` (points that stay). Trajectory terms are means over all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,7 +95,10 @@ def _export_large(
 ) -> None:
     """``transformer/`` (a diffusers folder with ``physis_backbone.json``), ``adapter/`` and ``physics_heads.safetensors``. A tensor at a
     time is put together, whatever the model's size."""
-    adapters = config.lora.rank > 0
+    adapters, target = config.lora.rank > 0, folder
+    folder = target.with_name(
+        f".writing-{target.name}"
+    )  # a run that is killed here leaves the export that was there before
     if processes.first:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -115,8 +119,11 @@ def _export_large(
             save_adapter(state, config.lora, live.transformer, folder / "adapter", None)
         if config.lora.also:
             _save_whole(folder / "adapter", live, processes)
-    if processes.first and forcing is not None:
-        save_heads(forcing, folder, None)
+    if processes.first:
+        if forcing is not None:
+            save_heads(forcing, folder, None)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(folder, target)
 
 
 def _save_whole(folder: Path, live: BackboneDenoiser, processes: Processes) -> None:

@@ -91,6 +91,13 @@ def check_run(config: TrainWorldModelConfig, processes: Processes) -> None:
     if micro < 0 or (micro and mine % micro):
         wanted = f"0, or what divides the {mine} samples of a process"
         raise UserError("run.micro", got=micro, wanted=wanted, fix="run.micro=1")
+    if config.run.micro and config.physics.weights == "gradient":
+        wanted = "fixed with run.micro: the weights would move between the parts of a batch"
+        raise UserError("physics.weights", got="gradient", wanted=wanted, fix="physics.weights=fixed, or run.micro=0")
+    if not config.lora.rank and (config.lora.targets or config.lora.also):
+        name = "lora.targets" if config.lora.targets else "lora.also"
+        fix = "lora.rank=32, or leave it out: all weights are trained"
+        raise UserError(name, got=config.lora.targets or config.lora.also, wanted="nothing without lora.rank", fix=fix)
     if config.lora.rank:
         require_peft(config.lora)
         if not config.run.init and not config.model:

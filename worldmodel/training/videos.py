@@ -34,12 +34,9 @@ def heldout_videos(trainer: Trainer, bank: LatentBank, step: int, log: StepLog) 
     rows = bank.alike()[: config.large.videos]
     if not len(rows):
         return
-    try:
-        vae = load_vae(Path(config.model) / "vae", torch.bfloat16 if trainer.device.type == "cuda" else torch.float32)
-    except UserError as error:
-        log.event({"step": step, "videos": f"not made: {error}"})
+    vae = _autoencoder(trainer, step, log)
+    if trainer.processes.total([float(trainer.processes.first and vae is None)])[0]:
         return
-    vae.vae.to(trainer.device)
     sampler = SamplerConfig(
         sampler="euler", steps=config.large.video_steps, shift=config.flow.sample_shift, guidance=1.0
     )
@@ -53,9 +50,23 @@ def heldout_videos(trainer: Trainer, bank: LatentBank, step: int, log: StepLog) 
         noise = seed_noise(config.run.seed, tuple(latents.shape[1:])).to(trainer.device)
         with trainer.averaged(), autocast(config.run, trainer.device):
             made = sample(Experts(high=denoiser), sampler, noise, (text, shown))  # type: ignore[arg-type]
-        if trainer.processes.first:
+        if vae is not None:
             path = log.run / "videos" / f"step-{step:06d}-{row:04d}.mp4"
             _write(path, vae, latents, made, bank, row, f"the model after {step} steps, seed {config.run.seed}")
+
+
+def _autoencoder(trainer: Trainer, step: int, log: StepLog) -> PipelineVae | None:
+    """The pipeline's, on the device of the first process, which alone decodes; None where it has none, which is told in the log."""
+    if not trainer.processes.first:
+        return None
+    try:
+        dtype = torch.bfloat16 if trainer.device.type == "cuda" else torch.float32
+        vae = load_vae(Path(trainer.config.model) / "vae", dtype)
+    except UserError as error:
+        log.event({"step": step, "videos": f"not made: {error}"})
+        return None
+    vae.vae.to(trainer.device)
+    return vae
 
 
 def _write(
