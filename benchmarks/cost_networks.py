@@ -111,15 +111,20 @@ def call_block(block: nn.Module, *inputs: Any) -> Tensor:
     return block(*inputs)
 
 
+def in_bfloat16(model: Any) -> Any:
+    """A model of diffusers as ``from_pretrained(dtype=torch.bfloat16)`` leaves it: what its class keeps in float32 stays so."""
+    exact = set(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        if not exact & set(name.split(".")):
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
 def build_transformer(size: Size, device: torch.device, backend: str) -> tuple[Any, Switch]:
     from diffusers import WanTransformer3DModel
 
     with device:
-        model = WanTransformer3DModel(**size.transformer)
-    exact = set(model._keep_in_fp32_modules)
-    for name, parameter in model.named_parameters():
-        if not exact & set(name.split(".")):
-            parameter.data = parameter.data.bfloat16()
+        model = in_bfloat16(WanTransformer3DModel(**size.transformer))
     switch, compiled = Switch(), torch.compile(call_block, dynamic=False, backend=backend)
     for number, block in enumerate(model.blocks, start=1):
         model.blocks[number - 1] = Block(block, compiled, switch, tapped=number == size.tap)

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cost_networks import in_bfloat16
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
 
@@ -64,11 +65,7 @@ def build(kind: str, folder: Path, frames_THWC: np.ndarray, device: torch.device
     cosmos = kind == "cosmos3"
     name = "Cosmos3OmniTransformer" if cosmos else "WanTransformer3DModel"
     with device:
-        model = getattr(diffusers, name)(**TRANSFORMERS[kind])
-    exact = set(model._keep_in_fp32_modules or ())
-    for place, parameter in model.named_parameters():
-        if not exact & set(place.split(".")):
-            parameter.data = parameter.data.bfloat16()
+        model = in_bfloat16(getattr(diffusers, name)(**TRANSFORMERS[kind]))
     model.save_pretrained(folder / "transformer")
     del model
     _save_vae(16 if kind == "a14b" else 48, folder / "vae", frames_THWC, device)
@@ -282,7 +279,6 @@ class Recipe:
     def generate(self) -> None:
         """Part 5."""
         from PIL import Image
-        from safetensors.torch import load_file
 
         from physisforcing.core.lerobot import LeRobotDataset
 
@@ -302,7 +298,6 @@ class Recipe:
             raise RuntimeError("latents of the export in stock diffusers are not finite")
         if self.options.clip_steps:
             self._clip(picture, export, (frames, rows, columns))
-        del load_file
 
     def _clip(self, picture: Any, export: Path, size: tuple[int, int, int]) -> None:
         """Seconds of a whole clip by our generation: denoising with guidance, and the decoder."""

@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from cost_networks import FULL, TINY, Size
+from cost_networks import FULL, TINY, Size, in_bfloat16
 from cost_results import median_interval
 from torch import Tensor, nn
 
@@ -90,12 +90,7 @@ def build(size: Size, device: torch.device) -> Any:
 
     torch.manual_seed(SEED)
     with device:
-        model = WanTransformer3DModel(**size.transformer)
-    exact = set(model._keep_in_fp32_modules)
-    for name, parameter in model.named_parameters():
-        if not exact & set(name.split(".")):
-            parameter.data = parameter.data.bfloat16()
-    return model.train()
+        return in_bfloat16(WanTransformer3DModel(**size.transformer)).train()
 
 
 def plain_step(model: Any, sample: Sample, forcing: PhysisForcing, tap: int, precision: Any) -> Callable[[], None]:
