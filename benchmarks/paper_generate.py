@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,8 @@ OURS: dict[str, dict[str, Any]] = {
     "ours_fp8": {},
 }  # fmt: skip
 ROWS = ("plain", "plain_compiled", "ours", *OURS)
+#: Rows whose time is told apart by kernels.
+PROFILED = ("plain_compiled", "ours_compiled")
 
 
 class EightBitLinear(nn.Module):
@@ -80,9 +83,11 @@ class Steps(Bench):
 
     def forward_row(self, name: str, prepare: Callable[[], Callable[[], Tensor]], operations: float) -> None:
         kept: list[Tensor] = []
+        call_of: list[Callable[[], Tensor]] = []
 
         def prepared() -> tuple[Callable[[], None], Any, float]:
             call = prepare()
+            call_of[:] = [call]
 
             def step() -> None:
                 with torch.no_grad():
@@ -99,10 +104,46 @@ class Steps(Bench):
         if self.reference is None:
             self.reference, self.compared = found, name
         error = (found - self.reference).norm() / self.reference.norm()
+        if self.device.type == "cuda" and name in PROFILED:
+            with torch.no_grad():
+                self.lines[-1]["against"] |= {"kernels_ms": kernel_shares(call_of[0])}
         self.lines[-1]["against"] |= {"relative_difference": round(float(error), 6), "difference_from": self.compared}
         if self.options.json:
             write_measurements(self.options.json, self.lines)
         print(f"  relative difference from {self.compared}: {float(error):.2e}", flush=True)
+
+
+#: What a kernel's name says that it does; the first that fits counts.
+KERNELS = {
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "matrix_products": ("gemm", "nvjet", "cutlass", "xmma", "mm_"),
+    "fused": ("triton",),
+}
+
+
+def kernel_shares(step: Callable[[], Any], steps: int = 3) -> dict[str, float]:
+    """Milliseconds of a step in each kind of kernel of ``KERNELS``, in others, and between kernels; and the five dearest kernels."""
+    step()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(steps):
+        step()
+    torch.cuda.synchronize()
+    whole = 1e3 * (time.perf_counter() - begun) / steps
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    spent: dict[str, float] = dict.fromkeys([*KERNELS, "other"], 0.0)
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    for event in events:
+        name = event.key.lower()
+        kind = next((kind for kind, words in KERNELS.items() if any(word in name for word in words)), "other")
+        spent[kind] += event.self_device_time_total / 1e3 / steps
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:5]:
+        print(f"  {event.self_device_time_total / 1e3 / steps:8.2f} ms  {event.count / steps:6.0f}  {event.key[:100]}")
+    spent["between"] = max(0.0, whole - sum(spent.values()))
+    return {name: round(value, 2) for name, value in spent.items()}
 
 
 class Clip:

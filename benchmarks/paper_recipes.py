@@ -225,7 +225,8 @@ class Recipe:
         found += [f"run.eval_every={steps}", f"optim.lr={options.lr:g}", "optim.final_lr=0.05", "optim.warmup=10"]
         found += ["optim.weight_decay=0", "optim.clip=1.0", f"run.device={self.device.type}"]
         found += [f"run.checkpointing={options.checkpointing}"] if options.checkpointing else []
-        return found + ([f"run.compile={options.compile}"] if options.compile else ["run.compile=none"] * options.tiny)
+        found += [f"run.compile={options.compile}"] if options.compile else ["run.compile=none"] * options.tiny
+        return found + options.more
 
     def train(self) -> None:
         """Parts 3 and 4: the run, killed once in its second half."""
@@ -380,6 +381,7 @@ def main() -> int:
     parser.add_argument("--alpha", type=float, default=64.0)
     parser.add_argument("--checkpointing", default="")
     parser.add_argument("--compile", default="")
+    parser.add_argument("--more", nargs="*", default=[], help="further overrides, such as run.deterministic=true")
     parser.add_argument("--generate-steps", type=int, default=4)
     parser.add_argument("--clip-steps", type=int, default=0, help="denoising steps of the timed clip; 0 times none")
     parser.add_argument("--parts", default="prepare,train,generate")
