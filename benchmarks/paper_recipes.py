@@ -41,6 +41,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "a14b": {"experiment": "pf_wan_a14b", "also": ["patch_embedding", "proj_out"], "rank": 32, "steps": 40, "lr": 2e-4},
     "cosmos3": {"experiment": "pf_cosmos3_nano", "also": ["proj_in", "proj_out"], "rank": 16, "steps": 200, "lr": 3e-4},
 }
+#: Frames, rows and columns that the paper trains with; rows of another size have it in their names.
+BUCKET = "81x480x640"
 WAN: dict[str, Any] = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "5b": WAN | {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
@@ -149,7 +151,8 @@ class Recipe:
         self.command = placeless("python benchmarks/paper_recipes.py " + shlex.join(sys.argv[1:]))
 
     def note(self, name: str, value: float, unit: str, n: int = 1, **more: Any) -> None:
-        claim = f"training/{self.settings['experiment']}/{name}"
+        size = "" if self.bucket == BUCKET else f"_{self.bucket}"
+        claim = f"training/{self.settings['experiment']}{size}/{name}"
         line = measurement(
             claim,
             round(value, 5),
@@ -181,6 +184,8 @@ class Recipe:
         begun = time.perf_counter()
         if not (self.model / "model_index.json").is_file():
             build(self.kind, self.model, clip, self.device)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the commands that follow are processes of their own, on the same card
         print(f"pipeline: {time.perf_counter() - begun:.1f} s", flush=True)
         words = [
             f"data=[{self.options.data}]",
@@ -374,7 +379,7 @@ def main() -> int:
     parser.add_argument("--work", required=True)
     parser.add_argument("--json")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--bucket", default="81x480x640")
+    parser.add_argument("--bucket", default=BUCKET)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--lr", type=float, help="falls with the width of the model where none is given")
     parser.add_argument("--batch", type=int, default=1, help="noise levels of the window in an update, one at a time")
