@@ -67,12 +67,21 @@ class UMT5Text:
         """Embeddings [L<=max_tokens,D] of one sentence on the CPU, without the zeros."""
         text = clean(sentence)
         if text not in self._memory:
-            key = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()[:32]
-            path = self.cache / f"{key}.safetensors"
-            if not path.is_file():
-                self._store(path, text)
-            self._memory[text] = self._load(path)
+            self._memory[text] = self.cached(sentence)
         return self._memory[text]
+
+    def cached(self, sentence: str) -> Tensor:
+        """The same, read from the cache on disk (and put there first) every time: for more sentences than memory holds."""
+        text = clean(sentence)
+        key = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()[:32]
+        path = self.cache / f"{key}.safetensors"
+        if not path.is_file():
+            self._store(path, text)
+        return self._load(path)
+
+    def release(self) -> None:
+        """Let go of tokenizer and encoder; the next sentence that is not cached loads them again."""
+        self._parts.clear()
 
     def batch(self, sentences: Sequence[str]) -> Tensor:
         """[B,max_tokens,D] in the encoder's precision, on the CPU."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from physisforcing.core.episodes import EpisodeSource
@@ -36,6 +39,7 @@ class LatentMaker:
         self.described: Described = describe_backbone(model)
         self.patch = self._patch()
         self._vae: PipelineVae | None = None
+        self._stays = False
         self.text: UMT5Text | CosmosText
         if self.described.cosmos:
             self.text = CosmosText(model)
@@ -64,30 +68,45 @@ class LatentMaker:
         self, source: EpisodeSource, index: int, bucket: Bucket, starts: Sequence[int], stride: int, fps: float
     ) -> dict[str, Tensor]:
         """The tensors of ``latent_shards.write_shard``. ``source`` shows pictures of the bucket's size."""
-        vae = self._loaded_vae()
-        latents, conditions = [], []
+        self.load()
+        parts: dict[str, list[Tensor]] = {}
         for start in starts:
-            frames = self._timed(
-                "pictures",
-                lambda start=start: source.frames(index, range(start, start + bucket.frames * stride, stride)),
-            )
-            video = torch.from_numpy(frames).to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
-            made = self._timed("latents", lambda video=video: vae.encode(video).to("cpu", self.dtype))
-            latents.append(made[0])
-            if self.described.conditioned:
-                shown = self._timed("latents", lambda video=video: vae.encode_grey(video[:, :, 0], bucket.frames))
-                conditions.append(shown[0].to("cpu", self.dtype))
-        tensors = {"latents_WCFhw": torch.stack(latents)}
-        if conditions:
-            tensors["condition_WCFhw"] = torch.stack(conditions)
+            frames = self._timed("pictures", lambda start=start: window_frames(source, index, bucket, start, stride))
+            made = self._timed("latents", lambda frames=frames: _on_cpu(self.encode(frames)))
+            for name, value in made.items():
+                parts.setdefault(name.replace("_CFhw", "_WCFhw"), []).append(value)
         sentence = source.episode(index).instruction
-        return tensors | self._timed("text", lambda: self._sentence(sentence, bucket, fps))
+        tensors = {name: torch.stack(values) for name, values in parts.items()}
+        return tensors | self._timed("text", lambda: self.sentence(sentence, bucket, fps))
 
-    def _sentence(self, sentence: str, bucket: Bucket, fps: float) -> dict[str, Tensor]:
+    def encode(self, frames_THWC: NDArray[np.uint8]) -> dict[str, Tensor]:
+        """``latents_CFhw`` of the pictures of a window and, of a backbone with conditioning channels, ``condition_CFhw`` of the first one
+        and grey; on the device, in the precision in which they are kept. The autoencoder is that of ``load``."""
+        assert self._vae is not None
+        video = torch.from_numpy(frames_THWC).to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+        found = {"latents_CFhw": self._vae.encode(video)[0].to(self.dtype)}
+        if self.described.conditioned:
+            found["condition_CFhw"] = self._vae.encode_grey(video[:, :, 0], len(frames_THWC))[0].to(self.dtype)
+        return found
+
+    def sentence(self, sentence: str, bucket: Bucket, fps: float, *, keep: bool = True) -> dict[str, Tensor]:
+        """``text_LD`` or ``text_L`` of a sentence, on the CPU. ``keep``: in memory as well, for the next window that has it."""
         if isinstance(self.text, CosmosText):
             size = {"frames": bucket.frames, "height": bucket.rows, "width": bucket.columns}
             return {"text_L": self.text.batch([sentence], fps=fps, **size)[0]}
-        return {"text_LD": self.text.tokens(sentence).to(self.dtype)}
+        return {"text_LD": (self.text.tokens if keep else self.text.cached)(sentence).to(self.dtype)}
+
+    def embed(self, sentences: Iterable[str]) -> None:
+        """Put embeddings of all ``sentences`` into the cache on disk. The encoder stays on the device meanwhile, and nowhere after it."""
+        if isinstance(self.text, CosmosText):
+            return  # ids are made in no time
+        self._stays = True
+        try:
+            for sentence in sentences:
+                self.text.cached(sentence)
+        finally:
+            self._stays = False
+            self.text.release()
 
     def _text_fingerprint(self) -> str:
         if isinstance(self.text, CosmosText):
@@ -100,11 +119,11 @@ class LatentMaker:
         time_, rows, columns = values.get("patch_size") or (1, side, side)
         return int(time_), int(rows), int(columns)
 
-    def _loaded_vae(self) -> PipelineVae:
+    def load(self) -> None:
+        """The autoencoder to the device, in float32, as where videos are generated."""
         if self._vae is None:
-            self._vae = load_vae(self.model / "vae")  # in float32, as where videos are generated
+            self._vae = load_vae(self.model / "vae")
             self._vae.vae.to(self.device)
-        return self._vae
 
     def _on_device(self, encoder: torch.nn.Module, call: Callable[[], Tensor]) -> Tensor:
         """The text encoder goes to the device for its turn."""
@@ -112,10 +131,35 @@ class LatentMaker:
         try:
             return call()
         finally:
-            encoder.to("cpu")
+            if not self._stays:
+                encoder.to("cpu")
 
     def _timed(self, what: str, call: Callable[[], Any]) -> Any:
         begun = time.perf_counter()
         made = call()
         self.seconds[what] += time.perf_counter() - begun
         return made
+
+
+def window_frames(source: EpisodeSource, index: int, bucket: Bucket, start: int, stride: int) -> NDArray[np.uint8]:
+    """The pictures [T,H,W,3] of the window of an episode that starts at the recorded frame ``start``."""
+    return source.frames(index, range(start, start + bucket.frames * stride, stride))
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in tensors.items()}
+
+
+@contextlib.contextmanager
+def as_in_commands(device: torch.device) -> Iterator[None]:
+    """Inside, encoders and teachers compute as ``physis data latents`` does, whatever a training run has chosen for its own network: without
+    autocast, with exact products of matrices, and with the convolutions that are chosen without trying them."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = False
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.benchmark = cudnn

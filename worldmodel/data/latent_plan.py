@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from .buckets import Bucket
     from .latent_maker import LatentMaker
-    from .latents import LatentsCommand
+    from .latent_settings import WindowSettings
+    from .latent_shards import LatentWindow, StoreInfo
 
 #: Rates that differ by less are one: datasets round theirs.
 RATE_TOLERANCE = 0.01
@@ -45,25 +46,25 @@ class Plan:
     repeating: list[str] = field(default_factory=list)
 
 
-def make_plan(command: LatentsCommand, maker: LatentMaker) -> Plan:
-    """Read what all data say of themselves. ``UserError`` for data of another rate than the rest or than the store that is there, for
-    buckets that do not fit the model, and where no episode fills a bucket."""
+def make_plan(settings: WindowSettings, data: Sequence[str], maker: LatentMaker, store: Path | None = None) -> Plan:
+    """Read what all ``data`` say of themselves. ``UserError`` for data of another rate than the rest or than the ``store``, where it is
+    there, for buckets that do not fit the model, and where no episode fills a bucket."""
     from .buckets import Bucket
     from .latent_sources import ClipEpisodes, camera_of, open_source
 
-    buckets = [Bucket.parse(text, maker.described.stride, maker.patch) for text in command.buckets]
-    sources = [(root, open_source(root, command.fps * command.stride)) for root in command.data]
-    plan = Plan(fps=_common_rate(Path(command.out), {root: found.fps / command.stride for root, found in sources}))
+    buckets = [Bucket.parse(text, maker.described.stride, maker.patch) for text in settings.buckets]
+    sources = [(root, open_source(root, settings.fps * settings.stride)) for root in data]
+    plan = Plan(fps=_common_rate(store, {root: found.fps / settings.stride for root, found in sources}))
     seen: set[str] = set()
     for root, source in sources:
         clips = isinstance(source, ClipEpisodes)
-        camera = camera_of(source, None if clips else command.camera)
+        camera = camera_of(source, None if clips else settings.camera)
         for episode in source.episodes:
             name = f"{root} episode {episode.index}"
-            if command.success_only and episode.success is False:
+            if settings.success_only and episode.success is False:
                 plan.left_out["failed"].append(name)
                 continue
-            job = _job(command, maker, buckets, plan.fps, source, episode.index, camera)
+            job = _job(settings, maker, buckets, plan.fps, source, episode.index, camera)
             if job is None:
                 plan.left_out["too short"].append(name)
             elif job.content in seen:
@@ -81,7 +82,7 @@ def make_plan(command: LatentsCommand, maker: LatentMaker) -> Plan:
 
 
 def _job(
-    command: LatentsCommand,
+    settings: WindowSettings,
     maker: LatentMaker,
     buckets: list[Bucket],
     fps: float,
@@ -93,37 +94,66 @@ def _job(
     from .buckets import choose
 
     episode = source.episode(index)
-    frames = (episode.length - 1) // command.stride + 1
+    frames = (episode.length - 1) // settings.stride + 1
     bucket = choose(buckets, frames, recorded_size(source, index, camera))
     if bucket is None:
         return None
-    span = (bucket.frames - 1) * command.stride
-    starts = list(range(0, episode.length - span, window_step(command, bucket)))[: command.limit]
+    span = (bucket.frames - 1) * settings.stride
+    starts = list(range(0, episode.length - span, window_step(settings, bucket)))[: settings.limit]
     content = hashlib.sha256(f"{source.content_hash(index)} {camera}".encode()).hexdigest()
     return Job(
         source=source, index=index, bucket=bucket, starts=starts, camera=camera, content=content,
-        shard=maker.shard_name(content, episode.instruction, bucket, starts, command.stride, fps),
+        shard=maker.shard_name(content, episode.instruction, bucket, starts, settings.stride, fps),
     )  # fmt: skip
 
 
-def _common_rate(out: Path, rates: Mapping[str, float]) -> float:
+def job_windows(job: Job, info: StoreInfo, targets: str) -> list[LatentWindow]:
+    """The windows of a job as a store lists them. ``targets``: the file of its physics targets, "" for none."""
+    from .latent_shards import LatentWindow
+
+    (time, high, wide), bucket = info.stride, job.bucket
+    shape = info.channels, 1 + (bucket.frames - 1) // time, bucket.rows // high, bucket.columns // wide
+    return [
+        LatentWindow(
+            shard=job.shard, row=row, shape=shape, caption=job.source.episode(job.index).instruction,
+            source=Path(job.source.root).name, episode=job.index, start=start, targets=targets,
+            target_row=row if targets else -1, content=job.content[:32],
+        )
+        for row, start in enumerate(job.starts)
+    ]  # fmt: skip
+
+
+def told(left_out: Mapping[str, Sequence[str]], repeating: Sequence[str]) -> Iterator[str]:
+    """Lines for a reader: how many episodes a plan leaves out, why, and the first of them; and which clips repeat frames."""
+    for why, names in left_out.items():
+        if names:
+            yield f"left out, {why}: {_some(names)}"
+    if repeating:
+        yield f"slower than the rate of the windows, frames repeat: {_some(repeating)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def _common_rate(store: Path | None, rates: Mapping[str, float]) -> float:
     """Frames a second of all windows: the store's, where there is one, else those of the first data."""
     from .latent_shards import STORE_NAME, read_store
 
     first, fps = next(iter(rates.items()))
-    if (out / STORE_NAME).is_file():
-        first, fps = str(out), read_store(out)[0].fps
+    if store is not None and (store / STORE_NAME).is_file():
+        first, fps = str(store), read_store(store)[0].fps
     for root, rate in rates.items():
         if abs(rate - fps) > RATE_TOLERANCE * fps:
-            fix = "stride= or fps= that fits both, or another store"
+            fix = "stride= or fps= that fits both, or keep them apart"
             raise UserError(f"data: {root}", got=f"{rate:.4g} frames a second", wanted=f"{fps:.4g} as {first}", fix=fix)
     return fps
 
 
-def window_step(command: LatentsCommand, bucket: Bucket) -> int:
+def window_step(settings: WindowSettings, bucket: Bucket) -> int:
     """Recorded frames from one window to the next. Where nothing is said, one behind the other, and a multiple of 8, where the
     simulator's truth has its depth."""
-    return command.start_stride or 8 * ((bucket.frames - 1) * command.stride // 8 + 1)
+    return settings.start_stride or 8 * ((bucket.frames - 1) * settings.stride // 8 + 1)
 
 
 def recorded_size(source: EpisodeSource, index: int, camera: str) -> tuple[int, int]:

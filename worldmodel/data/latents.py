@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from physisforcing.core.errors import UserError, check_at_least, unknown_name
+from physisforcing.core.errors import UserError
 from physisforcing.core.shards import parse_shard
 
 from ..teachers.selection import TeachersConfig
+from .latent_settings import WindowSettings
 
 if TYPE_CHECKING:
     import torch
@@ -48,24 +49,14 @@ fields:
 
 
 @dataclass(slots=True, kw_only=True)
-class LatentsCommand:
+class LatentsCommand(WindowSettings):
     """Settings of ``physis data latents`` (see ``USAGE``)."""
 
     data: list[str]
     model: str
     out: str
-    buckets: list[str] = field(default_factory=lambda: ["81x480x640"])
-    stride: int = 1
-    start_stride: int = 0
-    limit: int | None = None
-    fps: float = 16.0
-    camera: str | None = None
-    success_only: bool = True
     targets: bool = True
-    grid_rows: int = 25
-    grid_columns: int = 25
     device: str = "auto"
-    dtype: str = "bf16"
     workers: int = 2
     shard: str = "0/1"
     text_cache: str | None = None
@@ -73,15 +64,9 @@ class LatentsCommand:
 
     def check(self) -> None:
         """``UserError`` for what can be in no store."""
-        check_at_least(self, stride=1, start_stride=0, grid_rows=1, grid_columns=1)
+        self.check_windows()
         if not self.data:
             raise UserError("data", got="nothing", wanted="datasets or folders of clips", fix="data=[FOLDER]")
-        if self.dtype not in ("bf16", "fp32"):
-            raise unknown_name("dtype", self.dtype, ("bf16", "fp32"), see="physis data latents --help")
-        if not self.fps > 0:
-            raise UserError("fps", got=self.fps, wanted="frames a second", fix="fps=16")
-        if self.limit is not None:
-            check_at_least(self, limit=1)
 
 
 def make_latents(command: LatentsCommand, *, progress: bool = False) -> dict[str, Any]:
@@ -96,19 +81,17 @@ def make_latents(command: LatentsCommand, *, progress: bool = False) -> dict[str
     from .latent_plan import make_plan
     from .latent_shards import write_shard
     from .latent_sources import SizedEpisodes
-    from .latent_targets import bucket_recipes, make_targets
+    from .latent_targets import bucket_recipes, make_targets, teachers_of
 
     command.check()
     device = _pick_device(command.device)
     cache = Path(command.text_cache) if command.text_cache else None
     maker = LatentMaker(Path(command.model), device=device, dtype=DTYPES[command.dtype], text_cache=cache)
     out, part = Path(command.out), parse_shard(command.shard)
-    plan = make_plan(command, maker)
-    recipes = bucket_recipes(command, maker, plan.jobs)
-    teachers = None
-    if recipes:
-        teachers = {kind: asdict(info) for kind, info in next(iter(recipes.values())).teachers.items()}
-    info = maker.info(plan.fps, teachers)
+    plan = make_plan(command, command.data, maker, out)
+    cached = out / "targets"
+    recipes = bucket_recipes(command, command.teacher, maker, plan.jobs, cached) if command.targets else {}
+    info = maker.info(plan.fps, teachers_of(recipes))
     _check_store(out, info)
     mine = [job for place, job in enumerate(plan.jobs) if place % part[1] == part[0]]
     computed = 0
@@ -120,7 +103,8 @@ def make_latents(command: LatentsCommand, *, progress: bool = False) -> dict[str
             computed += len(job.starts)
     seconds = {what: round(value / max(computed, 1), 4) for what, value in maker.seconds.items()}
     if recipes:
-        targeted, spent = make_targets(command, mine, recipes, str(device), progress)
+        options = {"device": str(device), "workers": command.workers, "progress": progress}
+        targeted, spent = make_targets(mine, recipes, command.teacher, cached, **options)  # type: ignore[arg-type]
         seconds["targets"] = round(spent / targeted, 4) if targeted else 0.0
     windows = _list(out, info, plan.jobs, recipes)
     return _summary(out, plan, windows, bool(recipes)) | {"computed": computed, "seconds_a_window": seconds}
@@ -168,7 +152,7 @@ def _windows(
     out: Path, info: StoreInfo, jobs: Sequence[Job], recipes: Mapping[Bucket, TargetRecipe]
 ) -> list[LatentWindow]:
     """The windows of ``jobs`` whose latents are there."""
-    from .latent_shards import LatentWindow
+    from .latent_plan import job_windows
     from .latent_targets import targets_of
 
     found: list[LatentWindow] = []
@@ -176,18 +160,9 @@ def _windows(
         if not (out / job.shard).is_file():
             continue
         recipe, targets = recipes.get(job.bucket), ""
-        if recipe is not None and (path := targets_of(job, recipe, out)).is_file():
+        if recipe is not None and (path := targets_of(job, recipe, out / "targets")).is_file():
             targets = path.relative_to(out).as_posix()
-        (time, high, wide), bucket = info.stride, job.bucket
-        shape = info.channels, 1 + (bucket.frames - 1) // time, bucket.rows // high, bucket.columns // wide
-        found += [
-            LatentWindow(
-                shard=job.shard, row=row, shape=shape, caption=job.source.episode(job.index).instruction,
-                source=Path(job.source.root).name, episode=job.index, start=start, targets=targets,
-                target_row=row if targets else -1, content=job.content[:32],
-            )
-            for row, start in enumerate(job.starts)
-        ]  # fmt: skip
+        found += job_windows(job, info, targets)
     return found
 
 
@@ -236,13 +211,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print(summary: dict[str, Any]) -> None:
+    from .latent_plan import told
+
     print(f"{summary['out']}: {summary['windows']} windows ({summary['computed']} computed now)")
     for name, count in summary["buckets"].items():
         print(f"  {name:<16}{count:>7}")
-    for why, names in summary["left_out"].items():
-        print(f"  left out, {why}: {_some(names)}")
-    if summary["repeating"]:
-        print(f"  slower than the store's rate, frames repeat: {_some(summary['repeating'])}")
+    for line in told(summary["left_out"], summary["repeating"]):
+        print(f"  {line}")
     if summary["missing"]:
         print(f"  {summary['missing']} windows are made by other shards, or not yet", file=sys.stderr)
     if summary["without_targets"]:
@@ -255,7 +230,3 @@ def _print(summary: dict[str, Any]) -> None:
     spent = [f"{what} {value:g}" for what, value in summary["seconds_a_window"].items() if value]
     if spent:
         print(f"  seconds a window: {', '.join(spent)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
