@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -85,6 +85,8 @@ class LatentBank:
     physics: PhysicsConfig | None = None
     ahead: int = 4
     targets: StoreTargets | None = None
+    #: What to do where targets are missing.
+    AGAIN: ClassVar[str] = "physis data latents again, or copy the whole store"
     _lenders: dict[tuple[int, ...], int] = field(default_factory=dict)
     _pool: ThreadPoolExecutor | None = None
     _coming: dict[int, Future[dict[str, Any]]] = field(default_factory=dict)
@@ -101,9 +103,9 @@ class LatentBank:
             raise UserError(
                 "data.latents", got="windows without physics targets", wanted="some that have them", fix=fix
             )
-        recipe, shard = _targets(*self._targets_path(known))
+        recipe, channels = self._made_by(known)
         check_recipe(recipe, self.physics)
-        dim = shard.channels or self.physics.feature_dim  # relations of bodies have no encoder
+        dim = channels or self.physics.feature_dim  # relations of bodies have no encoder
         self.targets = StoreTargets(bank=self, teacher_dim=dim, identity=self.info.teachers or {})
 
     def __len__(self) -> int:
@@ -137,7 +139,7 @@ class LatentBank:
         """Tokens of a sentence as the blocks read it; of Cosmos3 those of the first window's."""
         if self.info.kind == "wan":
             return WAN_TOKENS
-        return len(read_window(*self.windows[0])["text_L"])
+        return len(self._read(0)["text_L"])
 
     def latent_shape(self, rows_B: Tensor) -> tuple[int, ...]:
         """[B,C,F,h,w] of the latents of rows of one shape."""
@@ -167,9 +169,8 @@ class LatentBank:
         """``latents_BCFhw`` (float32), ``text``, ``condition_BCFhw`` where there is one, and ``targets`` of rows of one shape."""
         self.expect(rows_B)
         rows = rows_B.tolist()
-        samples = [self._coming[row].result() for row in rows]
-        for row in set(rows):
-            del self._coming[row]
+        made_of = {row: self._complete(row, self._coming.pop(row).result()) for row in dict.fromkeys(rows)}
+        samples = [made_of[row] for row in rows]
         made: dict[str, Any] = {"targets": None}
         made["latents_BCFhw"] = self._stack([sample["latents_CFhw"] for sample in samples]).float()
         if "condition_CFhw" in samples[0]:
@@ -189,7 +190,9 @@ class LatentBank:
     def _stack(self, parts: Sequence[Tensor]) -> Tensor:
         """[B,...] on the device; the copy does not hold up the host."""
         whole = torch.stack(list(parts))
-        return whole.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else whole
+        if self.device.type != "cuda" or whole.device.type == "cuda":
+            return whole
+        return whole.pin_memory().to(self.device, non_blocking=True)
 
     def _text(self, samples: Sequence[Mapping[str, Any]]) -> Tensor:
         """Embeddings [B,512,D] with zeros behind the sentence, or ids [B,L] with -1 behind it."""
@@ -202,9 +205,16 @@ class LatentBank:
             text[row, : len(sample["text_LD"])] = sample["text_LD"].to(self.device, non_blocking=True)
         return text
 
+    def _read(self, row: int) -> dict[str, Any]:
+        """Everything of a window but its targets, in a thread that reads."""
+        return dict(read_window(*self.windows[row]))
+
+    def _complete(self, row: int, sample: dict[str, Any]) -> dict[str, Any]:
+        """What is left to do once a batch needs the window, in the thread that asks for it."""
+        return sample
+
     def _load(self, row: int) -> dict[str, Any]:
-        store, window = self.windows[row]
-        found: dict[str, Any] = dict(read_window(store, window))
+        found = self._read(row)
         if self.physics is not None:
             found["targets"] = self._target(row)
         return found
@@ -224,6 +234,11 @@ class LatentBank:
                 empty[name] = torch.zeros_like(empty[name])
         return empty
 
+    def _made_by(self, row: int) -> tuple[TargetRecipe, int]:
+        """-> (what the targets of a window were made by, channels of its encoder)."""
+        recipe, shard = _targets(*self._targets_path(row))
+        return recipe, shard.channels
+
     def _lender(self, shape: tuple[int, ...]) -> int:
         """Row of a window of this shape that has targets, whose form those without any take."""
         if shape not in self._lenders:
@@ -237,13 +252,15 @@ class LatentBank:
         return self.physics
 
     def _targets_path(self, row: int) -> tuple[Path, int, int]:
-        store, window = self.windows[row]
-        path = store / window.targets
+        path = self._targets_file(row)
         if not path.is_file():
-            fix = "physis data latents again, or copy the whole store"
-            raise DatasetError(f"targets of {window.name}", got="none", wanted=str(path), fix=fix)
+            raise DatasetError(f"targets of {self.name(row)}", got="none", wanted=str(path), fix=self.AGAIN)
         state = path.stat()
         return path, state.st_mtime_ns, state.st_size
+
+    def _targets_file(self, row: int) -> Path:
+        store, window = self.windows[row]
+        return store / window.targets
 
 
 @functools.lru_cache(maxsize=64)

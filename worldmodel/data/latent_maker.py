@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ class LatentMaker:
         self.described: Described = describe_backbone(model)
         self.patch = self._patch()
         self._vae: PipelineVae | None = None
-        self._stays = False
+        self._stays, self._tokenizing = False, threading.Lock()
         self.text: UMT5Text | CosmosText
         if self.described.cosmos:
             self.text = CosmosText(model)
@@ -93,7 +94,8 @@ class LatentMaker:
         """``text_LD`` or ``text_L`` of a sentence, on the CPU. ``keep``: in memory as well, for the next window that has it."""
         if isinstance(self.text, CosmosText):
             size = {"frames": bucket.frames, "height": bucket.rows, "width": bucket.columns}
-            return {"text_L": self.text.batch([sentence], fps=fps, **size)[0]}
+            with self._tokenizing:  # by one thread at a time, as tokenizers want it
+                return {"text_L": self.text.batch([sentence], fps=fps, **size)[0]}
         return {"text_LD": (self.text.tokens if keep else self.text.cached)(sentence).to(self.dtype)}
 
     def embed(self, sentences: Iterable[str]) -> None:

@@ -112,13 +112,13 @@ class TargetMaker:
         maps: exact.MapCache = {}
         grid = (recipe.grid_rows, recipe.grid_columns)
         tracks = []
-        for place, start in enumerate(recipe.starts(length)):
+        for start in recipe.starts(length):
             # where only the depth is wanted, one frame has it
             steps = recipe.steps(int(start), length) if recipe.exact_points else np.array([start])
             found = exact.point_tracks(truth, steps.tolist(), grid, maps=maps)
             if recipe.tracker.name == "degraded":
                 # errors belong to an episode and window, wherever and in whatever order targets are made
-                seed = np.random.SeedSequence([int(content[:16], 16), place])
+                seed = np.random.SeedSequence([int(content[:16], 16), int(start) // recipe.start_stride])
                 found = degrade(found, np.random.default_rng(seed), self.teachers.config.errors)
             tracks.append(found)
         return tracks

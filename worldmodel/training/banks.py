@@ -3,8 +3,13 @@ the device, those of the large backbones are read from latent stores while the r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,7 +18,10 @@ from physisforcing.core.errors import UserError
 from ..codec import VideoCodec, load_codec
 from ..data.batches import BankTargets, OnlineTargets, WindowBank, build_bank
 from ..data.latent_bank import LatentBank
+from ..data.latent_plan import told
+from ..data.latent_settings import WindowSettings
 from ..data.latent_shards import LatentWindow, check_same, read_store
+from ..data.live_bank import LiveBank, LiveWindows
 from ..data.windows import Episode, FrameStore, WindowTable, read_episodes
 from ..physics.config import PhysicsConfig
 from ..teachers.online import OnlineTeachers
@@ -24,17 +32,24 @@ from .runtime import split_heldout
 
 
 def prepare_banks(
-    config: TrainWorldModelConfig, device: torch.device, episodes: list[Episode] | None = None
+    config: TrainWorldModelConfig,
+    device: torch.device,
+    episodes: list[Episode] | None = None,
+    *,
+    quiet: bool = False,
 ) -> tuple[WindowBank, WindowBank] | tuple[LatentBank, LatentBank | None]:
     """-> (training windows, held-out windows): latents, conditions and physics targets on ``device``.
 
-    With ``run.init`` the sizes in ``config`` become those of that model first (``adopt_model``).
+    With ``run.init`` the sizes in ``config`` become those of that model first (``adopt_model``). ``quiet``: do not say what a large
+    backbone's datasets give, and what is left out of them.
     """
     adopt_model(config)
     data = config.data
     if config.model:
         physics = config.physics if config.physics.wanted else None
-        return open_stores(data.latents, data.heldout, device, physics, ahead=data.workers)
+        if data.latents:
+            return open_stores(data.latents, data.heldout, device, physics, ahead=data.workers)
+        return open_datasets(config, device, physics, quiet=quiet)
     if data.latents:
         wanted = "none without model="
         raise UserError("data.latents", got=data.latents, wanted=wanted, fix="model=<pipeline folder>, or data.roots")
@@ -79,22 +94,59 @@ def open_stores(
 ) -> tuple[LatentBank, LatentBank | None]:
     """-> (training windows, windows of ``heldout`` episodes spread evenly, None for 0). Episodes are whole on one side, also where several
     stores were made of them."""
-    if not folders:
-        fix = "physis data latents, then data.latents=[<its folder>]"
-        raise UserError("data.latents", got="no store", wanted="one or more latent stores", fix=fix)
+    assert folders, "check_large has looked"
     stores = {Path(folder): read_store(Path(folder)) for folder in folders}
     info = check_same({folder: found for folder, (found, _) in stores.items()})
     windows = [(folder, window) for folder, (_, some) in stores.items() for window in some]
-    episodes = _episodes(windows)
-    if not episodes:
+    if not windows:
         raise UserError("data.latents", got="stores without windows", wanted="windows", fix="see physis data latents")
-    banks = []
-    for part in split_heldout(episodes, heldout):
-        rows = [windows[row] for episode in part for row in episode]
-        bank = LatentBank(info=info, windows=rows, device=device, physics=physics, ahead=ahead) if rows else None
-        banks.append(bank)
-    assert banks[0] is not None
-    return banks[0], banks[1]
+    options: dict[str, Any] = {"info": info, "device": device, "physics": physics, "ahead": ahead}
+    return _split(windows, heldout, lambda part: LatentBank(windows=part, **options))
+
+
+def open_datasets(
+    config: TrainWorldModelConfig, device: torch.device, physics: PhysicsConfig | None, *, quiet: bool = False
+) -> tuple[LiveBank, LiveBank | None]:
+    """-> (training windows, held-out ones) of ``data.roots``, as ``open_stores`` gives them of a store with the same settings."""
+    data = config.data
+    text, targets = (Path(folder) if folder else None for folder in (data.text_cache, data.targets_cache))
+    with _named_as_here():
+        live = LiveWindows.prepare(
+            data.roots, data.live, Path(config.model), device, teachers=config.teacher if physics else None,
+            online=data.targets == "online", cache=targets, text_cache=text, workers=data.workers,
+        )  # fmt: skip
+    windows = live.windows()
+    if not quiet:
+        lines = [f"data.roots: {len(windows)} windows", *told(live.plan.left_out, live.plan.repeating)]
+        print("\n  ".join(lines), file=sys.stderr, flush=True)
+    options: dict[str, Any] = {"live": live, "info": live.info, "device": device, "physics": physics}
+    return _split(windows, data.heldout, lambda part: LiveBank(windows=part, ahead=data.workers, **options))
+
+
+@contextlib.contextmanager
+def _named_as_here() -> Iterator[None]:
+    """Mistakes in settings that ``physis data latents`` has as well, with the names that they have in a training."""
+    names = "|".join(item.name for item in fields(WindowSettings))
+    try:
+        yield
+    except UserError as error:
+        fix = re.sub(rf"(?<![\w.])({names})(?==)", r"data.live.\1", error.fix).replace("targets=false", "physics=none")
+        name = re.sub(rf"^({names})$", r"data.live.\1", error.field)
+        name = re.sub(r"^data: ", "data.roots: ", name)
+        raise type(error)(name, got=error.got, wanted=error.wanted, fix=fix) from error
+
+
+B = TypeVar("B", bound=LatentBank)
+
+
+def _split(
+    windows: Sequence[tuple[Path, LatentWindow]], heldout: int, make: Callable[[list[tuple[Path, LatentWindow]]], B]
+) -> tuple[B, B | None]:
+    """Banks of the windows of some episodes and of ``heldout`` others."""
+    rest, kept = (
+        [windows[row] for episode in part for row in episode] for part in split_heldout(_episodes(windows), heldout)
+    )
+    return make(rest), make(kept) if kept else None
 
 
 def _episodes(windows: Sequence[tuple[Path, LatentWindow]]) -> list[list[int]]:

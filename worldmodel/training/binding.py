@@ -10,6 +10,8 @@ from typing import Any
 
 from physisforcing.core.errors import UserError
 
+from .config import TrainWorldModelConfig
+
 #: Settings that may differ when a run continues: they say where it runs and what it reports, not what it computes.
 FREE_SETTINGS = (
     frozenset(
@@ -36,6 +38,17 @@ FREE_SETTINGS = (
 )
 
 
+#: Beginnings of more of them with a large backbone: its windows and targets have a fingerprint, which is compared instead.
+FREE_WITH_MODEL = ("data.roots", "data.live.", "teacher.")
+
+
+def _free(name: str, config: Any) -> bool:
+    if name in FREE_SETTINGS:
+        return True
+    large = isinstance(config, TrainWorldModelConfig) and bool(config.model)
+    return large and name.startswith(FREE_WITH_MODEL)
+
+
 def binding_settings(config: Any) -> dict[str, Any]:
     """The settings that a continued run must share with its checkpoints: dotted name -> plain value of the config dataclass."""
     flat: dict[str, Any] = {}
@@ -44,7 +57,7 @@ def binding_settings(config: Any) -> dict[str, Any]:
         for name, value in values.items():
             if isinstance(value, dict):
                 walk(value, f"{prefix}{name}.")
-            elif prefix + name not in FREE_SETTINGS:
+            elif not _free(prefix + name, config):
                 flat[prefix + name] = value
 
     walk(
@@ -58,6 +71,9 @@ def check_settings(checkpoint: Path, config: Any) -> None:
     did not exist then has its default, which must mean what happened without it."""
     stored = json.loads((checkpoint / "training" / "state.json").read_text()).get("settings", {})
     now = binding_settings(config)
+    stored = {
+        name: value for name, value in stored.items() if not _free(name, config)
+    }  # what is free now may once have bound
     stored = {name: value for name, value in _defaults(config).items() if name in now} | stored
     for name in sorted({*stored, *now}):
         if name not in stored or name not in now or stored[name] != now[name]:

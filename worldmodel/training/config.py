@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from physisforcing.core.errors import UserError, check_at_least
 
 from ..backbones.wan import ConditionerConfig, WanConfig
+from ..data.latent_settings import WindowSettings
 from ..flow_matching import FlowMatchingConfig
 from ..physics.config import PhysicsConfig
 from ..teachers.selection import TeachersConfig
@@ -24,8 +25,9 @@ class DataConfig:
     (``targets`` inside each dataset when empty). ``targets``: ``cache``, or ``online``: the teachers look at each batch (at the
     pictures that are kept, 120x160), which costs their time at every step and nothing on disk.
 
-    ``latents``: the latent stores that a large backbone is trained on (``physis data latents``), in place of ``roots`` and all that
-    chooses among them; ``heldout`` 0 measures nothing then, and ``workers`` read ahead.
+    A large backbone is trained on ``latents``, the stores of ``physis data latents``, or on ``roots``, datasets and folders of clips that are
+    encoded while it trains: ``live`` says how, with the fields of that command, in place of all here that chooses among windows.
+    ``heldout`` 0 measures nothing then, ``workers`` read ahead, and ``targets`` by any teacher may be ``online``.
     """
 
     roots: list[str] = field(default_factory=list)
@@ -41,6 +43,7 @@ class DataConfig:
     targets_cache: str | None = None
     targets: str = "cache"
     latents: list[str] = field(default_factory=list)
+    live: WindowSettings = field(default_factory=WindowSettings)
 
     def __post_init__(self) -> None:
         if self.targets not in ("cache", "online"):

@@ -32,10 +32,14 @@ from .runtime import compiles, sharded
 
 #: Beginnings of the names of settings that say something about the small models alone, and of those that do about the large ones.
 _SMALL = (
-    "codec", "actions", "text_dropout", "backbone.", "conditioner.", "teacher.", "data.roots", "data.tasks", "data.limit",
-    "data.success_only", "data.start_stride", "data.start_fraction", "data.end_fraction", "data.targets", "data.text_cache",
+    "codec", "actions", "text_dropout", "backbone.", "conditioner.", "data.tasks", "data.limit", "data.success_only",
+    "data.start_stride", "data.start_fraction", "data.end_fraction",
 )  # fmt: skip
-_LARGE = ("large.",)
+_LARGE = ("large.", "data.live.")
+#: Those of the small models whose like ``data.live`` has.
+_ALSO_LIVE = ("data.limit", "data.success_only", "data.start_stride")
+#: Those that say how windows are made, which stores hold already.
+_MAKING = ("data.roots", "data.live.", "data.targets", "data.text_cache", "teacher.")
 
 
 def check_large(config: TrainWorldModelConfig) -> None:
@@ -44,9 +48,21 @@ def check_large(config: TrainWorldModelConfig) -> None:
         fix = f"leave {name} out; without experiment= it is that of the small pico: name a recipe such as experiment=lora_24gb"
         if name.startswith("backbone."):
             fix = "large.tap=, and leave the rest out: its sizes are those of its folder"
+        if name in _ALSO_LIVE:
+            fix = f"data.live.{name.removeprefix('data.')}= with datasets, or leave {name} out: data.latents hold their windows"
+        raise UserError(name, got=value, wanted="no such setting with model=", fix=fix)
+    for name, value in _chosen(config, _MAKING) if config.data.latents else ():
+        fix = f"leave {name} out: data.latents hold their windows"
+        if name == "data.roots":
+            fix = "data.latents to train on stores, or data.roots to encode while training: leave one out"
         if name.startswith("teacher."):
             fix = "leave teacher out: data.latents hold the targets, and who made them"
-        raise UserError(name, got=value, wanted="no such setting with model=", fix=fix)
+        raise UserError(name, got=value, wanted="no such setting with model= and data.latents", fix=fix)
+    if not config.data.latents and not config.data.roots:
+        fix = (
+            "physis data latents, then data.latents=[<its folder>], or data.roots=[<dataset>] to encode while training"
+        )
+        raise UserError("data.latents", got="no store", wanted="one or more latent stores, or data.roots", fix=fix)
     if config.data.workers < 1:
         raise UserError(
             "data.workers", got=config.data.workers, wanted="1 or more: they read ahead", fix="data.workers=4"

@@ -67,7 +67,7 @@ class Trainer:
         self.guard = FiniteGuard(config.run.nonfinite, self.clips)
         #: The frozen weights that adapters belong to; they are not in checkpoints.
         self.base = base_fingerprint(config) if config.lora.rank else None
-        #: The windows of stores, which may have grown; those of datasets are told by their settings.
+        #: The windows of a large backbone, whose data may have grown; those of small models are told by their settings.
         self.windows = bank.fingerprint if isinstance(bank, LatentBank) else None
         self.wait_s = 0.0
         #: The held-out window whose pictures are shown, once it is chosen.
@@ -202,10 +202,9 @@ class Trainer:
             fix = "give run.init the model that the run began with, or begin another run"
             raise UserError("run.init", got=f"weights {self.base}", wanted=f"weights {state.get('base')}", fix=fix)
         if state.get("windows", self.windows) != self.windows:
-            fix = "give data.latents as they were when the run began, or begin another run with run.init"
-            raise UserError(
-                "data.latents", got=f"windows {self.windows}", wanted=f"windows {state['windows']}", fix=fix
-            )
+            name = "data.latents" if self.config.data.latents else "data.roots"
+            fix = f"give {name} and how windows are made as they were when the run began, or begin another run with run.init"
+            raise UserError(name, got=f"windows {self.windows}", wanted=f"windows {state['windows']}", fix=fix)
         return restore_training(
             checkpoint,
             self.model,
@@ -253,7 +252,7 @@ def _train(config: TrainWorldModelConfig, banks: Banks | None, processes: Proces
         wanted = "a run with a checkpoint, and run.resume=true"
         raise UserError("large.export", got=str(run), wanted=wanted, fix="run.out=<that run> run.resume=true")
     if banks is None:
-        banks = processes.one_after_the_other(lambda: prepare_banks(config, device))
+        banks = processes.one_after_the_other(lambda: prepare_banks(config, device, quiet=not processes.first))
     bank, heldout = banks
     trainer = Trainer(config, bank, device, processes)
     first = trainer.restore(found) if found is not None else 0
