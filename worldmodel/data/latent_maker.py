@@ -73,18 +73,18 @@ class LatentMaker:
         parts: dict[str, list[Tensor]] = {}
         for start in starts:
             frames = self._timed("pictures", lambda start=start: window_frames(source, index, bucket, start, stride))
-            made = self._timed("latents", lambda frames=frames: _on_cpu(self.encode(frames)))
+            made = self._timed("latents", lambda frames=frames: _on_cpu(self.encode(torch.from_numpy(frames))))
             for name, value in made.items():
                 parts.setdefault(name.replace("_CFhw", "_WCFhw"), []).append(value)
         sentence = source.episode(index).instruction
         tensors = {name: torch.stack(values) for name, values in parts.items()}
         return tensors | self._timed("text", lambda: self.sentence(sentence, bucket, fps))
 
-    def encode(self, frames_THWC: NDArray[np.uint8]) -> dict[str, Tensor]:
-        """``latents_CFhw`` of the pictures of a window and, of a backbone with conditioning channels, ``condition_CFhw`` of the first one
+    def encode(self, frames_THWC: Tensor) -> dict[str, Tensor]:
+        """``latents_CFhw`` of the pictures (uint8) of a window and, of a backbone with conditioning channels, ``condition_CFhw`` of the first one
         and grey; on the device, in the precision in which they are kept. The autoencoder is that of ``load``."""
         assert self._vae is not None
-        video = torch.from_numpy(frames_THWC).to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+        video = frames_THWC.to(self.device, non_blocking=True).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
         found = {"latents_CFhw": self._vae.encode(video)[0].to(self.dtype)}
         if self.described.conditioned:
             found["condition_CFhw"] = self._vae.encode_grey(video[:, :, 0], len(frames_THWC))[0].to(self.dtype)

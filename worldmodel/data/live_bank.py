@@ -103,7 +103,9 @@ class LiveBank(LatentBank):
         """Pictures and sentence."""
         live, job, window = self.live, self._job(row), self.windows[row][1]
         sized = SizedEpisodes(job.source, job.bucket.size, job.camera)
-        frames = window_frames(sized, job.index, job.bucket, window.start, live.settings.stride)
+        frames = torch.from_numpy(window_frames(sized, job.index, job.bucket, window.start, live.settings.stride))
+        if self.device.type == "cuda":
+            frames = frames.pin_memory()  # else the copy would wait for the update under way
         return {"frames_THWC": frames} | live.maker.sentence(window.caption, job.bucket, self.info.fps, keep=False)
 
     def _load(self, row: int) -> dict[str, Any]:
