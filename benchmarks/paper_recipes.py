@@ -392,14 +392,19 @@ def main() -> int:
     parser.add_argument("--parts", default="prepare,train,generate")
     options = parser.parse_args()
     if options.tiny:
-        for kind, more in TRANSFORMERS.items():
-            more |= _TINY[kind]
-        VAES[16] |= {"base_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 1}
-        VAES[48] |= {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 1}
+        use_tiny_sizes()
     recipe = Recipe(options)
     for part in options.parts.split(","):
         getattr(recipe, part)()
     return 0
+
+
+def use_tiny_sizes() -> None:
+    """From here on ``build`` makes models that a CPU trains."""
+    for kind, more in TRANSFORMERS.items():
+        more |= _TINY[kind]
+    VAES[16] |= {"base_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 1}
+    VAES[48] |= {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 1}
 
 
 _TINY: dict[str, dict[str, Any]] = {

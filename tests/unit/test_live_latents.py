@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,11 +106,10 @@ def live(model: Path, data: Path, out: Path, names: dict[str, str] = DRAWN, **mo
 
 def stored(config: TrainWorldModelConfig, store: Path, out: Path) -> TrainWorldModelConfig:
     """The same run on a store that is made of the same data."""
-    data, names = config.data, ("buckets", "stride", "start_stride", "limit", "fps", "success_only", "grid_rows")
-    settings = {name: getattr(data.live, name) for name in (*names, "grid_columns", "dtype")}
+    data = config.data
     command = LatentsCommand(
-        data=data.roots, model=config.model, out=str(store), text_cache=f"{store}-text", device="cpu",
-        targets=config.physics.wanted, teacher=config.teacher, **settings,
+        **dataclasses.asdict(data.live), data=data.roots, model=config.model, out=str(store), device="cpu",
+        text_cache=f"{store}-text", targets=config.physics.wanted, teacher=config.teacher,
     )  # fmt: skip
     make_latents(command)
     made = live(Path(config.model), store, out)
@@ -251,3 +252,17 @@ def test_data_without_truth_or_of_another_rate_is_refused(models, data, clips, t
         UserError, match=r"data\.roots: .*out: got '16 frames a second', .*data\.live\.stride= or data\.live\.fps="
     ):
         train_world_model(config)
+
+
+def test_the_benchmark_compares_equal_batches(models, data, tmp_path, monkeypatch, repository):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import paper_live
+
+    words = ["--data", str(data), "--work", str(tmp_path), "--model", str(models["ti2v"]), "--tiny", "--updates", "3"]
+    more = ["data.live.success_only=false", "physics.phi_hidden=16", "physics.psi_hidden=16"]
+    words += ["--turns", "1", "--json", str(tmp_path / "live.json"), "--more", *more]
+    monkeypatch.setattr(sys, "argv", ["paper_live.py", *words])
+    paper_live.main()
+    lines = {line["claim"]: line for line in json.loads((tmp_path / "live.json").read_text())}
+    assert lines.keys() == {f"training/pf_wan_5b/{arm}_step_ms" for arm in ("store", "live")}
+    assert all(line["value"] > 0 and line["against"]["equal_batches"] == 1.0 for line in lines.values())
