@@ -223,7 +223,8 @@ def kill_itself(config: TrainWorldModelConfig) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda c: setattr(c.data, "latents", ["x"]), UserError, r"data\.roots: .*beside|data\.roots.*leave one out"),
+        (lambda c: setattr(c.data, "latents", ["x"]), UserError, r"^data\.roots: got .* and data\.latents\. Fix: .*leave one out"),
+        (lambda c: (setattr(c.data, "latents", ["x"]), setattr(c.data, "roots", [])), UserError, r"^data\.text_cache: .*data\.latents hold their windows"),
         (lambda c: setattr(c.data, "roots", []), UserError, r"data\.latents: got 'no store'.*data\.roots"),
         (lambda c: setattr(c.data, "limit", 3), UserError, r"data\.limit: got 3, .*data\.live\.limit="),
         (lambda c: setattr(c.data.live, "buckets", ["9x96x130"]), UserError, r"^data\.live\.buckets: .*data\.live\.buckets=\[9x96x128\]"),
@@ -233,7 +234,7 @@ def kill_itself(config: TrainWorldModelConfig) -> None:
         (lambda c: setattr(c.data.live, "start_stride", 3), UserError, r"^data\.live\.start_stride: .*data\.live\.start_stride="),
         (lambda c: setattr(c.data.live, "camera", "wrist"), UserError, r"^data\.live\.camera: got 'wrist'"),
         (lambda c: setattr(c.data, "heldout", 3), UserError, r"^data\.heldout: got 3, .*the 3 episodes"),
-        (lambda c: setattr(c, "model", ""), UserError, r"large\.videos|data\.live\..*without model="),
+        (lambda c: setattr(c, "model", ""), UserError, r"^large\.videos: .*without model="),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(models, data, tmp_path, change, error, message):

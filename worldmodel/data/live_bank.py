@@ -41,10 +41,10 @@ class LiveWindows:
     jobs: dict[str, Job]
     recipes: dict[Bucket, TargetRecipe]
     cache: Path | None
-    online: Teachers | None
+    online: Teachers | None = None
 
     @classmethod
-    def prepare(
+    def planned(
         cls,
         data: Sequence[str],
         settings: WindowSettings,
@@ -52,30 +52,30 @@ class LiveWindows:
         device: torch.device,
         *,
         teachers: TeachersConfig | None,
-        online: bool = False,
         cache: Path | None = None,
         text_cache: Path | None = None,
-        workers: int = 4,
     ) -> LiveWindows:
-        """Plan the windows, embed their sentences, and make the targets that are not cached, or with ``online`` load the ``teachers``
-        (None: no targets). ``UserError`` and ``DatasetError`` as ``latents.make_latents``."""
+        """Which windows there are; nothing is computed. ``teachers``: None for no targets. ``UserError`` and ``DatasetError`` as
+        ``latents.make_latents``."""
         settings.check_windows()
         maker = LatentMaker(model, device=device, dtype=DTYPES[settings.dtype], text_cache=text_cache)
         plan = make_plan(settings, data, maker)
         recipes = bucket_recipes(settings, teachers, maker, plan.jobs, cache) if teachers is not None else {}
-        maker.load()
-        maker.embed(_sentences(plan.jobs))
-        seeing = None
-        if teachers is not None and online:
-            seeing = Teachers(teachers, str(device))
-            seeing.load()
-        elif teachers is not None:
-            make_targets(plan.jobs, recipes, teachers, cache, device=str(device), workers=workers, progress=True)
-        info = maker.info(plan.fps, teachers_of(recipes))
-        jobs = {job.shard: job for job in plan.jobs}
-        return cls(
-            settings=settings, maker=maker, plan=plan, info=info, jobs=jobs, recipes=recipes, cache=cache, online=seeing
-        )  # fmt: skip
+        info, jobs = maker.info(plan.fps, teachers_of(recipes)), {job.shard: job for job in plan.jobs}
+        return cls(settings=settings, maker=maker, plan=plan, info=info, jobs=jobs, recipes=recipes, cache=cache)
+
+    def make(self, teachers: TeachersConfig, *, online: bool, workers: int) -> None:
+        """What the first batch needs: embeddings of the sentences, the autoencoder, and the targets that are not cached, or with ``online``
+        the ``teachers``."""
+        self.maker.load()
+        self.maker.embed(_sentences(self.plan.jobs))
+        device = str(self.maker.device)
+        if self.recipes and online:
+            self.online = Teachers(teachers, device)
+            self.online.load()
+        else:
+            options = {"device": device, "workers": workers, "progress": True}
+            make_targets(self.plan.jobs, self.recipes, teachers, self.cache, **options)  # type: ignore[arg-type]
 
     def windows(self) -> list[tuple[Path, LatentWindow]]:
         """(dataset, window) in the order of a store, with the names of its files."""

@@ -1,15 +1,15 @@
 """The windows that a run trains and is measured on: latents, conditions and physics targets. Those of the small models are resident on
-the device, those of the large backbones are read from latent stores while the run trains."""
+the device, those of the large backbones are read from latent stores while the run trains, or encoded."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -100,8 +100,9 @@ def open_stores(
     windows = [(folder, window) for folder, (_, some) in stores.items() for window in some]
     if not windows:
         raise UserError("data.latents", got="stores without windows", wanted="windows", fix="see physis data latents")
+    parts = _split(windows, heldout)
     options: dict[str, Any] = {"info": info, "device": device, "physics": physics, "ahead": ahead}
-    return _split(windows, heldout, lambda part: LatentBank(windows=part, **options))
+    return LatentBank(windows=parts[0], **options), LatentBank(windows=parts[1], **options) if parts[1] else None
 
 
 def open_datasets(
@@ -111,16 +112,19 @@ def open_datasets(
     data = config.data
     text, targets = (Path(folder) if folder else None for folder in (data.text_cache, data.targets_cache))
     with _named_as_here():
-        live = LiveWindows.prepare(
+        live = LiveWindows.planned(
             data.roots, data.live, Path(config.model), device, teachers=config.teacher if physics else None,
-            online=data.targets == "online", cache=targets, text_cache=text, workers=data.workers,
+            cache=targets, text_cache=text,
         )  # fmt: skip
     windows = live.windows()
+    parts = _split(windows, data.heldout)
     if not quiet:
         lines = [f"data.roots: {len(windows)} windows", *told(live.plan.left_out, live.plan.repeating)]
         print("\n  ".join(lines), file=sys.stderr, flush=True)
+    live.make(config.teacher, online=data.targets == "online", workers=data.workers)
     options: dict[str, Any] = {"live": live, "info": live.info, "device": device, "physics": physics}
-    return _split(windows, data.heldout, lambda part: LiveBank(windows=part, ahead=data.workers, **options))
+    options["ahead"] = data.workers
+    return LiveBank(windows=parts[0], **options), LiveBank(windows=parts[1], **options) if parts[1] else None
 
 
 @contextlib.contextmanager
@@ -136,20 +140,17 @@ def _named_as_here() -> Iterator[None]:
         raise type(error)(name, got=error.got, wanted=error.wanted, fix=fix) from error
 
 
-B = TypeVar("B", bound=LatentBank)
+#: A dataset or store, and a window of it.
+Placed = tuple[Path, LatentWindow]
 
 
-def _split(
-    windows: Sequence[tuple[Path, LatentWindow]], heldout: int, make: Callable[[list[tuple[Path, LatentWindow]]], B]
-) -> tuple[B, B | None]:
-    """Banks of the windows of some episodes and of ``heldout`` others."""
-    rest, kept = (
-        [windows[row] for episode in part for row in episode] for part in split_heldout(_episodes(windows), heldout)
-    )
-    return make(rest), make(kept) if kept else None
+def _split(windows: Sequence[Placed], heldout: int) -> tuple[list[Placed], list[Placed]]:
+    """-> (windows of some episodes, those of ``heldout`` others)."""
+    rest, kept = split_heldout(_episodes(windows), heldout)
+    return [windows[row] for rows in rest for row in rows], [windows[row] for rows in kept for row in rows]
 
 
-def _episodes(windows: Sequence[tuple[Path, LatentWindow]]) -> list[list[int]]:
+def _episodes(windows: Sequence[Placed]) -> list[list[int]]:
     """Rows of the windows of each episode, in the order of the first. Windows belong together where dataset and episode have the same
     names, in whatever store, or where they were cut out of the same pictures under two names."""
     groups: dict[tuple[str, int] | str, list[int]] = {}

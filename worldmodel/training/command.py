@@ -18,13 +18,15 @@ HELP = """usage: physis train {vae|worldmodel} [experiment=pico] [key=value ...]
   physis train worldmodel physics=none ...                           flow matching without the physics losses
   physis train worldmodel run.init=runs/worldmodel/export lora.rank=32 ...   adapters on a trained model (needs peft)
   physis train worldmodel experiment=pf_wan_5b model=wan22-5b data.latents=[runs/latents] run.out=runs/5b    a large backbone
+  physis train worldmodel experiment=pf_wan_5b model=wan22-5b data.roots=[runs/bell] run.out=runs/5b    the same without a store
   torchrun --nproc_per_node=2 -m physisforcing train worldmodel ...  in two processes; run.batch is that of both together
 
 SIGTERM, or Ctrl-C once, saves after the update under way and ends with exit code 3; run.resume=true continues. A loss or gradient that
 is not finite stops the run (exit code 1) or, with run.nonfinite=skip, leaves that update out; the log names step and windows.
 
 model= is the pipeline folder of a large backbone, data.latents what physis data latents made for it; its recipes are experiment=pf_wan_5b,
-pf_wan_a14b, pf_cosmos3_nano and lora_24gb (docs/training.md).
+pf_wan_a14b, pf_cosmos3_nano and lora_24gb (docs/training.md). data.roots in place of data.latents encodes the windows of datasets and
+clips while the run trains, as data.live.buckets, stride, fps, camera, ... and teacher= say (the fields of physis data latents).
 
 Fields and defaults: worldmodel/training/config.py. A run folder holds config.yaml, provenance.json, metrics.jsonl, checkpoints
 step-000500 and the trained model (codec/ or export/)."""
