@@ -245,18 +245,20 @@ def unembed(transformer: Any, x_BLD: Tensor, temb_BFD: Tensor, shape: Sequence[i
     frames, height, width = shape[2:]
     _, rows, columns = transformer.config.patch_size
     shift, scale = (transformer.scale_shift_table.unsqueeze(0) + temb_BFD.unsqueeze(2)).float().unbind(2)
-    x_BLD = _modulate(transformer.norm_out(x_BLD.float()), shift, scale).type_as(x_BLD)
+    x_BLD = modulate_frames(transformer.norm_out(x_BLD.float()), shift, scale).type_as(x_BLD)
     patches = transformer.proj_out(x_BLD).unflatten(1, (frames, height // rows, width // columns))
     velocity_BCFhywx = patches.unflatten(-1, (rows, columns, -1)).permute(0, 6, 1, 2, 4, 3, 5)
     return velocity_BCFhywx.flatten(5, 6).flatten(3, 4)
 
 
-def _modulate(x_BLD: Tensor, shift_BFD: Tensor, scale_BFD: Tensor) -> Tensor:
+def modulate_frames(x_BLD: Tensor, shift_BFD: Tensor, scale_BFD: Tensor) -> Tensor:
+    """``x (1 + scale) + shift`` with one row of each a frame: the L tokens are F equal runs."""
     frames = x_BLD.unflatten(1, (shift_BFD.shape[1], -1))
     return (frames * (1 + scale_BFD.unsqueeze(2)) + shift_BFD.unsqueeze(2)).flatten(1, 2)
 
 
-def _gate(x_BLD: Tensor, gate_BFD: Tensor) -> Tensor:
+def gate_frames(x_BLD: Tensor, gate_BFD: Tensor) -> Tensor:
+    """``gate x`` in float32 with one row a frame."""
     return (x_BLD.float().unflatten(1, (gate_BFD.shape[1], -1)) * gate_BFD.unsqueeze(2)).flatten(1, 2)
 
 
@@ -264,12 +266,12 @@ def block_forward(block: Any, x_BLD: Tensor, context: Tensor, modulation_BF6D: T
     """One stock ``WanTransformerBlock`` with modulations given per latent frame (the stock forward wants them per token)."""
     table = block.scale_shift_table.unsqueeze(0) + modulation_BF6D.float()
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(2)
-    normed = _modulate(block.norm1(x_BLD.float()), shift, scale).type_as(x_BLD)
-    x_BLD = (x_BLD.float() + _gate(block.attn1(normed, None, None, rotary), gate)).type_as(x_BLD)
+    normed = modulate_frames(block.norm1(x_BLD.float()), shift, scale).type_as(x_BLD)
+    x_BLD = (x_BLD.float() + gate_frames(block.attn1(normed, None, None, rotary), gate)).type_as(x_BLD)
     normed = block.norm2(x_BLD.float()).type_as(x_BLD)
     x_BLD = x_BLD + block.attn2(normed, context, None, None)
-    normed = _modulate(block.norm3(x_BLD.float()), ffn_shift, ffn_scale).type_as(x_BLD)
-    return (x_BLD.float() + _gate(block.ffn(normed), ffn_gate)).type_as(x_BLD)
+    normed = modulate_frames(block.norm3(x_BLD.float()), ffn_shift, ffn_scale).type_as(x_BLD)
+    return (x_BLD.float() + gate_frames(block.ffn(normed), ffn_gate)).type_as(x_BLD)
 
 
 def build_denoiser(

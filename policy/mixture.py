@@ -1,0 +1,150 @@
+"""A block of the mixture of transformers: the video's block and the action expert's with one self-attention over both.
+
+Each expert makes queries, keys and values of its own tokens with its own weights, modulated and at its own positions; attention runs over
+the joint sequence by ``pattern.groups``; each goes on with its own output layer, gate, cross-attention and feed-forward. The class of the
+video's stock blocks is replaced and the action expert's block put inside, so that one block of the transformer stays one unit for
+sharding, compilation and recomputation.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from physisforcing.worldmodel.backbones.wan import gate_frames, modulate_frames
+
+from .pattern import Group
+from .positions import Rotary, rotate
+
+
+class Stream(NamedTuple):
+    """Tokens of one expert between two blocks. ``modulation_BF6D``: six rows for each of F equal runs of tokens; ``context_BLD``: text and
+    proprioception in the expert's width."""
+
+    x_BLD: Tensor
+    modulation_BF6D: Tensor
+    rotary: Rotary
+    context_BLD: Tensor
+
+
+class Keys(NamedTuple):
+    """What later queries need of one block, [B,H,L,D] each: the video's keys and values, and the action expert's of text and
+    proprioception. All of it is the same in every step of a plan."""
+
+    key: Tensor
+    value: Tensor
+    text_key: Tensor
+    text_value: Tensor
+
+
+def table(block: Any, modulation_BF6D: Tensor) -> tuple[Tensor, ...]:
+    """Shift, scale and gate of attention and feed-forward, [B,F,D] float32 each."""
+    return (block.scale_shift_table.unsqueeze(0) + modulation_BF6D.float()).unbind(2)
+
+
+def project(block: Any, x_BLD: Tensor, rows: tuple[Tensor, ...], rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of the block's self-attention, [B,H,L,D], rotated."""
+    normed = modulate_frames(block.norm1(x_BLD.float()), rows[0], rows[1]).type_as(x_BLD)
+    attn = block.attn1
+    value = attn.to_v(normed).unflatten(2, (attn.heads, -1))
+    query, key = (
+        rotate(norm(layer(normed)).unflatten(2, (attn.heads, -1)).to(value.dtype), rotary).transpose(1, 2)
+        for layer, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
+    )
+    return query, key, value.transpose(1, 2)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, groups: tuple[Group, ...], visible_BL: Tensor | None = None
+) -> Tensor:
+    """Attention of a joint sequence by ``groups``: [B,H,L,D]. ``visible_BL``: keys that the last group's queries see of those in its runs."""
+    made = []
+    for place, ((begin, end), runs) in enumerate(groups):
+        keys, values = (
+            torch.cat([x[:, :, a:b] for a, b in runs], 2) if len(runs) > 1 else x[:, :, slice(*runs[0])]
+            for x in (key, value)
+        )
+        shown = None
+        if visible_BL is not None and place == len(groups) - 1:
+            shown = torch.cat([visible_BL[:, a:b] for a, b in runs], 1)[:, None, None]
+        made.append(F.scaled_dot_product_attention(query[:, :, begin:end], keys, values, attn_mask=shown))
+    return torch.cat(made, 2) if len(made) > 1 else made[0]
+
+
+def text_keys(block: Any, context_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the block's cross-attention, [B,H,L,D]."""
+    attn = block.attn2
+    key, value = attn.norm_k(attn.to_k(context_BLD)), attn.to_v(context_BLD)
+    return tuple(x.to(value.dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (key, value))  # type: ignore[return-value]
+
+
+def finish(
+    block: Any, x_BLD: Tensor, attended_BHLD: Tensor, rows: tuple[Tensor, ...], text: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The block behind its self-attention: output layer, gate, cross-attention to ``text`` keys and values, feed-forward."""
+    out = block.attn1.to_out[0](attended_BHLD.transpose(1, 2).flatten(2))
+    x_BLD = (x_BLD.float() + gate_frames(out, rows[2])).type_as(x_BLD)
+    attn = block.attn2
+    query = attn.norm_q(attn.to_q(block.norm2(x_BLD.float()).type_as(x_BLD)))
+    seen = F.scaled_dot_product_attention(query.to(text[1].dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2), *text)
+    x_BLD = x_BLD + attn.to_out[0](seen.transpose(1, 2).flatten(2)).type_as(x_BLD)
+    normed = modulate_frames(block.norm3(x_BLD.float()), rows[3], rows[4]).type_as(x_BLD)
+    return (x_BLD.float() + gate_frames(block.ffn(normed), rows[5])).type_as(x_BLD)
+
+
+@functools.cache
+def mixture_block() -> type[nn.Module]:
+    """The stock block with the action expert's block as ``action`` and a forward over both."""
+    from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+
+    class MixtureBlock(WanTransformerBlock):
+        action: nn.Module
+
+        def forward(
+            self, video: Stream, action: Stream | None, groups: tuple[Group, ...], visible_BL: Tensor | None = None
+        ) -> tuple[Tensor, Tensor | None]:
+            """-> (video tokens, action tokens or None) behind this block."""
+            experts = [(self, video)] if action is None else [(self, video), (self.action, action)]
+            rows = [table(block, stream.modulation_BF6D) for block, stream in experts]
+            made = [project(block, s.x_BLD, row, s.rotary) for (block, s), row in zip(experts, rows, strict=True)]
+            # of both experts one precision, whichever their residual streams have
+            query, key, value = (
+                torch.cat([part.to(made[0][2].dtype) for part in parts], 2) for parts in zip(*made, strict=True)
+            )
+            attended = attend(query, key, value, groups, visible_BL)
+            parts = attended.split([s.x_BLD.shape[1] for _, s in experts], 2)
+            found = [
+                finish(block, s.x_BLD, part, row, text_keys(block, s.context_BLD))
+                for (block, s), part, row in zip(experts, parts, rows, strict=True)
+            ]
+            return found[0], found[1] if action is not None else None
+
+        def prefill(self, video: Stream, groups: tuple[Group, ...], action_context_BLD: Tensor) -> tuple[Tensor, Keys]:
+            """-> (video tokens behind this block, what the actions need of it)."""
+            rows = table(self, video.modulation_BF6D)
+            query, key, value = project(self, video.x_BLD, rows, video.rotary)
+            attended = attend(query, key, value, groups)
+            x = finish(self, video.x_BLD, attended, rows, text_keys(self, video.context_BLD))
+            return x, Keys(key, value, *text_keys(self.action, action_context_BLD))
+
+        def act(self, x_BPD: Tensor, modulation_BF6D: Tensor, rotary: Rotary, keys: Keys) -> Tensor:
+            """Action tokens behind this block, over the keys of a prefill and their own."""
+            rows = table(self.action, modulation_BF6D)
+            query, key, value = project(self.action, x_BPD, rows, rotary)
+            joint = (torch.cat([old, new.to(old.dtype)], 2) for old, new in ((keys.key, key), (keys.value, value)))
+            attended = F.scaled_dot_product_attention(query.to(keys.key.dtype), *joint)
+            return finish(self.action, x_BPD, attended, rows, (keys.text_key, keys.text_value))
+
+    MixtureBlock.__name__ = MixtureBlock.__qualname__ = WanTransformerBlock.__name__
+    return MixtureBlock
+
+
+def join(transformer: Any, actions: list[nn.Module]) -> None:
+    """Put the action expert's blocks into the transformer's, whose class they change. Names of the video's parameters stay."""
+    for block, action in zip(transformer.blocks, actions, strict=True):
+        block.__class__ = mixture_block()
+        block.action = action

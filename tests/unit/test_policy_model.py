@@ -1,0 +1,217 @@
+"""The world-action model: who sees whom, caches, gradients, and the video branch against the stock transformer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from physisforcing.core.errors import UserError
+from physisforcing.policy import pattern
+from physisforcing.policy.config import PolicyModelConfig, fastwam_compat
+from physisforcing.policy.mixture import attend
+from physisforcing.policy.model import Copy, WorldActionModel
+from physisforcing.policy.objective import draw, policy_losses
+from physisforcing.policy.positions import action_rotary, action_times, rotate
+from tests.helpers.tiny_policy import SHAPE, tiny_batch, tiny_policy, tiny_transformer
+
+SIGMA, ACTION_SIGMA = torch.tensor([0.7, 0.3]), torch.tensor([0.4, 0.9])
+
+
+def velocities(model: WorldActionModel, latents: torch.Tensor, **more):
+    batch = tiny_batch()
+    context = model.context(batch["text"], batch["state_BA"])
+    with torch.no_grad():
+        return model(latents, SIGMA, batch["actions_BPA"], ACTION_SIGMA, context, **more)
+
+
+def changed(latents: torch.Tensor, frame: int) -> torch.Tensor:
+    other = latents.clone()
+    other[:, :, frame] += 1.0
+    return other
+
+
+@pytest.mark.parametrize(("mode", "sees"), [("first_frame", False), ("joint", True)])
+def test_actions_see_the_noisy_future_in_joint_alone(mode: str, sees: bool) -> None:
+    model, latents = tiny_policy(mode), tiny_batch()["latents_BCFhw"]
+    video, acted, _ = velocities(model, latents)
+    other_video, other, _ = velocities(model, changed(latents, 2))
+    assert torch.equal(acted, other) is not sees
+    assert not torch.equal(video[:, :, 1], other_video[:, :, 1]), "future frames see each other"
+    _, seen, _ = velocities(model, changed(latents, 0))
+    assert not torch.equal(acted, seen)
+
+
+def test_actions_see_the_copy_in_idm_where_they_may() -> None:
+    model, latents = tiny_policy("optional_idm"), tiny_batch()["latents_BCFhw"]
+    level = torch.tensor([0.0, 0.5])
+    seen = torch.tensor([True, False])
+    shown = velocities(model, latents, copy=Copy(latents, level, seen))[1]
+    noisy_changed = velocities(model, changed(latents, 2), copy=Copy(latents, level, seen))[1]
+    torch.testing.assert_close(shown, noisy_changed, rtol=0, atol=0)
+    copy_changed = velocities(model, latents, copy=Copy(changed(latents, 2), level, seen))[1]
+    assert not torch.allclose(shown[0], copy_changed[0])
+    assert torch.equal(shown[1], copy_changed[1])
+    alone = velocities(model, latents, mode="first_frame")[1]
+    torch.testing.assert_close(shown[1], alone[1], rtol=1e-5, atol=1e-6)
+    always = velocities(model, latents, copy=Copy(latents, level), mode="idm")[1]
+    torch.testing.assert_close(shown[0], always[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["first_frame", "joint", "idm"])
+def test_video_never_sees_actions(mode: str) -> None:
+    model, batch = tiny_policy(mode), tiny_batch()
+    context = model.context(batch["text"], batch["state_BA"])
+    more = {"copy": Copy(batch["latents_BCFhw"], torch.zeros(2))} if mode == "idm" else {}
+    with torch.no_grad():
+        one = model(batch["latents_BCFhw"], SIGMA, batch["actions_BPA"], ACTION_SIGMA, context, **more)[0]
+        other = model(batch["latents_BCFhw"], SIGMA, batch["actions_BPA"] + 1, ACTION_SIGMA, context, **more)[0]
+        without = model(batch["latents_BCFhw"], SIGMA, None, None, context)[0]
+    assert torch.equal(one, other)
+    torch.testing.assert_close(one, without, rtol=1e-5, atol=1e-6)
+
+
+def test_the_video_branch_is_the_stock_transformer() -> None:
+    stock = tiny_transformer().eval()
+    model = WorldActionModel(copy.deepcopy(stock), PolicyModelConfig(action_dim=3, state_dim=3, width=16, ffn_dim=24))
+    batch = tiny_batch()
+    context = model.context(batch["text"], batch["state_BA"])
+    times = torch.zeros(2, 18)
+    times[:, 6:] = 1000 * SIGMA[:, None]
+    with torch.no_grad():
+        wanted = stock(batch["latents_BCFhw"], times, context, return_dict=False)[0]
+        got = model(batch["latents_BCFhw"], SIGMA, None, None, context, mode="bidirectional")[0]
+        causal = model(batch["latents_BCFhw"], SIGMA, None, None, context)[0]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
+    assert not torch.allclose(causal, wanted, atol=1e-3), "the first frame does not see the future"
+
+
+@pytest.mark.parametrize("mode", ["first_frame", "idm"])
+def test_cached_actions_are_the_uncached_ones(mode: str) -> None:
+    model, batch = tiny_policy(mode), tiny_batch()
+    latents, context = batch["latents_BCFhw"], model.context(batch["text"], batch["state_BA"])
+    more = {"copy": Copy(latents, torch.zeros(2))} if mode == "idm" else {}
+    whole = velocities(model, latents, **more)[1]
+    with torch.no_grad():
+        shown = latents if mode == "idm" else latents[:, :, :1]
+        kept = model.prefill(shown, torch.zeros(2), context)
+        cached = model.act(batch["actions_BPA"], model.action_times(ACTION_SIGMA), kept)
+    torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_of_the_first_frame_do_not_depend_on_the_future() -> None:
+    model, batch = tiny_policy(), tiny_batch()
+    context = model.context(batch["text"], batch["state_BA"])
+    with torch.no_grad():
+        alone = model.prefill(batch["latents_BCFhw"][:, :, :1], SIGMA, context)
+        among = model.prefill(batch["latents_BCFhw"], SIGMA, context)
+    for one, many in zip(alone.blocks, among.blocks, strict=True):
+        torch.testing.assert_close(one.key, many.key[:, :, :6], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.value, many.value[:, :, :6], rtol=1e-5, atol=1e-6)
+
+
+def test_the_action_loss_reaches_the_first_frame_and_not_the_future() -> None:
+    model, batch = tiny_policy(), tiny_batch()
+    latents = batch["latents_BCFhw"].clone().requires_grad_(True)
+    context = model.context(batch["text"], batch["state_BA"])
+    _, acted, _ = model(latents, SIGMA, batch["actions_BPA"], ACTION_SIGMA, context)
+    (gradient,) = torch.autograd.grad(acted.square().sum(), latents)
+    assert torch.count_nonzero(gradient[:, :, 1:]) == 0
+    assert gradient[:, :, 0].abs().max() > 0
+
+
+def test_without_a_video_loss_no_future_is_computed_and_the_action_loss_is_the_same() -> None:
+    model, batch = tiny_policy(), tiny_batch()
+    drawn = draw(SHAPE, model.config, torch.Generator().manual_seed(3))
+    seen: list[int] = []
+    model.run_block = lambda block, video, *rest: seen.append(video.x_BLD.shape[1]) or block(video, *rest)
+    both, _ = policy_losses(model, batch, drawn)
+    alone, _ = policy_losses(model, batch, drawn, video_weight=0.0)
+    assert set(seen[:3]) == {18} and set(seen[3:]) == {6}
+    torch.testing.assert_close(both["action"], alone["action"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(both["loss"], both["action"] + both["video"])
+    assert alone["loss"] == alone["action"] and "video" not in alone
+
+
+@pytest.mark.parametrize("mode", ["first_frame", "joint", "idm", "bidirectional"])
+def test_attention_by_groups_is_masked_attention(mode: str) -> None:
+    lengths = {"first": 3, "future": 4, "copy": 4 * (mode == "idm"), "action": 5}
+    total = sum(lengths.values())
+    query, key, value = torch.randn(3, 2, 2, total, 8, generator=torch.Generator().manual_seed(0))
+    wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=pattern.mask(mode, lengths))
+    got = attend(query, key, value, pattern.groups(mode, lengths))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_published_mask() -> None:
+    """Section 1.5 of the reference, RoboTwin's 120 tokens a latent frame: rows see columns."""
+    table = pattern.mask("first_frame", {"first": 120, "future": 240, "action": 32})
+    assert table.shape == (392, 392)
+    blocks = [[bool(table[a, b]) for b in (0, 200, 380)] for a in (0, 200, 380)]
+    assert blocks == [[True, False, False], [True, True, False], [True, False, True]]
+    assert [table[a].sum().item() for a in (0, 200, 380)] == [120, 360, 152]
+
+
+def test_positions_of_actions_lie_on_the_time_axis_of_the_video() -> None:
+    rope = tiny_transformer().rope
+    assert action_times(32, 16.0)[[15, 31]].tolist() == [1.0, 2.0]
+    cos, sin = action_rotary(rope, "shared", 8, 4.0)
+    video_cos, video_sin = rope(torch.zeros(1, 4, 3, 4, 6))
+    # action 3 precedes the last picture of latent frame 1, whose first token lies at row 0, column 0
+    torch.testing.assert_close(cos[0, 3], video_cos[0, 6])
+    torch.testing.assert_close(sin[0, 3], video_sin[0, 6])
+    plain, _ = action_rotary(rope, "separate", 8, 4.0)
+    rates = 10000.0 ** (-torch.arange(0, 24, 2, dtype=torch.float64) / 24)
+    torch.testing.assert_close(plain[0, 5, 0, ::2].double(), (5 * rates).cos(), rtol=0, atol=1e-6)
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_alone() -> None:
+    rope = tiny_transformer().rope
+    cos, sin = action_rotary(rope, "shared", 8, 4.0)
+    x = torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
+    query, key = (row.expand(1, 8, 1, 24) for row in x)
+    turned, other = rotate(query, (cos, sin)), rotate(key, (cos, sin))
+    torch.testing.assert_close(turned.norm(dim=-1), query.norm(dim=-1), rtol=1e-5, atol=1e-6)
+    products = torch.einsum("bqhd,bkhd->qk", turned, other)
+    for shift in range(1, 4):
+        torch.testing.assert_close(products[shift:, shift:], products[:-shift, :-shift], rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_policy_gives_no_velocity_and_keeps_the_backbone() -> None:
+    stock = tiny_transformer()
+    model = WorldActionModel(
+        copy.deepcopy(stock), PolicyModelConfig(action_dim=3, state_dim=3, width=16, ffn_dim=24, chunk=8)
+    )
+    batch = tiny_batch()
+    context = model.context(batch["text"], batch["state_BA"])
+    with torch.no_grad():
+        acted = model(batch["latents_BCFhw"], SIGMA, batch["actions_BPA"], ACTION_SIGMA, context)[1]
+    assert torch.count_nonzero(acted) == 0
+    mine = {name for name, _ in model.action_parameters()}
+    rest = {f"transformer.{name}" for name, _ in stock.named_parameters()}
+    assert rest | mine == {name for name, _ in model.named_parameters()} and not rest & mine
+
+
+def test_coarse_times_are_those_of_bfloat16() -> None:
+    fine, coarse = tiny_policy(), tiny_policy(coarse_times=True)
+    level = torch.tensor([0.97826, 0.980])
+    assert torch.equal(*coarse.action_times(level)[0]), "978.26 and 980 are one number of bfloat16"
+    assert not torch.equal(*fine.action_times(level)[0])
+
+
+def test_the_published_design_has_its_parts() -> None:
+    config = fastwam_compat(action_dim=3, state_dim=3, width=16, ffn_dim=24, chunk=8)
+    model = WorldActionModel(tiny_transformer(), config)
+    assert not hasattr(model.expert, "norm_out")
+    assert (config.video_shift, config.action_shift, config.weighting) == (5.0, 5.0, "bell")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mode", "everything"), ("head", "two"), ("chunk", 0), ("idm_share", 1.5), ("action_shift", -1.0)],
+)
+def test_settings_that_mean_nothing_are_refused(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"policy.{name}"):
+        PolicyModelConfig(**{name: value})
