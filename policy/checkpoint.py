@@ -1,0 +1,161 @@
+"""A policy's folder: what it takes to act, and nothing that could be forgotten beside it.
+
+``policy.json`` (settings, window, canvas, text encoder, latents, where the weights came from), ``transformer/`` (the video backbone as a
+plain diffusers folder, which stock diffusers loads), ``expert.safetensors`` (action expert and proprioception) and ``statistics.json``
+(normalisation of states and actions). Every tensor must be there once and fit; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from physisforcing.core.errors import UserError, unknown_name
+from physisforcing.worldmodel.backbones.loading import check_entries, file_entries, load_transformer
+from physisforcing.worldmodel.backbones.wan import ConditionerConfig, ProprioceptionConditioner
+from physisforcing.worldmodel.storage import WEIGHTS_NAME, as_dtype, fingerprint, read_json, save_tensors
+
+from .config import PolicyModelConfig
+from .model import WorldActionModel
+
+SETTINGS, EXPERT, TRANSFORMER = "policy.json", "expert.safetensors", "transformer"
+#: Of the folder's layout; another one is refused.
+FORMAT = 1
+
+
+@dataclass(slots=True, kw_only=True)
+class PolicyInfo:
+    """What belongs to a policy beside its weights.
+
+    ``canvas``: how pictures become one (``canvas.py``), with its height and width; ``frames``, ``frame_stride``: pictures of a training
+    window and control steps between two. ``text``: encoder and tokens of a sentence. ``latents``: fingerprint of the autoencoder;
+    ``autoencoder``: where it lies, a folder or ``shipped``. ``control_hz``: actions a second. ``source``: which weights were taken from
+    where (``backbone.py``). ``tasks``: what it was trained on.
+    """
+
+    canvas: str = "head"
+    size: tuple[int, int] = (120, 160)
+    frames: int = 17
+    frame_stride: int = 2
+    text: dict[str, Any] = field(default_factory=dict)
+    latents: str = ""
+    autoencoder: str = "shipped"
+    control_hz: float = 50.0 / 3.0
+    source: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+
+
+def save_policy(folder: Path, model: WorldActionModel, info: PolicyInfo, dtype: torch.dtype | None = None) -> None:
+    """Write everything but ``statistics.json``, which ``normalization`` writes. ``dtype``: of the stored weights; None keeps them bit-exact."""
+    (folder / TRANSFORMER).mkdir(parents=True, exist_ok=True)
+    video = {name: value for name, value in model.transformer.state_dict().items() if ".action." not in name}
+    model.transformer.save_config(folder / TRANSFORMER)
+    save_tensors(as_dtype(video, dtype), folder / TRANSFORMER / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_tensors(as_dtype(expert_state(model), dtype), folder / EXPERT)
+    conditioner = getattr(model.proprioception, "config", None)
+    settings = {
+        "format": FORMAT,
+        "model": dataclasses.asdict(model.config),
+        "tap": model.tap,
+        "conditioner": None if conditioner is None else dataclasses.asdict(conditioner),
+        **dataclasses.asdict(info),
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def expert_state(model: WorldActionModel) -> dict[str, torch.Tensor]:
+    """Tensors that the video backbone does not have, by their names in the model."""
+    kept = model.state_dict()
+    return {
+        name: value
+        for name, value in kept.items()
+        if ".action." in name or name.startswith(("expert.", "proprioception."))
+    }
+
+
+def load_policy(
+    folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+) -> tuple[WorldActionModel, PolicyInfo]:
+    """What ``save_policy`` wrote, in ``dtype`` (None: as stored). ``UserError`` names the file and the field or tensor that does not fit."""
+    from accelerate import init_empty_weights
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    folder = Path(folder)
+    config, info, extra = read_settings(folder)
+    transformer = load_transformer(folder / TRANSFORMER, WanTransformer3DModel, device, dtype)
+    with init_empty_weights(include_buffers=False):
+        conditioner = None if extra["conditioner"] is None else _conditioner(extra["conditioner"])
+        # drawn instead of interpolated: both are overwritten, and this is quicker
+        model = WorldActionModel(
+            transformer, dataclasses.replace(config, initial="random"), tap=extra["tap"], conditioner=conditioner
+        )
+    model.config = config
+    _place_expert(model, folder / EXPERT, torch.device(device), dtype)
+    return model.eval(), info
+
+
+def read_settings(folder: Path) -> tuple[PolicyModelConfig, PolicyInfo, dict[str, Any]]:
+    """-> (model settings, what belongs to the policy, {tap, conditioner}) of a policy's folder. ``UserError`` for one that is none."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        fix = "give the export of physis train policy, or convert a released checkpoint: physis convert --help"
+        raise UserError("policy", got=str(folder), wanted=f"a folder with {SETTINGS}", fix=fix)
+    values = read_json(path)
+    if values.pop("format", None) != FORMAT:
+        raise UserError(
+            str(path),
+            got="another format",
+            wanted=f"format {FORMAT}",
+            fix="train or convert it again with this version",
+        )
+    extra = {name: values.pop(name, None) for name in ("tap", "conditioner")}
+    model = _strict(PolicyModelConfig, values.pop("model", {}), path)
+    info = _strict(PolicyInfo, values, path)
+    return model, dataclasses.replace(info, size=tuple(info.size), tasks=tuple(info.tasks)), extra
+
+
+def policy_fingerprint(folder: Path | str) -> str:
+    """Identifies weights and settings in results."""
+    return fingerprint(Path(folder))
+
+
+def _strict(kind: Any, values: dict[str, Any], path: Path) -> Any:
+    """``kind(**values)``: every field must be there, and no other."""
+    known = [one.name for one in dataclasses.fields(kind)]
+    for name in values:
+        if name not in known:
+            raise unknown_name(str(path), name, known, see="docs/policy.md")
+    for name in known:
+        if name not in values:
+            raise UserError(
+                str(path), got=f"no {name}", wanted=", ".join(known), fix="export the policy again with this version"
+            )
+    return kind(**values)
+
+
+def _conditioner(values: dict[str, Any]) -> ProprioceptionConditioner:
+    return ProprioceptionConditioner(ConditionerConfig(**{**values, "lags": tuple(values["lags"])}))
+
+
+def _place_expert(model: WorldActionModel, path: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+    from safetensors import safe_open
+
+    wanted = expert_state(model)
+    check_entries(file_entries(path), {name: tuple(value.shape) for name, value in wanted.items()}, path)
+    with safe_open(path, framework="pt") as opened:
+        for name in wanted:
+            holder, _, leaf = name.rpartition(".")
+            module, value = model.get_submodule(holder), opened.get_tensor(name).to(device, dtype)
+            if leaf in module._buffers:
+                module._buffers[leaf] = value
+            else:
+                module._parameters[leaf] = torch.nn.Parameter(value)
+    for name, buffer in model.named_buffers():
+        if buffer.device != device and not buffer.is_meta:
+            holder, _, leaf = name.rpartition(".")
+            model.get_submodule(holder)._buffers[leaf] = buffer.to(device)
