@@ -9,7 +9,7 @@ A step is forward, backward and AdamW, as `physis train worldmodel` makes it: ad
 480x640 pixels, one sample. Row: model, what is trained, activation checkpointing, pixel frames. Without --eager blocks are compiled.
 
 ``value`` is what PyTorch's allocator had at most in tensors. A card fits if what it had reserved at most, with the CUDA context (measured),
-is no more than the card has; --limit-gib tries a limit out, where the allocator gives back what lies unused before it fails.
+is no more than the card has (what other processes hold there counts as context: run it alone); --limit-gib tries a limit out, where the allocator gives back what lies unused before it fails.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from physisforcing.planner.measurements import placeless
 
 FOLDER = Path(__file__).resolve().parent
 DATA, PAGE = FOLDER / "large_training.json", FOLDER / "training.md"
+#: Card -> MiB that nvidia-smi says it has (benchmarks/paper_memory.py).
+CARDS = {24: 24564, 48: 46068, 80: 81559, 141: 143771}
 BEGIN, END = "<!-- rows:begin -->\n", "<!-- rows:end -->"
 #: Forward operations of TI2V-5B at 480x640x81, in TFLOP (``flops.forward_flops``; tests/unit/test_flops.py), and the cards' peak in TFLOP/s.
 FORWARD, PEAK = 71.13, 989.0
@@ -55,6 +57,23 @@ def corrected(line: dict[str, Any]) -> dict[str, Any]:
     return line | {"claim": f"training/{head}/{card}/{rest}", "against": against, "command": placeless(line["command"])}
 
 
+def alone(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of memory as if their process had had the card to itself: what else lay there counts as context in them. The smallest context of
+    a run is taken as that of each of its rows, cards that fit are told anew, and times, which others slowed down, are left out."""
+    made = []
+    for line in lines:
+        if not line["claim"].startswith("training/memory/") or not line["against"].get("context_gib"):
+            made.append(line)
+            continue
+        same = [other["against"].get("context_gib", 99.0) for other in lines if other["command"] == line["command"]]
+        context = min(same)
+        against = {name: value for name, value in line["against"].items() if not name.endswith(("_step", "_step_s"))}
+        needed = (against["reserved_gib"] + context) * 1024
+        fits = [card for card, mib in CARDS.items() if needed <= mib]
+        made.append(line | {"against": against | {"context_gib": context, "fits_gb": fits}})
+    return made
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     return HEAD + "".join(map(row, lines))
 
@@ -64,6 +83,8 @@ def row(line: dict[str, Any]) -> str:
     memory = next((against[name] for name in ("peak_memory_gb", "memory_gib") if against.get(name)), "")
     peak = f"{against['mfu_pct']:.1f} %" if against.get("mfu_pct") else ""
     shown = ", ".join(f"{name} {against[name]:g}" for name in SHOWN if isinstance(against.get(name), int | float))
+    if against.get("fits_gb"):
+        shown = f"fits {', '.join(map(str, against['fits_gb']))} GB"
     value = "failed" if line["value"] is None else f"{line['value']:.4g} {line['unit']}"
     return f"| `{line['claim'].removeprefix('training/')}` | {value} | {line['n']} | {peak} | {memory} | {shown} |\n"
 
@@ -80,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     known = json.loads(DATA.read_text(encoding="utf-8")) if DATA.is_file() else []
     new = [line for path in options.files for line in json.loads(path.read_text(encoding="utf-8"))]
-    lines = gathered(known, [line for line in new if line["claim"] not in options.without])
+    lines = gathered(known, alone([line for line in new if line["claim"] not in options.without]))
     DATA.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
 
