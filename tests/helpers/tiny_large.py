@@ -11,7 +11,10 @@ import tiny_paper
 from physisforcing.worldmodel.data.latent_shards import LatentWindow, StoreInfo, write_shard, write_store
 from physisforcing.worldmodel.data.target_shards import EpisodeTargets, TargetRecipe
 from physisforcing.worldmodel.data.target_shards import write_shard as write_targets
+from physisforcing.worldmodel.training.banks import open_stores
 from physisforcing.worldmodel.training.config import TrainWorldModelConfig
+from physisforcing.worldmodel.training.initial import adopt_model
+from physisforcing.worldmodel.training.worldmodel import Trainer
 
 #: Latents [C,F,h,w] of the tiny pipelines and tokens a latent frame.
 SHAPES = {"ti2v": (8, 3, 4, 6), "a14b": (16, 3, 8, 12), "cosmos3": (8, 3, 4, 6)}
@@ -94,3 +97,12 @@ def config(model: Path, stores: list[Path], out: Path, steps: int = 4, *, rank: 
     made.flow.motion_weight, made.flow.train_shift = 0.0, 1.0
     made.physics.phi_hidden = made.physics.psi_hidden = made.physics.feature_dim = 16
     return made
+
+
+def trainer(config: TrainWorldModelConfig) -> Trainer:
+    """The trainer of a run, on its training windows."""
+    adopt_model(config)
+    device = torch.device("cpu")
+    return Trainer(
+        config, open_stores(config.data.latents, config.data.heldout, device, config.physics, ahead=2)[0], device
+    )

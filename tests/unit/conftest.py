@@ -26,6 +26,17 @@ def paper_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: getattr(tiny_paper, name)(root / name) for name in ("a14b", "ti2v", "cosmos3")}
 
 
+@pytest.fixture(scope="session")
+def large_models(
+    paper_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Path]]:
+    """Name as in ``paper_folders`` -> (pipeline folder, latent store for it, see ``tiny_large``). Copy one before you change it."""
+    import tiny_large
+
+    root = tmp_path_factory.mktemp("stores")
+    return {name: (folder, tiny_large.store(root / name, name)) for name, folder in paper_folders.items()}
+
+
 @pytest.fixture
 def paper_generator(paper_folders: dict[str, Path], tmp_path: Path) -> Callable[..., Any]:
     """``make(name, **settings)``: a ``PaperGenerator`` of the tiny size over one of ``paper_folders``."""
