@@ -1,6 +1,6 @@
 """A training that is killed with SIGKILL at random moments, half of them while it saves, and continued until it is done.
 
-Lives are forks of a process that has imported everything (``two_processes.py``): a start of its own costs each more than it trains.
+Lives are forks of a process that has imported everything (``two_processes.py``).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from physisforcing.worldmodel.training.checkpoint import is_complete, latest_checkpoint, load_training
 from physisforcing.worldmodel.training.worldmodel import train_world_model
+from ranks import fork
 from tiny_training import bank, config
 
 
@@ -25,16 +26,12 @@ def life(folder: Path, name: str, steps: int) -> int:
     """Fork a process that continues the run ``name``."""
     settings = config(folder, name, steps)
     settings.run.resume, settings.run.save_every = True, 2
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            train_world_model(settings, (bank(0), bank(1)))
-            code = 0
-        finally:
-            os._exit(code)
-    return child
+
+    def live() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        train_world_model(settings, (bank(0), bank(1)))
+
+    return fork(live, name)
 
 
 def killed_lives(folder: Path, kills: int) -> list[dict]:

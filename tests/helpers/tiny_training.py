@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from safetensors.torch import save_file
 
+from physisforcing.core.files import replace_text
 from physisforcing.worldmodel.backbones.wan import ConditionerConfig, WanConfig
 from physisforcing.worldmodel.data.batches import BankTargets, WindowBank
 from physisforcing.worldmodel.data.window_targets import WindowTargets
@@ -54,6 +57,8 @@ def config(tmp_path, name: str, steps: int) -> TrainWorldModelConfig:
 def codec_folder(tmp_path, name="codec", settings="{}"):
     folder = tmp_path / name
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(settings)  # only its fingerprint is read here
-    save_file({"encode_in.weight": torch.zeros(2)}, folder / "weights.safetensors")
+    part = folder / f"{os.getpid()}.part"  # two ranks may come here at once, and one of them read already
+    save_file({"encode_in.weight": torch.zeros(2)}, part)
+    os.replace(part, folder / "weights.safetensors")
+    replace_text(folder / "config.json", settings)  # only its fingerprint is read
     return folder

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import importlib
 import json
+import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 import tiny_large
 from physisforcing.worldmodel.training.banks import prepare_banks
@@ -16,7 +16,7 @@ from physisforcing.worldmodel.training.config import TrainWorldModelConfig
 from physisforcing.worldmodel.training.optim import is_sharded, local
 from physisforcing.worldmodel.training.processes import Processes
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
-from two_processes import both
+from ranks import both
 
 #: Name of a case -> kind of backbone, rank of the adapters, what else is set.
 CASES = {
@@ -28,10 +28,10 @@ CASES = {
 
 
 def settings(folder: Path, case: str, name: str) -> TrainWorldModelConfig:
-    """A run ``FOLDER/name`` of eight updates. Every second window of the store has no targets, so that a process may have none at all."""
+    """A run ``FOLDER/name`` of six updates. Every second window of the store has no targets, so that a process may have none at all."""
     kind, rank, more = CASES[case]
-    made = tiny_large.config(folder / kind, [folder / f"{kind}-store"], folder / name, steps=8, rank=rank)
-    made.run.batch, made.run.save_every, made.run.resume = 4, 4, True
+    made = tiny_large.config(folder / kind, [folder / f"{kind}-store"], folder / name, steps=6, rank=rank)
+    made.run.batch, made.run.save_every, made.run.resume = 4, 3, True
     for field, value in more.items():
         setattr(made.run, field, value)
     return made
@@ -71,18 +71,23 @@ def measured(folder: Path) -> None:
     processes.close()
 
 
+def continued(folder: Path, case: str) -> None:
+    """Go on from the middle of the run ``two-<case>``."""
+    if os.environ["RANK"] == "0":  # the other waits for it where they meet
+        shutil.copytree(folder / f"two-{case}" / "step-000003", folder / f"halves-{case}" / "step-000003")
+    train_world_model(settings(folder, case, f"halves-{case}"))
+
+
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
     first = settings(folder, "full", "first")
-    Trainer(first, prepare_banks(copy.deepcopy(first), torch.device("cpu"))[0], torch.device("cpu")).step(
-        0
-    )  # late imports
+    first.run.steps = 1
+    train_world_model(first)  # imports what is imported late
+    importlib.import_module("torch.distributed.fsdp")
+    cases: list[Callable[[], object]] = []
     for case in CASES:
-        both(lambda case=case: train_world_model(settings(folder, case, f"two-{case}")))
-        shutil.copytree(folder / f"two-{case}" / "step-000004", folder / f"halves-{case}" / "step-000004")
-        both(lambda case=case: train_world_model(settings(folder, case, f"halves-{case}")))
-    both(lambda: parts(folder))
-    both(lambda: measured(folder))
+        cases.append(lambda case=case: train_world_model(settings(folder, case, f"two-{case}")))
+        cases.append(lambda case=case: continued(folder, case))
+    both(*cases, lambda: parts(folder), lambda: measured(folder))
 
 
 if __name__ == "__main__":

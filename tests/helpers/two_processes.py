@@ -1,22 +1,22 @@
 """Runs of two gloo processes, and of one that is killed, for tests/numerics/test_training_distributed.py: ``python two_processes.py FOLDER BASE``.
 
-One process imports everything and forks both ranks of each case, which costs one start-up. ``FOLDER`` has a run ``one`` of one process
-with checkpoints after 5 and 10 updates; ``BASE`` is a model to put adapters on, or empty.
+``FOLDER`` has a run ``one`` of one process with checkpoints after 5 and 10 updates; ``BASE`` is a model to put adapters on, or empty.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from physisforcing.worldmodel.training.config import LoraConfig, TrainWorldModel
 from physisforcing.worldmodel.training.processes import Processes
 from physisforcing.worldmodel.training.stopping import TrainingStopped
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
+from ranks import both, pair
 from tiny_training import bank, config
 
 BATCH = 4
@@ -50,24 +51,31 @@ def settings(folder: Path, name: str, steps: int = 10, base: str = "") -> TrainW
     return made
 
 
-def recorded(train: WindowBank) -> list[list[int]]:
-    """Rows of the training bank that are asked for from now on."""
-    rows, batch = [], WindowBank.batch
+@contextlib.contextmanager
+def replaced(owner: type, name: str, value: Callable[..., Any]) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def train(folder: Path, name: str, base: str = "", checkpointing: str = "none", source: str = "") -> None:
+    """``source``: the run whose first half this one goes on from. Writes which rows of the training bank this process asked for."""
+    if source and os.environ["RANK"] == "0":  # the other waits for it where they meet
+        shutil.copytree(folder / source / "step-000005", folder / name / "step-000005")
+    banks, rows, batch = half_empty(), [], WindowBank.batch
 
     def noting(self, rows_B):
-        if self is train:
+        if self is banks[0]:
             rows.append(rows_B.tolist())
         return batch(self, rows_B)
 
-    WindowBank.batch = noting
-    return rows
-
-
-def train(folder: Path, name: str, base: str = "", checkpointing: str = "none") -> None:
-    banks = half_empty()
-    rows, made = recorded(banks[0]), settings(folder, name, base=base)
+    made = settings(folder, name, base=base)
     made.run.checkpointing = checkpointing
-    train_world_model(made, banks)
+    with replaced(WindowBank, "batch", noting):
+        train_world_model(made, banks)
     (folder / f"{name}-rows{os.environ['RANK']}.json").write_text(json.dumps(rows))
 
 
@@ -88,8 +96,7 @@ def told_once(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, number)
 
-    Trainer.step = telling
-    with pytest.raises(TrainingStopped) as stopped:
+    with replaced(Trainer, "step", telling), pytest.raises(TrainingStopped) as stopped:
         train_world_model(settings(folder, "told"), half_empty())
     assert stopped.value.done == 4
 
@@ -109,34 +116,6 @@ def forever(folder: Path) -> None:
     train_world_model(made, half_empty())
 
 
-def pair(case: Callable[[], None]) -> list[int]:
-    """Fork two ranks that run ``case``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in (0, 1):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            code = 1
-            try:
-                case()
-                code = 0
-            except BaseException as error:
-                print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            finally:
-                os._exit(code)
-        ranks.append(child)
-    return ranks
-
-
-def both(case: Callable[[], None]) -> None:
-    ended = [os.waitpid(child, 0)[1] for child in pair(case)]
-    assert ended == [0, 0], ended
-
-
 def killed(folder: Path, trials: int) -> list[dict]:
     """Kill one rank at random moments; the other has to end by itself."""
     draw, found, run = random.Random(0), [], folder / "killed"
@@ -154,21 +133,23 @@ def killed(folder: Path, trials: int) -> list[dict]:
 
 
 def main(folder: Path, base: str) -> None:
-    torch.set_num_threads(1)
-    Trainer(settings(folder, "first", base=base), bank(0), torch.device("cpu")).step(0)  # imports what is imported late
-    importlib.import_module("torch.distributed.checkpoint")
-    importlib.import_module("torch.distributed.fsdp")
-    both(lambda: train(folder, "two"))
-    both(lambda: train(folder, "recomputed", checkpointing="full"))
-    for name, source in (("halves", "two"), ("one_to_two", "one")):
-        shutil.copytree(folder / source / "step-000005", folder / name / "step-000005")
-        both(lambda name=name: train(folder, name))
-    both(lambda: restore_and_save(folder))
-    both(lambda: train_world_model(*spoiled(folder)))
-    both(lambda: told_once(folder))
-    both(lambda: train(folder, "told"))
+    first = settings(folder, "first", steps=1, base=base)
+    train_world_model(first, half_empty())  # imports what is imported late
+    for name in ("checkpoint", "fsdp"):
+        importlib.import_module(f"torch.distributed.{name}")
+    cases: list[Callable[[], object]] = [
+        lambda: train(folder, "two"),
+        lambda: train(folder, "recomputed", checkpointing="full"),
+        lambda: train(folder, "halves", source="two"),
+        lambda: train(folder, "one_to_two", source="one"),
+        lambda: restore_and_save(folder),
+        lambda: train_world_model(*spoiled(folder)),
+        lambda: told_once(folder),
+        lambda: train(folder, "told"),
+    ]
     if base:
-        both(lambda: train(folder, "two_lora", base))
+        cases.append(lambda: train(folder, "two_lora", base))
+    both(*cases)
     kills = int(os.environ.get("PHYSIS_KILLS", "6"))
     (folder / "alone").mkdir()
     (folder / "alone" / "lives.json").write_text(json.dumps(killed_lives(folder / "alone", kills)))

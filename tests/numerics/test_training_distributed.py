@@ -7,8 +7,6 @@ WEIGHT below. Everything that only moves numbers (checkpoints, other numbers of 
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,9 +21,9 @@ from physisforcing.worldmodel.training.checkpoint import is_complete, latest_che
 from physisforcing.worldmodel.training.objective import draw_noise
 from physisforcing.worldmodel.training.processes import Processes
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
+from ranks import run_script, update_lines
 from two_processes import BATCH, half_empty, settings, spoiled
 
-HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 #: Relative difference of logged losses, and absolute difference of weights, after ten updates at a learning rate of 0.01.
 LOSS, WEIGHT = 1e-4, 2e-3
 
@@ -46,20 +44,8 @@ def runs(tmp_path_factory) -> Path:
     base = str(folder / "one" / "step-000010" / "model") if PEFT else ""
     if PEFT:
         train_world_model(settings(folder, "one_lora", base=base), half_empty())
-    done = subprocess.run(
-        [sys.executable, str(HELPERS / "two_processes.py"), str(folder), base],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("two_processes.py", folder, base, timeout=1200)
     return folder
-
-
-def lines(run: Path) -> list[dict]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if "grad_norm" in line]
 
 
 def same(one: Path, two: Path) -> bool:
@@ -80,7 +66,7 @@ def close(one: Path, two: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", pytest.param("_lora", marks=pytest.mark.skipif(not PEFT, reason="needs peft"))])
 def test_losses_norms_and_weights_are_those_of_one_process(runs, name):
-    one, two = lines(runs / f"one{name}"), lines(runs / f"two{name}")
+    one, two = update_lines(runs / f"one{name}"), update_lines(runs / f"two{name}")
     assert len(one) == len(two) == 10
     for first, second in zip(one, two, strict=True):
         for term in ("loss", "fm", "pix", "sem", "grad_norm", "pairs", "related", "valid", "tokens", "epe_px"):
