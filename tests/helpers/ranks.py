@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def fork(run: Callable[[], object], told: str) -> int:
         print(f"{told}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         os._exit(code)
+
+
+def kill_once(child: int, reached: Callable[[], object], *, within_s: float) -> None:
+    """SIGKILL to a copy as soon as ``reached`` is true, which has to be before it ends and in this time."""
+    end = time.monotonic() + within_s
+    while not reached() and time.monotonic() < end:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL and reached()
 
 
 def pair(*cases: Callable[[], object]) -> list[int]:

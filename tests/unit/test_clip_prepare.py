@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +17,7 @@ from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.data.clips.command import prepare_clips
 from physisforcing.worldmodel.data.clips.config import ClipsConfig
 from physisforcing.worldmodel.data.clips.manifest import ClipManifest
+from ranks import fork, kill_once
 
 COUNTS = {"static": 5, "duplicate": 5, "misaligned": 5, "cut": 3, "clean": 22}
 OUTPUTS = ("clips.jsonl", "report.json", "report.md", "dropped.png")
@@ -101,15 +97,9 @@ def test_a_killed_run_continues_to_the_same_bytes(planted: tuple[Path, list[Any]
     config = ClipsConfig(videos=str(planted[0]))
     prepare_clips(tmp_path / "whole", table, config)
     output, log = tmp_path / "killed", tmp_path / "killed" / "measurements.jsonl"
-    code = "import sys; from physisforcing.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = [sys.executable, "-c", code, "data", "prepare", str(output), str(table), f"videos={planted[0]}"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while not (log.is_file() and log.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    words = ["data", "prepare", str(output), str(table), f"videos={planted[0]}"]
+    process = fork(lambda: cli.main(words), "the copy")
+    kill_once(process, lambda: log.is_file() and log.read_bytes().count(b"\n") >= 2, within_s=60)
     done = log.read_bytes()
     assert 2 <= done.count(b"\n") < count and not (output / "clips.jsonl").exists()
     log.write_bytes(done + b'{"manifest": "cli')  # and half a line, as a full disk leaves it

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +35,7 @@ from physisforcing.worldmodel.teachers.registry import TeacherConfig
 from physisforcing.worldmodel.teachers.selection import TeachersConfig
 from physisforcing.worldmodel.text_encoders import CosmosText, UMT5Text
 from physisforcing.worldmodel.training.banks import open_stores
+from ranks import fork, kill_once
 
 _other = importlib.util.spec_from_file_location("targets_of_boxes", Path(__file__).with_name("test_targets.py"))
 assert _other is not None and _other.loader is not None
@@ -353,14 +349,8 @@ def test_a_killed_command_goes_on_to_the_same_bytes(models, dataset, tmp_path):
     words = [f"data=[{dataset}]", f"model={models['a14b']}", "buckets=[9x96x128]", "success_only=false", "device=cpu"]
     words += [f"text_cache={tmp_path / 'text'}", "teacher.encoder.name=none", "grid_rows=4", "grid_columns=4"]
     assert cli.main(["data", "latents", *words, f"out={tmp_path / 'whole'}"]) == 0
-    run = [sys.executable, "-m", "physisforcing", "data", "latents", *words, f"out={tmp_path / 'killed'}"]
-    process = subprocess.Popen(run, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not list(tmp_path.glob("killed/9x*/*.safetensors")) and time.monotonic() < deadline:
-        assert process.poll() is None, "it ended before its first shard"
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process = fork(lambda: cli.main(["data", "latents", *words, f"out={tmp_path / 'killed'}"]), "the copy")
+    kill_once(process, lambda: list(tmp_path.glob("killed/9x*/*.safetensors")), within_s=60)
     done = len(list(tmp_path.glob("killed/9x*/*.safetensors")))
     assert 1 <= done < 3 and not (tmp_path / "killed" / "windows.jsonl").exists()
     assert cli.main(["data", "latents", *words, f"out={tmp_path / 'killed'}"]) == 0

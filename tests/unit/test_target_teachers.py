@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +27,7 @@ from physisforcing.worldmodel.teachers.classical import ClassicalTracker
 from physisforcing.worldmodel.teachers.ground_truth import query_grid
 from physisforcing.worldmodel.teachers.registry import TeacherConfig, make_encoder
 from physisforcing.worldmodel.teachers.selection import TeachersConfig
+from ranks import fork, kill_once
 
 _other = importlib.util.spec_from_file_location("targets_of_boxes", Path(__file__).with_name("test_targets.py"))
 assert _other is not None and _other.loader is not None
@@ -226,22 +223,9 @@ def test_parts_and_processes_make_the_same_targets(root: Path, tmp_path: Path) -
 
 
 def test_a_killed_run_continues(root: Path, tmp_path: Path) -> None:
-    words = [
-        sys.executable,
-        "-m",
-        "physisforcing.cli",
-        "data",
-        "targets",
-        f"data=[{root}]",
-        f"cache={tmp_path}",
-        "workers=1",
-    ]
-    run = subprocess.Popen([*words, "device=cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("*/*.safetensors")) and time.monotonic() < deadline and run.poll() is None:
-        time.sleep(0.01)
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait()
+    words = [f"data=[{root}]", f"cache={tmp_path}", "workers=1", "device=cpu"]
+    process = fork(lambda: main(words), "the copy")
+    kill_once(process, lambda: list(tmp_path.glob("*/*.safetensors")), within_s=60)
     dataset, recipe = LeRobotDataset(root), TargetRecipe()
     kept = len(list(tmp_path.glob("*/*.safetensors")))
     done = build(dataset, recipe, cache=tmp_path)
