@@ -52,7 +52,7 @@ def project(block: Any, x_BLD: Tensor, rows: tuple[Tensor, ...], rotary: Rotary)
     attn = block.attn1
     value = attn.to_v(normed).unflatten(2, (attn.heads, -1))
     query, key = (
-        rotate(norm(layer(normed)).unflatten(2, (attn.heads, -1)).to(value.dtype), rotary).transpose(1, 2)
+        rotate(norm(layer(normed).float()).unflatten(2, (attn.heads, -1)).to(value.dtype), rotary).transpose(1, 2)
         for layer, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
     )
     return query, key, value.transpose(1, 2)
@@ -78,7 +78,7 @@ def attend(
 def text_keys(block: Any, context_BLD: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of the block's cross-attention, [B,H,L,D]."""
     attn = block.attn2
-    key, value = attn.norm_k(attn.to_k(context_BLD)), attn.to_v(context_BLD)
+    key, value = attn.norm_k(attn.to_k(context_BLD).float()), attn.to_v(context_BLD)
     return tuple(x.to(value.dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (key, value))  # type: ignore[return-value]
 
 
@@ -89,7 +89,7 @@ def finish(
     out = block.attn1.to_out[0](attended_BHLD.transpose(1, 2).flatten(2))
     x_BLD = (x_BLD.float() + gate_frames(out, rows[2])).type_as(x_BLD)
     attn = block.attn2
-    query = attn.norm_q(attn.to_q(block.norm2(x_BLD.float()).type_as(x_BLD)))
+    query = attn.norm_q(attn.to_q(block.norm2(x_BLD.float()).type_as(x_BLD)).float())
     seen = F.scaled_dot_product_attention(query.to(text[1].dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2), *text)
     x_BLD = x_BLD + attn.to_out[0](seen.transpose(1, 2).flatten(2)).type_as(x_BLD)
     normed = modulate_frames(block.norm3(x_BLD.float()), rows[3], rows[4]).type_as(x_BLD)

@@ -230,12 +230,12 @@ def precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def to_inference(model: nn.Module, device: torch.device) -> nn.Module:
-    """Weights of matrix products in bfloat16 where autocast would round them at every call, all others in float32: the same numbers, less
-    memory. In place; on a CPU only moved."""
+def to_inference(model: nn.Module, device: torch.device, *, half: bool | None = None) -> nn.Module:
+    """``model`` on ``device``, frozen, with the weights of matrix products in bfloat16 where autocast would round them at every call (``half``;
+    None: on a GPU) and all others in float32: the same numbers, less memory. In place."""
     model.to(device).eval().requires_grad_(False)
     exact = {id(p) for name in EXACT for p in model.get_submodule(name).parameters()}
-    if device.type == "cuda":
+    if device.type == "cuda" if half is None else half:
         for layer in model.modules():
             if isinstance(layer, nn.Linear | nn.Conv3d):
                 for parameter in layer.parameters():

@@ -12,7 +12,7 @@ from physisforcing.core.errors import UserError
 from physisforcing.policy import pattern
 from physisforcing.policy.config import PolicyModelConfig, fastwam_compat
 from physisforcing.policy.mixture import attend
-from physisforcing.policy.model import Copy, WorldActionModel
+from physisforcing.policy.model import Copy, WorldActionModel, to_inference
 from physisforcing.policy.objective import draw, policy_losses
 from physisforcing.policy.positions import action_rotary, action_times, rotate
 from tests.helpers.tiny_policy import SHAPE, tiny_batch, tiny_policy, tiny_transformer
@@ -206,6 +206,39 @@ def test_the_published_design_has_its_parts() -> None:
     model = WorldActionModel(tiny_transformer(), config)
     assert not hasattr(model.expert, "norm_out")
     assert (config.video_shift, config.action_shift, config.weighting) == (5.0, 5.0, "bell")
+
+
+def test_a_policy_acts_with_the_numbers_that_it_was_trained_with() -> None:
+    """Training rounds float32 weights at every matrix product; acting keeps the rounded ones. Both under autocast: equal bits."""
+    batch = tiny_batch()
+    made = []
+    for half in (False, True):
+        model = to_inference(tiny_policy(), torch.device("cpu"), half=half)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            context = model.context(batch["text"], batch["state_BA"])
+            made.append(model(batch["latents_BCFhw"], SIGMA, batch["actions_BPA"], ACTION_SIGMA, context)[:2])
+            kept = model.prefill(batch["latents_BCFhw"][:, :, :1], torch.zeros(2), context)
+            made[-1] += (model.act(batch["actions_BPA"], model.action_times(ACTION_SIGMA), kept),)
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+    assert model.expert.action_in.weight.dtype == torch.float32
+    assert model.blocks[0].action.attn1.to_q.weight.dtype == torch.bfloat16
+    assert made[0][1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["first_frame", "optional_idm"])
+def test_a_block_is_one_graph(mode: str) -> None:
+    """Forward and gradients of compiled blocks, which break into no parts, are those of plain ones."""
+    batch, gradients = tiny_batch(), []
+    for compiled in (False, True):
+        model = tiny_policy(mode)
+        if compiled:
+            for block in model.blocks:
+                block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+        drawn = draw(SHAPE, model.config, torch.Generator().manual_seed(0))
+        policy_losses(model, batch, drawn)[0]["loss"].backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
