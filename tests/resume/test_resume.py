@@ -1,12 +1,17 @@
 """Training resumes bit-exactly, and whatever kills a process leaves the last good checkpoint loadable."""
 
+import functools
 import json
-import subprocess
-import sys
+import os
+import random
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.backbones.wan import ConditionerConfig, WanConfig
@@ -19,6 +24,7 @@ from physisforcing.worldmodel.training.config import DataConfig, TrainWorldModel
 from physisforcing.worldmodel.training.evaluate import heldout_losses
 from physisforcing.worldmodel.training.tensors import shard_name
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
+from ranks import fork
 from tiny_training import bank, codec_folder, config
 
 
@@ -239,49 +245,43 @@ def test_heldout_values_do_not_depend_on_the_chunk_size(tmp_path, options):
     assert "epe_px" not in values(8), "a value of nothing is left out, not 0"
 
 
-#: Forks one writer a trial, so that imports are paid for once, and says how far each had come.
-WRITERS = """
-import json, os, random, signal, sys, time, torch
-from pathlib import Path
-from physisforcing.worldmodel.training.checkpoint import save_checkpoint
-from safetensors.torch import save_file
-folder, draw = Path(sys.argv[1]), random.Random(0)
-def save(run, step):
-    def model(folder):
+def saves(run: Path, say: int) -> None:
+    """Write checkpoints for ever, and the number of each once it is there."""
+
+    def model(folder: Path, step: int) -> None:
         folder.mkdir()
         save_file({"w": torch.full((400_000,), float(step))}, folder / "model.safetensors")
-    save_checkpoint(run, step, model, {"weights": {"w": torch.full((400_000,), float(step))}}, {"seed": 0})
-torch.set_num_threads(1)
-save(folder / "first", 1)  # imports what is imported late
-found = []
-for trial in range(int(sys.argv[2])):
-    run = folder / f"run{trial}"
+
+    for step in range(1, 1000):
+        tensors = {"weights": {"w": torch.full((400_000,), float(step))}}
+        save_checkpoint(run, step, functools.partial(model, step=step), tensors, {"seed": 0})
+        os.write(say, b"%d " % step)
+
+
+def killed_save(run: Path, wait_s: float) -> int:
+    """Kill a process that saves, some time after its third checkpoint. Returns the number of the last one that it told of."""
     said, say = os.pipe()
-    child = os.fork()
-    if child == 0:
-        for step in range(1, 1000):
-            save(run, step)
-            os.write(say, b"%d " % step)
+    child = fork(lambda: saves(run, say), "the writer")
     os.close(say)
     told = b""
     while told.count(b" ") < 3:
-        told += os.read(said, 4096)
-    time.sleep(draw.uniform(0.0, 0.05))
+        more = os.read(said, 4096)
+        assert more, "it ended by itself"
+        told += more
+    time.sleep(wait_s)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     while more := os.read(said, 4096):
         told += more
-    found.append(int(told.split()[-1]))
-print(json.dumps(found))
-"""
+    os.close(said)
+    return int(told.split()[-1])
 
 
 def test_kill_during_saving_leaves_a_good_checkpoint(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", WRITERS, str(tmp_path), "6"], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for trial, reported in enumerate(json.loads(done.stdout)):
+    draw = random.Random(0)
+    save(tmp_path / "first", 1)  # imports what is imported late
+    for trial in range(6):
+        reported = killed_save(tmp_path / f"run{trial}", draw.uniform(0.0, 0.05))
         run = tmp_path / f"run{trial}"
         found = latest_checkpoint(run)
         assert found is not None and int(found.name.removeprefix("step-")) >= reported >= 3
