@@ -15,6 +15,7 @@ from physisforcing.worldmodel.data.latent_bank import EpochSampler
 from physisforcing.worldmodel.data.latent_shards import read_store, read_window, write_store
 from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.training.banks import open_stores
+from physisforcing.worldmodel.training.flops import step_flops
 from physisforcing.worldmodel.training.worldmodel import train_world_model
 
 CPU = torch.device("cpu")
@@ -36,11 +37,13 @@ def test_windows_of_two_shapes_are_trained_in_batches_of_one(large_models, tmp_p
     other = tiny_large.store(tmp_path / "other", "ti2v", seed=1, rows=6)
     config = tiny_large.config(model, [store, other], tmp_path / "run")
     trainer = tiny_large.trainer(config)
-    shapes = set()
+    counted = {}
     for step in range(8):
         assert torch.isfinite(trainer.step(step)["loss"])
-        shapes.add(trainer.bank.latent_shape(trainer.rows(step))[1:])
-    assert shapes == {(8, 3, 4, 6), (8, 3, 6, 6)}
+        counted[trainer.bank.latent_shape(trainer.rows(step))[1:]] = trainer.operations
+    shapes = (8, 3, 4, 6), (8, 3, 6, 6)
+    assert counted == {shape: 2 * step_flops(trainer.denoiser, (1, *shape), 512) for shape in shapes}
+    assert 1 < counted[shapes[1]] / counted[shapes[0]] < 1.5, "text costs the same in both"
 
 
 def test_a_batch_holds_what_the_store_holds(large_models):

@@ -451,7 +451,7 @@ def test_training_shows_one_held_out_window(
     trainer = Trainer(config, bank, torch.device("cpu"))
     board = Board()
     monkeypatch.setattr(steplog, "_tensorboard", lambda run: board)
-    log = steplog.StepLog(tmp_path, steps=1, batch=1, step_flops=1.0, device=torch.device("cpu"))
+    log = steplog.StepLog(tmp_path, steps=1, batch=1, device=torch.device("cpu"))
     before = copy.deepcopy(trainer.model.state_dict())
     for step in (0, 7):
         training_pictures.heldout_pictures(trainer, heldout, step, log)

@@ -18,6 +18,7 @@ from physisforcing.worldmodel.data.windows import (
     resize_area,
     window_steps,
 )
+from physisforcing.worldmodel.training import steplog
 from physisforcing.worldmodel.training.config import TrainWorldModelConfig
 from physisforcing.worldmodel.training.optim import OptimConfig, WeightAverage, learning_rate
 from physisforcing.worldmodel.training.runtime import split_heldout
@@ -157,7 +158,7 @@ def test_lines_after_the_checkpoint_are_dropped_when_a_run_continues(tmp_path):
         return [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
     def log(done: int) -> StepLog:
-        return StepLog(tmp_path, steps=9, batch=1, step_flops=1.0, device=torch.device("cpu"), done=done)
+        return StepLog(tmp_path, steps=9, batch=1, device=torch.device("cpu"), done=done)
 
     first = log(0)
     for step in (0, 2, 4, 6):
@@ -175,7 +176,7 @@ def test_lines_after_the_checkpoint_are_dropped_when_a_run_continues(tmp_path):
 
 
 def test_step_line_holds_means_and_stops_on_nan(tmp_path):
-    log = StepLog(tmp_path, steps=4, batch=8, step_flops=1.0, device=torch.device("cpu"))
+    log = StepLog(tmp_path, steps=4, batch=8, device=torch.device("cpu"))
     for value in (1.0, 3.0):
         log.add({"loss": torch.tensor(value)}, wait_s=0.0)
     line = log.line(2, lr=0.1)
@@ -188,8 +189,20 @@ def test_step_line_holds_means_and_stops_on_nan(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"] == 2.0
 
 
+def test_the_share_of_the_peak_is_that_of_what_the_steps_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(steplog, "peak_flops", lambda _device: 1e6)
+    log = StepLog(tmp_path, steps=4, batch=2, device=torch.device("cpu"))
+    for operations in (1e3, 5e3):
+        log.add({"loss": torch.tensor(1.0)}, 0.0, operations)
+    line = log.line(2, lr=0.1)
+    assert line["mfu_pct"] == pytest.approx(100 * 3e3 / (1e-3 * line["step_ms"]) / 1e6)
+    log.add({"loss": torch.tensor(1.0)}, 0.0)
+    assert "mfu_pct" not in log.line(3, lr=0.1), "of a training whose operations are not counted nothing is said"
+    log.close()
+
+
 def test_what_some_steps_measure_is_the_mean_of_those(tmp_path):
-    log = StepLog(tmp_path, steps=4, batch=1, step_flops=1.0, device=torch.device("cpu"))
+    log = StepLog(tmp_path, steps=4, batch=1, device=torch.device("cpu"))
     for step in range(4):
         log.add({"loss": torch.tensor(float(step))} | ({"share_pix": torch.tensor(0.5)} if step == 3 else {}), 0.0)
     record = log.line(4, 1e-3)

@@ -35,13 +35,12 @@ class StepLog:
         run: Path,
         steps: int,
         batch: int,
-        step_flops: float,
         device: torch.device,
         done: int = 0,
         quiet: bool = False,
         wandb: str = "",
     ) -> None:
-        self.run, self.steps, self.batch, self.flops, self.device = run, steps, batch, step_flops, device
+        self.run, self.steps, self.batch, self.device = run, steps, batch, device
         self._stream = None
         self._board = self._wandb = None
         if not quiet:
@@ -52,19 +51,21 @@ class StepLog:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._count = 0
-        self._wait = 0.0
+        self._wait = self._operations = 0.0
         self._since = time.perf_counter()
         self._done = done
         self._peak = peak_flops(device)
 
-    def add(self, terms: dict[str, Tensor], wait_s: float) -> None:
-        """Loss terms and gradient norm of one step (device scalars), and the host seconds spent on its batch."""
+    def add(self, terms: dict[str, Tensor], wait_s: float, operations: float = 0.0) -> None:
+        """Loss terms and gradient norm of one step (device scalars), the host seconds spent on its batch, and its floating-point operations
+        (0: not counted)."""
         for name, value in terms.items():
             total = self._sums.get(name)
             self._sums[name] = value.detach().float() if total is None else total + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
         self._count += 1
         self._wait += wait_s
+        self._operations += operations
 
     def line(self, step: int, lr: float) -> dict[str, float]:
         """Write the mean of the steps since the last line; nothing where there were none. Raises ``FloatingPointError`` when a loss is
@@ -79,12 +80,12 @@ class StepLog:
         record["step_ms"] = 1e3 * seconds
         record["data_wait_pct"] = 100.0 * self._wait / max(1e-9, now - self._since)
         record["clips_per_s"] = self.batch / seconds
-        if self._peak:
-            record["mfu_pct"] = 100.0 * self.flops / seconds / self._peak
+        if self._peak and self._operations:
+            record["mfu_pct"] = 100.0 * self._operations / (seconds * self._count) / self._peak
         record["memory_gib"] = _memory_gib(self.device)
         record["eta_s"] = seconds * (self.steps - step)
         self._write(record)
-        self._sums, self._counts, self._count, self._wait, self._since = {}, {}, 0, 0.0, now
+        self._sums, self._counts, self._count, self._wait, self._operations, self._since = {}, {}, 0, 0.0, 0.0, now
         if not all(value == value and abs(value) != float("inf") for value in values):
             raise FloatingPointError(f"step {step}: a loss is not finite: {record}")
         return record

@@ -136,7 +136,7 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
     average = WeightAverage(model, config.optim.ema)
     first = restore_training(found, model, average, optimizer, device) if found is not None else 0
     terms_of = torch.compile(train_step_terms, dynamic=False) if compiles(config.run) else train_step_terms
-    log = StepLog(run, config.run.steps, config.run.batch, 0.0, device, done=first)
+    log = StepLog(run, config.run.steps, config.run.batch, device, done=first)
 
     def clips(step: int) -> list[str]:
         rows = sampler.draw(config.run.batch, step_generator(config.run.seed, step)).tolist()

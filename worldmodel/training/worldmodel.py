@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,9 @@ class Trainer:
         #: The windows of a large backbone, whose data may have grown; those of small models are told by their settings.
         self.windows = bank.fingerprint if isinstance(bank, LatentBank) else None
         self.wait_s = 0.0
+        #: Floating-point operations of the last update in this process.
+        self.operations = 0.0
+        self._sample_flops: dict[tuple[int, ...], float] = {}
         #: The held-out window whose pictures are shown, once it is chosen.
         self.shown: Tensor | None = None
 
@@ -112,7 +115,7 @@ class Trainer:
         if self.config.text_dropout > 0:
             shared = self.config.run.batch, self.part
             batch["text_BLD"] = without_text(batch["text_BLD"], self.config.text_dropout, generator, *shared)
-        self.wait_s = time.perf_counter() - begun
+        self.wait_s, self.operations = time.perf_counter() - begun, self.flops(batch["latents_BCFhw"].shape)
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, step, self.config.run.steps))
         terms = self._backward(batch, drawn)
         average_gradients(self.trained, self.processes)
@@ -220,10 +223,12 @@ class Trainer:
         and the first writes."""
         export_model(folder, self.model, self.config, self.bank, self.processes, checkpoint=checkpoint)
 
-    def flops(self) -> float:
-        """Floating-point operations of one update in this process (``flops.step_flops``)."""
-        shape = self.bank.latent_shape(self.bank.alike()[:1])
-        return self.config.run.batch / self.processes.world * step_flops(self.denoiser, shape, self.bank.text_tokens)
+    def flops(self, shape: Sequence[int]) -> float:
+        """Floating-point operations of an update of a batch [B,C,F,h,w] (``flops.step_flops``)."""
+        one = tuple(shape[1:])
+        if one not in self._sample_flops:
+            self._sample_flops[one] = step_flops(self.denoiser, shape, self.bank.text_tokens)
+        return shape[0] * self._sample_flops[one]
 
 
 #: Training windows and held-out ones.
@@ -260,7 +265,7 @@ def _train(config: TrainWorldModelConfig, banks: Banks | None, processes: Proces
         return _finish(trainer, banks, run)
     quiet = not processes.first
     log = StepLog(
-        run, config.run.steps, config.run.batch, trainer.flops(), device, done=first, quiet=quiet, wandb=config.run.wandb
+        run, config.run.steps, config.run.batch, device, done=first, quiet=quiet, wandb=config.run.wandb
     )  # fmt: skip
     if first == 0:
         _measure(trainer, heldout, 0, log)
@@ -322,7 +327,7 @@ def _after_update(trainer: Trainer, log: StepLog, terms: dict[str, Tensor], done
     if (skipped := trainer.guard.take_skipped()) is not None:
         log.event(skipped)
     else:
-        log.add(terms, trainer.wait_s)
+        log.add(terms, trainer.wait_s, trainer.operations)
     due = done % run.log_every == 0 or done == run.steps
     if due or trainer.device.type == "cpu":
         trainer.guard.check()
