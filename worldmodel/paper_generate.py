@@ -20,7 +20,7 @@ from physisforcing.core.errors import UserError, check_at_least, unknown_name
 
 from .adapters.pipeline_classes import read_class
 from .backbones.cosmos3 import Cosmos3Backbone
-from .backbones.folder import load_backbone
+from .backbones.folder import load_backbone, read_settings, transformer_folder
 from .backbones.wan_paper import WanBackbone
 from .pipeline_vae import load_vae, picture_tensor
 from .placement import Placement
@@ -58,7 +58,8 @@ KINDS: dict[str, Recipe] = {
 class PaperConfig:
     """``transformer``: a folder with other weights for the (high-noise) transformer, such as an export of training. ``codec``: another
     autoencoder's. ``first_latent``: see ``backbones.protocol``; None is what ``load_backbone`` finds. ``experts``: ``both`` or ``high``;
-    None is both where the folder has two. ``boundary``: None is the folder's, 0.9 where it has none. None elsewhere: ``KINDS``."""
+    None is both where the folder has two. ``boundary``: None is the folder's, 0.9 where it has none. ``fps``: None is that of the videos
+    that a Cosmos3 was trained on here. None elsewhere: ``KINDS``."""
 
     transformer: str = ""
     codec: str = ""
@@ -112,7 +113,8 @@ class PaperGenerator:
         self.kind = self._kind()
         recipe = KINDS[self.kind]
         self.frames = recipe.frames if config.frames is None else config.frames
-        self.fps = recipe.fps if config.fps is None else config.fps
+        trained = read_settings(transformer_folder(Path(config.transformer or self.folder))).get("fps", recipe.fps)
+        self.fps = trained if config.fps is None else config.fps
         self.sampler = self._sampler(recipe.sampler)
         self.sampler.check()
         self._check_size()

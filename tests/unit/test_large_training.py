@@ -97,7 +97,9 @@ def test_a_run_that_was_stopped_goes_on_bit_exactly_and_its_export_is_stock(larg
         a, b = load_file(straight / file), load_file(resumed / file)
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), file
     _check_stock(kind, model, straight)
-    assert json.loads((straight / "transformer" / "physis_backbone.json").read_text())["tap"] == 1
+    said = json.loads((straight / "transformer" / "physis_backbone.json").read_text())
+    first = "mask" if kind == "a14b" else "pinned"
+    assert said == {"first_latent": first, "tap": 1} | ({"fps": 16.0} if kind == "cosmos3" else {})
     checkpoint = tmp_path / "straight" / "step-000002" / "model"
     assert (checkpoint / "adapter").is_dir() and not (checkpoint / "transformer").exists()
 

@@ -233,6 +233,19 @@ def test_what_weights_were_trained_with_lies_beside_them(paper_folders, tmp_path
         load_backbone(folder)
 
 
+def test_cosmos3_has_the_frame_rate_that_it_was_trained_at(paper_folders, tmp_path):
+    folder = shutil.copytree(paper_folders["cosmos3"] / "transformer", tmp_path / "transformer")
+    options = {"stride": (4, 16, 16)}
+    save_settings(folder, first_latent="pinned", tap=3)
+    assert load_backbone(folder, **options).fps == 24.0, "a file without a rate"
+    save_settings(folder, first_latent="pinned", tap=3, fps=16.0)
+    assert load_backbone(folder, **options).fps == 16.0 and load_backbone(folder, fps=8.0, **options).fps == 8.0
+    for wrong in ('"16"', "0", "-1", "Infinity"):
+        (folder / "physis_backbone.json").write_text(f'{{"first_latent": "pinned", "fps": {wrong}}}')
+        with pytest.raises(UserError, match=r"physis_backbone\.json: fps.*frames a second"):
+            load_backbone(folder, **options)
+
+
 def _without_config(folder: Path) -> None:
     (folder / "transformer" / "config.json").unlink()
 

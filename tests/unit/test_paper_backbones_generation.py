@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import tiny_paper
+from physisforcing.worldmodel.backbones.folder import save_settings
 from physisforcing.worldmodel.paper_generate import KINDS
 from physisforcing.worldmodel.sampling import make_scheduler, seed_noise
 from tiny_paper import our_latents
@@ -139,6 +141,20 @@ def test_first_latents_of_a14b_and_the_folders_boundary(paper_generator):
     assert mask.experts.boundary == 0.5 and paper_generator("a14b").experts.boundary == 0.9
     assert "boundary 0.5" in mask.describe() and "first latent mask" in mask.describe()
     assert "boundary" not in pinned.describe() and "first latent pinned" in pinned.describe()
+
+
+def test_the_frame_rate_of_an_export_is_generated_unless_another_one_is_said(paper_folders, paper_generator, tmp_path):
+    folder = shutil.copytree(paper_folders["cosmos3"] / "transformer", tmp_path / "transformer")
+    options = {"steps": 1, "transformer": str(folder)}
+    plain = our_latents(paper_generator("cosmos3", **options), [7])[0]
+    save_settings(folder, first_latent="pinned", fps=12.0)
+    made = {fps: paper_generator("cosmos3", fps=fps, **options) for fps in (None, 12.0, 24.0)}
+    assert {fps: (one.fps, one.experts.high.fps) for fps, one in made.items()} == {
+        None: (12.0, 12.0), 12.0: (12.0, 12.0), 24.0: (24.0, 24.0)
+    }  # fmt: skip
+    latents = {fps: our_latents(one, [7])[0] for fps, one in made.items()}
+    assert torch.equal(latents[None], latents[12.0]) and torch.equal(latents[24.0], plain)
+    assert not torch.equal(latents[None], plain)
 
 
 def test_an_exported_transformer_takes_the_place_of_the_folders(paper_folders, paper_generator, tmp_path):

@@ -20,6 +20,8 @@ from .protocol import call_block, check_tap, pin, to_timesteps
 
 #: Attention of the pictures' stream, as in the framework that the model comes from.
 COSMOS3_LORA_TARGETS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+#: Frames a second of the model's own videos.
+COSMOS3_FPS = 24.0
 #: Pixel frames of a latent frame, which positions in time are counted in.
 TEMPORAL_STRIDE = 4
 
@@ -53,7 +55,7 @@ class Cosmos3Backbone(nn.Module):
         stride: tuple[int, int, int] = (TEMPORAL_STRIDE, 16, 16),
         first_latent: str = "pinned",
         tap: int | None = None,
-        fps: float = 24.0,
+        fps: float = COSMOS3_FPS,
         exact_times: bool = False,
     ) -> None:
         super().__init__()

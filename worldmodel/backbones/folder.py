@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.files import replace_text
 
-from .cosmos3 import COSMOS3_LORA_TARGETS, Cosmos3Backbone
+from .cosmos3 import COSMOS3_FPS, COSMOS3_LORA_TARGETS, Cosmos3Backbone
 from .loading import load_transformer
 from .protocol import VideoBackbone
 from .wan_paper import WAN_LORA_TARGETS, WanBackbone, has_condition
@@ -22,7 +23,7 @@ from .wan_paper import WAN_LORA_TARGETS, WanBackbone, has_condition
 #: Class in ``config.json`` -> what LoRA is put on.
 LORA_TARGETS = {"WanTransformer3DModel": WAN_LORA_TARGETS, "Cosmos3OmniTransformer": COSMOS3_LORA_TARGETS}
 #: What weights were trained with and their config does not say: beside the transformer's ``config.json``.
-SETTINGS_NAME = "physis_backbone.json"
+SETTINGS_NAME, SETTINGS = "physis_backbone.json", ("first_latent", "tap", "fps")
 #: Latent channels -> stride of the autoencoder that makes them, where no autoencoder lies beside the transformer.
 STRIDES = {16: (4, 8, 8), 48: (4, 16, 16)}
 
@@ -36,14 +37,15 @@ def load_backbone(
     tap: int | None = None,
     part: str = "transformer",
     stride: tuple[int, int, int] | None = None,
-    fps: float = 24.0,
+    fps: float | None = None,
     exact_times: bool = False,
 ) -> VideoBackbone:
     """The backbone in a transformer's folder, or in the folder ``part`` of a pipeline (``transformer_2`` is A14B's low-noise expert).
 
     ``first_latent``: see ``protocol.FIRST_LATENT``; None is what ``physis_backbone.json`` says (``save_settings``), and without one ``mask``
     for transformers with conditioning channels, ``pinned`` for others. ``tap``: None is that file's, or the middle block. ``stride``: of the autoencoder; None is read from ``vae`` beside the transformer, or known by
-    the latents' channels. ``fps``: of the videos, for Cosmos3. Parts that diffusers keeps in float32 stay there.
+    the latents' channels. ``fps``: of the videos, for Cosmos3; None is what that file says, or 24. Parts that diffusers keeps in float32 stay
+    there.
 
     Raises ``UserError`` for a folder that is none, a class that is not in ``LORA_TARGETS``, and weights that do not fit.
     """
@@ -55,7 +57,8 @@ def load_backbone(
 @dataclass(slots=True, kw_only=True)
 class Described:
     """What a transformer's folder says before its weights are read. ``kind``: the diffusers class; ``path``: the folder with
-    ``config.json``; ``stride``: of its autoencoder; ``conditioned``: whether it has conditioning channels; ``tap``: None is the middle."""
+    ``config.json``; ``stride``: of its autoencoder; ``conditioned``: whether it has conditioning channels; ``tap``: None is the middle;
+    ``fps``: of the videos that Cosmos3 was trained on here, or None."""
 
     kind: Any
     path: Path
@@ -64,6 +67,7 @@ class Described:
     stride: tuple[int, int, int]
     channels: int
     conditioned: bool
+    fps: float | None = None
 
     @property
     def cosmos(self) -> bool:
@@ -100,22 +104,26 @@ def describe_backbone(
         stride=stride or _stride(path, channels),
         channels=channels,
         conditioned=conditioned,
+        fps=known.get("fps"),
     )
 
 
 def wrap_transformer(
-    transformer: Any, found: Described, *, fps: float = 24.0, exact_times: bool = False
+    transformer: Any, found: Described, *, fps: float | None = None, exact_times: bool = False
 ) -> VideoBackbone:
-    """A stock transformer behind the protocol. ``UserError`` for a ``first_latent`` or ``tap`` that it cannot have."""
+    """A stock transformer behind the protocol; ``fps`` as in ``load_backbone``. ``UserError`` for a ``first_latent`` or ``tap`` that it cannot have."""
     common: dict[str, Any] = {"stride": found.stride, "first_latent": found.first_latent, "tap": found.tap}
     if found.cosmos:
-        return Cosmos3Backbone(transformer, fps=fps, exact_times=exact_times, **common)
+        fps = found.fps if fps is None else fps
+        return Cosmos3Backbone(transformer, fps=COSMOS3_FPS if fps is None else fps, exact_times=exact_times, **common)
     return WanBackbone(transformer, exact_times=exact_times, **common)
 
 
-def save_settings(folder: Path, *, first_latent: str, tap: int | None = None) -> None:
-    """Note beside a transformer in ``folder`` how its first latent is shown and, where it was trained so, at which block it was tapped."""
-    values = {"first_latent": first_latent} | ({} if tap is None else {"tap": tap})
+def save_settings(folder: Path, *, first_latent: str, tap: int | None = None, fps: float | None = None) -> None:
+    """Note beside a transformer in ``folder`` how its first latent is shown and, where it was trained so, at which block it was tapped and,
+    of Cosmos3, how many frames a second its videos had."""
+    values = {"first_latent": first_latent, "tap": tap, "fps": fps}
+    values = {name: value for name, value in values.items() if value is not None}
     replace_text(folder / SETTINGS_NAME, json.dumps(values, indent=2) + "\n")
 
 
@@ -126,11 +134,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        unknown = sorted(set(values) - {"first_latent", "tap"})
+        unknown = sorted(set(values) - set(SETTINGS))
     except (ValueError, TypeError) as error:
         raise UserError("model", got=str(path), wanted="a JSON object", fix=str(error)) from error
     if unknown:
-        raise unknown_name(str(path), unknown[0], ("first_latent", "tap"), see="docs/paper_scale.md")
+        raise unknown_name(str(path), unknown[0], SETTINGS, see="docs/paper_scale.md")
+    fps = values.get("fps", COSMOS3_FPS)
+    if not isinstance(fps, int | float) or not 0 < fps < math.inf:
+        raise UserError(f"{path}: fps", got=fps, wanted="frames a second, above 0", fix="leave fps out of the file")
     return values
 
 

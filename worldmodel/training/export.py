@@ -108,7 +108,8 @@ def _export_large(
         if processes.first:
             (folder / "transformer").mkdir()
             write_part(part, shards, folder / "transformer", lambda _bytes: None)
-            save_settings(folder / "transformer", first_latent=live.first_latent, tap=live.tap)
+            fps = getattr(live, "fps", None)  # Cosmos3 alone reads it
+            save_settings(folder / "transformer", first_latent=live.first_latent, tap=live.tap, fps=fps)
         else:
             for name in (name for shard in shards for name in shard.tensors):
                 part.read(name)
