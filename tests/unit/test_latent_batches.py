@@ -119,6 +119,20 @@ def test_a_shape_without_any_targets_is_refused_before_the_first_batch(large_mod
         tiny_large.trainer(config)
 
 
+def test_held_out_episodes_without_targets_are_named(tmp_path):
+    store = tiny_large.store(tmp_path / "store", "ti2v", episodes=8)  # the fourth and the last have no targets
+    info, windows = read_store(store)
+    write_store(store, info, [w if w.episode not in (2, 6) else dataclasses.replace(w, targets="") for w in windows])
+    assert len(open_stores([store], 2, CPU, None)[1]) == 4
+    message = (
+        r"data\.heldout: got 'set0 episode 2, set0 episode 6, held out and all without physics targets.*data\.heldout=3"
+    )
+    with pytest.raises(UserError, match=message):
+        open_stores([store], 2, CPU, PhysicsConfig())
+    training, heldout = open_stores([store], 3, CPU, PhysicsConfig())
+    assert training.targets is not None and heldout.targets is not None
+
+
 def test_targets_that_were_not_copied_are_named(large_models, tmp_path):
     model, store = large_models["ti2v"]
     part = Path(shutil.copytree(store, tmp_path / "part"))

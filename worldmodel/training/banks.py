@@ -102,7 +102,10 @@ def open_stores(
         raise UserError("data.latents", got="stores without windows", wanted="windows", fix="see physis data latents")
     parts = _split(windows, heldout)
     options: dict[str, Any] = {"info": info, "device": device, "physics": physics, "ahead": ahead}
-    return LatentBank(windows=parts[0], **options), LatentBank(windows=parts[1], **options) if parts[1] else None
+    training = LatentBank(windows=parts[0], **options)
+    if parts[1] and physics is not None:
+        _check_heldout(parts[1])
+    return training, LatentBank(windows=parts[1], **options) if parts[1] else None
 
 
 def open_datasets(
@@ -148,6 +151,20 @@ def _split(windows: Sequence[Placed], heldout: int) -> tuple[list[Placed], list[
     """-> (windows of some episodes, those of ``heldout`` others)."""
     rest, kept = split_heldout(_episodes(windows), heldout)
     return [windows[row] for rows in rest for row in rows], [windows[row] for rows in kept for row in rows]
+
+
+def _check_heldout(windows: Sequence[Placed]) -> None:
+    """``UserError`` that names the held-out episodes where none of them has targets, though others have."""
+    if any(window.targets for _, window in windows):
+        return
+    names = list(dict.fromkeys(f"{window.source} episode {window.episode}" for _, window in windows))
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    raise UserError(
+        "data.heldout",
+        got=f"{', '.join(names[:4])}{more}, held out and all without physics targets",
+        wanted="held-out episodes of which one has them",
+        fix=f"data.heldout={len(names) + 1} holds out others as well, data.heldout=0 none; or physis data latents with a teacher= for them",
+    )
 
 
 def _episodes(windows: Sequence[Placed]) -> list[list[int]]:
