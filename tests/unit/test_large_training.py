@@ -214,8 +214,15 @@ def test_a_finished_run_is_a_beginning(large_models, tmp_path):
 def test_modules_trained_whole_are_exact_and_beside_the_adapter(large_models, tmp_path):
     model, store = large_models["ti2v"]
     config = tiny_large.config(model, [store], tmp_path / "run")
-    config.lora.also, config.run.precision = ["patch_embedding", "proj_out"], "bf16"
+    config.lora.also, config.run.precision = ["patch_embedding", "proj_out", "blocks.0.ffn"], "bf16"
     trainer = tiny_large.trainer(config)
+    stored = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, parameter in trainer.denoiser.named_parameters():
+        plain = name.removeprefix("backbone.transformer.").replace(".base_layer.", ".")
+        if plain in stored and parameter.requires_grad:
+            assert torch.equal(parameter, stored.pop(plain)), "every digit of the file is there"
+    assert not any(name.startswith(tuple(config.lora.also)) for name in stored)
+    config.lora.also = config.lora.also[:2]
     dtypes = {name: parameter.dtype for name, parameter in trainer.denoiser.named_parameters()}
     kept = dtypes["backbone.transformer.blocks.0.attn1.to_q.base_layer.weight"]
     assert (kept, dtypes["backbone.transformer.proj_out.weight"]) == (torch.bfloat16, torch.float32)

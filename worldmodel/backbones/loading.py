@@ -220,9 +220,10 @@ class Weights:
         device: str | torch.device,
         wanted: Callable[[str], bool] = lambda _name: True,
         rename: Callable[[str], str] = lambda name: name,
+        exact: Callable[[str], bool] = lambda _name: False,
     ) -> None:
         """Put the tensors with ``wanted`` names, and the buffers that the model computes itself, on ``device``. ``rename``: from a stored
-        name to that in the model as it is now."""
+        name to that in the model as it is now. ``exact``: which of the latter are float32 whatever the others are in."""
         from safetensors import safe_open
 
         device = torch.device(device)
@@ -233,9 +234,10 @@ class Weights:
         for file, names in by_file.items():
             with safe_open(file, framework="pt") as opened:
                 for name in names:
-                    keep = self.dtype is None or not in_modules(name, self._kept)
-                    dtype = self.dtype if keep else torch.float32
-                    _place(self.model, rename(name), opened.get_tensor(name).to(device, dtype))
+                    there = rename(name)
+                    wide = self.dtype is not None and in_modules(name, self._kept)
+                    dtype = torch.float32 if wide or exact(there) else self.dtype
+                    _place(self.model, there, opened.get_tensor(name).to(device, dtype))
         for module in self.model.modules():
             for name in module._non_persistent_buffers_set:
                 buffer = module._buffers[name]

@@ -23,7 +23,7 @@ from ..backbones.loading import Weights, build_empty, folder_entries, read_trans
 from ..data.latent_shards import StoreInfo
 from .config import TrainWorldModelConfig
 from .denoiser import BackboneDenoiser
-from .lora import add_lora, exact_where_trained
+from .lora import add_lora
 from .modules import base_precision
 from .parallel import shard_block, shard_rest
 from .processes import Processes
@@ -127,6 +127,7 @@ def _place(denoiser: BackboneDenoiser, weights: Weights, device: torch.device, p
     """Weights from disk, adapters drawn, block by block; each is sharded over ``processes`` before the next is read."""
     transformer = denoiser.backbone.transformer
     there = {name for name, _ in transformer.named_parameters()} | {name for name, _ in transformer.named_buffers()}
+    trained = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
     def rename(name: str) -> str:
         if name in there:
@@ -137,14 +138,12 @@ def _place(denoiser: BackboneDenoiser, weights: Weights, device: torch.device, p
     places = {id(module): name for name, module in transformer.named_modules()}
     prefixes = [f"{places[id(block)]}." for block in denoiser.backbone.blocks]
     for block, prefix in zip(denoiser.backbone.blocks, prefixes, strict=True):
-        weights.place(device, lambda name, prefix=prefix: name.startswith(prefix), rename)
+        weights.place(device, lambda name, prefix=prefix: name.startswith(prefix), rename, trained.__contains__)
         _draw_adapters(block, device)
-        exact_where_trained(block)
         if processes is not None:
             shard_block(block, processes)
-    weights.place(device, lambda name: not name.startswith(tuple(prefixes)), rename)
+    weights.place(device, lambda name: not name.startswith(tuple(prefixes)), rename, trained.__contains__)
     _draw_adapters(transformer, device)
-    exact_where_trained(transformer)
     if processes is not None:
         shard_rest(denoiser, [], processes)
 

@@ -35,7 +35,8 @@ def require_peft(config: LoraConfig) -> None:
 
 def add_lora(transformer: Any, config: LoraConfig, usual: Sequence[str], base_dtype: torch.dtype) -> None:
     """Freeze ``transformer`` and put adapters on its linear layers whose names end with one of ``config.targets`` (empty: ``usual``).
-    The weights of those layers are kept in ``base_dtype``, all others and the adapters as they are; draws A from torch's global generator.
+    The weights of those layers are kept in ``base_dtype`` where they are frozen, all that is trained in float32; draws A from torch's global
+    generator.
 
     Raises ``UserError`` without peft, and for a target that no layer of the transformer has.
     """
@@ -52,9 +53,6 @@ def add_lora(transformer: Any, config: LoraConfig, usual: Sequence[str], base_dt
     transformer.requires_grad_(False)
     settings = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0)
     transformer.add_adapter(settings, adapter_name=NAME)
-    for name, parameter in transformer.named_parameters():
-        if ".base_layer." in name:
-            parameter.data = parameter.data.to(base_dtype)
     names = [name for name, _ in transformer.named_modules()]
     for wanted in config.also:
         chosen = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
@@ -62,14 +60,11 @@ def add_lora(transformer: Any, config: LoraConfig, usual: Sequence[str], base_dt
             raise unknown_name("lora.also", wanted, {name.rpartition(".")[2] for name in names}, see="docs/training.md")
         for name in chosen:
             transformer.get_submodule(name).requires_grad_(True)
-    exact_where_trained(transformer)
-
-
-def exact_where_trained(module: nn.Module) -> None:
-    """Trained weights in float32, whatever the frozen ones are in."""
-    for parameter in module.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
+        elif ".base_layer." in name:
+            parameter.data = parameter.data.to(base_dtype)
 
 
 def merged(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
