@@ -11,7 +11,7 @@ import torch
 
 import tiny_large
 from physisforcing.core.errors import DatasetError, UserError
-from physisforcing.worldmodel.data.latent_bank import EpochSampler
+from physisforcing.worldmodel.data.latent_bank import EpochSampler, LatentBank
 from physisforcing.worldmodel.data.latent_shards import read_store, read_window, write_store
 from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.training.banks import open_stores
@@ -68,8 +68,6 @@ def test_a_batch_holds_what_the_store_holds(large_models):
 
 
 def test_the_next_batch_is_read_while_this_one_is_computed(large_models, tmp_path, monkeypatch):
-    from physisforcing.worldmodel.data.latent_bank import LatentBank
-
     model, store = large_models["ti2v"]
     trainer = tiny_large.trainer(tiny_large.config(model, [store], tmp_path / "run"))
     read, load = [], LatentBank._load
@@ -79,6 +77,20 @@ def test_the_next_batch_is_read_while_this_one_is_computed(large_models, tmp_pat
     for row in wanted:
         trainer.bank._coming[row].result() if row in trainer.bank._coming else None
     assert set(read) == wanted
+
+
+def test_the_rows_of_a_step_are_drawn_once(large_models, tmp_path, monkeypatch):
+    model, store = large_models["ti2v"]
+    trainer = tiny_large.trainer(tiny_large.config(model, [store], tmp_path / "run", steps=6))
+    wanted = [trainer.rows(step).tolist() for step in range(6)]
+    drawn, rows = [], EpochSampler.rows
+    monkeypatch.setattr(EpochSampler, "rows", lambda self, *asked: drawn.append(asked[2]) or rows(self, *asked))
+    asked, batch = [], LatentBank.batch
+    monkeypatch.setattr(LatentBank, "batch", lambda self, some: asked.append(some.tolist()) or batch(self, some))
+    for step in (0, 1, 2, 4, 5):  # a step out of turn is drawn for itself
+        trainer.batch(step)
+    assert asked == [wanted[step] for step in (0, 1, 2, 4, 5)]
+    assert drawn == [0, 1, 2, 3, 4, 5]
 
 
 def test_stores_of_another_model_are_refused(large_models, tmp_path):

@@ -69,6 +69,8 @@ class Trainer:
         self.base = base_fingerprint(config) if config.lora.rank else None
         #: The windows of a large backbone, whose data may have grown; those of small models are told by their settings.
         self.windows = bank.fingerprint if isinstance(bank, LatentBank) else None
+        #: The step that comes next, once it is known, and its rows.
+        self._next = -1, torch.empty(0, dtype=torch.int64)
         self.wait_s = 0.0
         #: Floating-point operations of the last update in this process.
         self.operations = 0.0
@@ -94,9 +96,11 @@ class Trainer:
 
     def batch(self, step: int) -> dict[str, Any]:
         """What this process computes of the batch of a step."""
-        made = self.bank.batch(self.rows(step)[self.part])
+        drawn, rows = self._next
+        made = self.bank.batch((rows if drawn == step else self.rows(step))[self.part])
         if step + 1 < self.config.run.steps:
-            self.bank.expect(self.rows(step + 1)[self.part])
+            self._next = step + 1, self.rows(step + 1)
+            self.bank.expect(self._next[1][self.part])
         return made
 
     def step(self, step: int) -> dict[str, Tensor]:
