@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ from physisforcing.core.config import compose
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.training.config import TrainWorldModelConfig
-from physisforcing.worldmodel.training.worldmodel import train_world_model
+from physisforcing.worldmodel.training.runtime import choose_kernels, kernels_given_back
+from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
 
 
 @pytest.mark.parametrize(
@@ -110,13 +113,46 @@ def test_the_heads_of_an_earlier_run_have_their_widths(large_models, tmp_path):
         tiny_large.trainer(config)
 
 
-def test_deterministic_kernels_are_chosen_and_given_up_again(tmp_path):
-    from physisforcing.worldmodel.training.runtime import choose_kernels
+@pytest.fixture
+def settings_of_the_process() -> Iterator[Callable[[], tuple]]:
+    def read() -> tuple:
+        return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
 
-    try:
-        choose_kernels(torch.device("cpu"), True)
-        assert torch.are_deterministic_algorithms_enabled()
-        choose_kernels(torch.device("cpu"), False)
-        assert not torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
+    before = read()
+    yield read
+    torch.use_deterministic_algorithms(before[0])
+    torch.set_float32_matmul_precision(before[1])
+
+
+@pytest.mark.parametrize("usual", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_run_gives_back_the_kernels_of_its_process(
+    large_models, tmp_path, monkeypatch, settings_of_the_process, usual, asked
+):
+    model, store = large_models["ti2v"]
+    torch.use_deterministic_algorithms(usual)
+    torch.set_float32_matmul_precision("medium")
+    inside, step = [], Trainer.step
+    monkeypatch.setattr(
+        Trainer, "step", lambda self, number: inside.append(settings_of_the_process()[0]) or step(self, number)
+    )
+    config = tiny_large.config(model, [store], tmp_path / "run", steps=1)
+    config.run.deterministic = asked
+    train_world_model(config)
+    assert inside == [asked or usual] and settings_of_the_process() == (usual, "medium")
+    config.run.nonfinite = "ignore"  # refused once the kernels are chosen
+    config.run.out = str(tmp_path / "other")
+    with pytest.raises(UserError, match=r"run\.nonfinite"):
+        train_world_model(config)
+    assert settings_of_the_process() == (usual, "medium")
+
+
+def test_faster_kernels_are_given_back(settings_of_the_process):
+    before = torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled(), settings_of_the_process()
+    with kernels_given_back():
+        choose_kernels(torch.device("cuda"), False)
+        assert torch.backends.cudnn.benchmark and settings_of_the_process()[1] == "high"
+        torch.backends.cuda.enable_cudnn_sdp(not before[1])
+    assert before == (
+        torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled(), settings_of_the_process()
+    )  # fmt: skip

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
@@ -50,9 +50,26 @@ def sharded(config: TrainWorldModelConfig, processes: Processes) -> bool:
     return processes.many and (kind == "weights" or (kind == "auto" and config.lora.rank == 0))
 
 
+@contextlib.contextmanager
+def kernels_given_back() -> Iterator[None]:
+    """After it the process computes with the kernels that it had before, whatever was chosen inside; also a decorator."""
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    attention = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        yield
+    finally:
+        if torch.are_deterministic_algorithms_enabled() != algorithms[0]:
+            torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cuda.enable_cudnn_sdp(attention)
+
+
 def choose_kernels(device: torch.device, deterministic: bool) -> None:
-    """The fastest kernels, or with ``deterministic`` those that give the same bits every time."""
-    torch.use_deterministic_algorithms(deterministic)
+    """The fastest kernels, or with ``deterministic`` those that give the same bits every time; a process that has those keeps them."""
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
     if device.type != "cuda":
         return
     torch.set_float32_matmul_precision("high")

@@ -23,7 +23,7 @@ from .config import TrainVaeConfig, VaeLossConfig
 from .finite import FiniteGuard
 from .initial import adopt_codec
 from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
-from .runtime import autocast, begin_run, compiles, split_heldout
+from .runtime import autocast, begin_run, compiles, kernels_given_back, split_heldout
 from .steplog import StepLog
 from .stopping import StopSignals, TrainingStopped
 
@@ -104,6 +104,7 @@ def heldout_psnr(model: CausalVideoAutoencoder, episodes: list[Episode], windows
     return {"psnr_db": psnr[0], "psnr_moving_db": psnr[1]}
 
 
+@kernels_given_back()
 def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> Path:
     """Train, write checkpoints and metrics into ``config.run.out`` and the codec into ``<out>/codec``; returns that folder.
 

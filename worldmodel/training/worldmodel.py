@@ -32,7 +32,7 @@ from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_r
 from .parallel import average_gradients, clip_gradients, mean_terms, scatter, sum_parts
 from .pictures import heldout_pictures
 from .processes import Processes
-from .runtime import autocast, begin_run
+from .runtime import autocast, begin_run, kernels_given_back
 from .steplog import StepLog
 from .stopping import StopSignals, TrainingStopped
 from .videos import heldout_videos
@@ -239,6 +239,7 @@ class Trainer:
 Banks = tuple[WindowBank, WindowBank] | tuple[LatentBank, LatentBank | None]
 
 
+@kernels_given_back()
 def train_world_model(config: TrainWorldModelConfig, banks: Banks | None = None) -> Path:
     """Train and write checkpoints, metrics and the exported model (``<out>/export``, averaged weights; float16, of a large backbone
     bfloat16).
