@@ -1,13 +1,14 @@
 """Gather what the benchmarks of the large backbones measured: ``python docs/results/large_training.py FILE.json ... [--without CLAIM]``.
 
 Lines go into ``large_training.json``; the card stands in their claims, since the same rows were measured on several. Lines of the same
-claim replace older ones. Rows of denoiser steps written before ``flops.forward_flops`` divided the operations of a frozen model by three:
-their share of the peak is computed again here. A claim that has its card already stays as it is. Without files, the table of ``training.md`` is written anew.
+claim replace older ones. The operations of a denoiser step and their share of the peak are computed here, by ``flops.forward_flops``, also
+of rows that were written before there was one. Without files, what is there is written anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from pathlib import Path
@@ -20,8 +21,9 @@ DATA, PAGE = FOLDER / "large_training.json", FOLDER / "training.md"
 #: Card -> MiB that nvidia-smi says it has (benchmarks/paper_memory.py).
 CARDS = {24: 24564, 48: 46068, 80: 81559, 141: 143771}
 BEGIN, END = "<!-- rows:begin -->\n", "<!-- rows:end -->"
-#: Forward operations of TI2V-5B at 480x640x81, in TFLOP (``flops.forward_flops``; tests/unit/test_flops.py), and the cards' peak in TFLOP/s.
-FORWARD, PEAK = 71.13, 989.0
+#: What TI2V-5B differs in from its diffusers class, its latents at 480x640x81 and the tokens of its sentences.
+TI2V = {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+LATENTS, TEXT = (1, 48, 21, 30, 40), 512
 HEAD = "| claim | value | n | of the peak | memory, GiB | beside it |\n|---|---|---|---|---|---|\n"
 #: Fields of ``against`` that the table shows.
 SHOWN = (
@@ -39,22 +41,46 @@ SHOWN = (
 def gathered(known: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All lines, sorted by claim; new ones replace those of the same claim."""
     found = {line["claim"]: line for line in known}
-    for line in lines:
-        line = corrected(line)
+    for line in map(named, lines):
         found[line["claim"]] = line
+    found = {claim: counted(line) for claim, line in found.items()}
     return [found[claim] for claim in sorted(found)]
 
 
-def corrected(line: dict[str, Any]) -> dict[str, Any]:
-    """A line with the card in its claim, and the share of the peak of a forward pass by the right count."""
+def named(line: dict[str, Any]) -> dict[str, Any]:
+    """A line with the card in its claim."""
     card = next((name for name in ("H100", "H200", "A100") if name in line["hardware"]), "cpu").lower()
-    claim, against = line["claim"], dict(line["against"])
+    claim = line["claim"]
     if f"/{card}/" in claim:
         return line
     head, _, rest = claim.removeprefix("training/").partition("/")
-    if head == "generate_5b" and against.get("tflop", FORWARD) < 0.9 * FORWARD and line["value"]:
-        against |= {"tflop": FORWARD, "mfu_pct": round(100 * FORWARD / (1e-3 * line["value"]) / PEAK, 2)}
-    return line | {"claim": f"training/{head}/{card}/{rest}", "against": against, "command": placeless(line["command"])}
+    return line | {"claim": f"training/{head}/{card}/{rest}", "command": placeless(line["command"])}
+
+
+def counted(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of a denoiser step of TI2V-5B with the operations of its forward passes, one or two samples, and their share of the peak;
+    another one as it is. Rows from before there was a count of forward passes alone say a third."""
+    from physisforcing.worldmodel.training.flops import named_peak
+
+    against, peak = line["against"], named_peak(line["hardware"])
+    if not line["claim"].startswith("training/generate_5b/") or "tflop" not in against or not line["value"] or not peak:
+        return line
+    tflop = max(1, round(1e12 * against["tflop"] / forward())) * forward() / 1e12
+    share = 100 * 1e12 * tflop / (1e-3 * line["value"]) / peak
+    return line | {"against": against | {"tflop": round(tflop, 2), "mfu_pct": round(share, 2)}}
+
+
+@functools.cache
+def forward() -> float:
+    """Operations of a forward pass of TI2V-5B."""
+    from diffusers import WanTransformer3DModel
+
+    from physisforcing.worldmodel.backbones.loading import build_empty
+    from physisforcing.worldmodel.backbones.wan_paper import WanBackbone
+    from physisforcing.worldmodel.training.flops import forward_flops
+
+    model = build_empty(WanTransformer3DModel, TI2V | {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256})
+    return forward_flops(WanBackbone(model, stride=(4, 16, 16)), LATENTS, TEXT)
 
 
 def alone(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
