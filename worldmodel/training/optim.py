@@ -35,22 +35,22 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimConfig, heads: Iterable[nn.Parameter] = ()
+    parameters: Iterable[nn.Parameter],
+    config: OptimConfig,
+    rates: Iterable[tuple[float, Iterable[nn.Parameter]]] = (),
 ) -> torch.optim.AdamW:
     """Weight decay on matrices only; the fused kernel on a GPU. Sharded parameters are groups of their own: one call of a kernel
-    takes either kind. ``heads``: those of the parameters that learn at ``config.heads`` times the rate."""
-    scaled = {id(parameter) for parameter in heads} if config.heads != 1.0 else set()
-    known: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    takes either kind. ``rates``: those of the parameters that learn at a multiple of ``config.lr``, and that multiple."""
+    scales = {id(parameter): scale for scale, some in rates for parameter in some if scale != 1.0}
+    known: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for parameter in parameters:
-        kind = parameter.ndim < 2, is_sharded(parameter), id(parameter) in scaled
+        kind = parameter.ndim < 2, is_sharded(parameter), scales.get(id(parameter), 1.0)
         known.setdefault(kind, []).append(parameter)
     groups = [
-        {
-            "params": found,
-            "weight_decay": 0.0 if other else config.weight_decay,
-            "scale": config.heads if head else 1.0,
-        }
-        for (other, _, head), found in sorted(known.items(), key=lambda item: item[0])
+        {"params": found, "weight_decay": 0.0 if other else config.weight_decay, "scale": scale}
+        for (other, _, scale), found in sorted(
+            known.items(), key=lambda item: (*item[0][:2], item[0][2] != 1.0, item[0][2])
+        )
     ]
     fused = any(parameter.is_cuda for found in known.values() for parameter in found)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
