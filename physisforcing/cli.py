@@ -41,6 +41,7 @@ VERBS: dict[str, Verb] = {
     "train worldmodel": Verb(
         "physisforcing.worldmodel.training.command", "train the video model with the physics losses"
     ),
+    "train policy": Verb("physisforcing.policy.train", "train a policy with the video model as its backbone"),
     "train idm": Verb("physisforcing.planner.train", "train the inverse dynamics model"),
     "train success": Verb("physisforcing.planner.train_success", "train the judge of whether a task is done"),
     "convert": Verb("physisforcing.convert", "released checkpoints to plain diffusers folders, or check one"),

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.worldmodel.backbones.loading import check_entries, file_entries, load_transformer
@@ -50,13 +52,27 @@ class PolicyInfo:
     tasks: tuple[str, ...] = ()
 
 
-def save_policy(folder: Path, model: WorldActionModel, info: PolicyInfo, dtype: torch.dtype | None = None) -> None:
-    """Write everything but ``statistics.json``, which ``normalization`` writes. ``dtype``: of the stored weights; None keeps them bit-exact."""
+def save_policy(
+    folder: Path,
+    model: WorldActionModel,
+    info: PolicyInfo,
+    dtype: torch.dtype | None = None,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write everything but ``statistics.json``, which ``normalization`` writes. ``dtype``: of the stored weights; None keeps them bit-exact.
+    ``state``: of the model, where its weights are put together from several processes."""
+    state = model.state_dict() if state is None else state
     (folder / TRANSFORMER).mkdir(parents=True, exist_ok=True)
-    video = {name: value for name, value in model.transformer.state_dict().items() if ".action." not in name}
+    prefix = f"{TRANSFORMER}."
+    video = {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if name.startswith(prefix) and ".action." not in name
+    }
     model.transformer.save_config(folder / TRANSFORMER)
     save_tensors(as_dtype(video, dtype), folder / TRANSFORMER / WEIGHTS_NAME, metadata={"format": "pt"})
-    save_tensors(as_dtype(expert_state(model), dtype), folder / EXPERT)
+    save_tensors(as_dtype(expert_state(state), dtype), folder / EXPERT)
     conditioner = getattr(model.proprioception, "config", None)
     settings = {
         "format": FORMAT,
@@ -145,7 +161,7 @@ def _conditioner(values: dict[str, Any]) -> ProprioceptionConditioner:
 def _place_expert(model: WorldActionModel, path: Path, device: torch.device, dtype: torch.dtype | None) -> None:
     from safetensors import safe_open
 
-    wanted = expert_state(model)
+    wanted = expert_state(model.state_dict())
     check_entries(file_entries(path), {name: tuple(value.shape) for name, value in wanted.items()}, path)
     with safe_open(path, framework="pt") as opened:
         for name in wanted:

@@ -67,7 +67,7 @@ def _export_small(
 ) -> None:
     denoiser = live
     if processes.many or config.lora.rank:
-        state = _gathered(live, processes)
+        state = gathered(live, processes)
         if not processes.first:
             return
         denoiser = _plain(config, live, merged(state, config.lora))
@@ -114,7 +114,7 @@ def _export_large(
             for name in (name for shard in shards for name in shard.tensors):
                 part.read(name)
     if adapters:
-        state = _gathered(live, processes, only=".lora_")
+        state = gathered(live, processes, only=".lora_")
         if processes.first:
             state = {name.removeprefix("backbone."): value for name, value in state.items()}
             save_adapter(state, config.lora, live.transformer, folder / "adapter", None)
@@ -188,7 +188,7 @@ class LivePart:
         return f"weights of the run: {name}"
 
 
-def _gathered(denoiser: nn.Module, processes: Processes, only: str = "") -> dict[str, Tensor]:
+def gathered(denoiser: nn.Module, processes: Processes, only: str = "") -> dict[str, Tensor]:
     """The whole state of ``denoiser`` (names with ``only``) on the CPU of the first process; the others keep nothing."""
     state = {}
     for name, value in denoiser.state_dict().items():

@@ -1,0 +1,37 @@
+"""``physis train policy``: the command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+HELP = """usage: physis train policy [key=value ...]
+
+  physis train policy run.init=runs/worldmodel/export codec=runs/vae/codec data.roots=[runs/bell] run.out=runs/policy
+  physis train policy run.resume=true ...                    continue from the last complete checkpoint
+  physis train policy video_weight=0 ...                     the same model without the video's loss
+  physis train policy physics=recommended ...                the physics losses stay on
+  physis train policy policy.mode=optional_idm ...           actions that may also see an imagined future
+  physis train policy run.init=runs/policy/export ...        a policy is trained further
+
+run.init is a world model's export, whose transformer becomes the video backbone, or a policy; without it everything is drawn. Statistics of
+states and actions are those of the training episodes and lie beside the weights. Fields and defaults: policy/training_config.py,
+policy/config.py (docs/policy.md). A run folder holds config.yaml, provenance.json, metrics.jsonl, checkpoints and the policy (export/)."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """``argv``: Hydra overrides. Prints the folder of the policy; exit code 1 where a loss or gradient was not finite."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(HELP)
+        return 0
+    from physisforcing.core.config import compose
+
+    from .training import train_policy
+    from .training_config import TrainPolicyConfig
+
+    try:
+        print(train_policy(compose("train_policy", list(argv), TrainPolicyConfig)))
+    except FloatingPointError as error:
+        print(f"physis: {error}", file=sys.stderr)
+        return 1
+    return 0
