@@ -84,14 +84,10 @@ def save_policy(
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def expert_state(model: WorldActionModel) -> dict[str, torch.Tensor]:
-    """Tensors that the video backbone does not have, by their names in the model."""
-    kept = model.state_dict()
-    return {
-        name: value
-        for name, value in kept.items()
-        if ".action." in name or name.startswith(("expert.", "proprioception."))
-    }
+def expert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a model's tensors those that the video backbone does not have."""
+    own = ("expert.", "proprioception.")
+    return {name: value for name, value in state.items() if ".action." in name or name.startswith(own)}
 
 
 def load_policy(
