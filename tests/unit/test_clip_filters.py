@@ -150,6 +150,22 @@ def test_nearest_by_cosine_of_standardised_columns() -> None:
     assert nearest(tied, 5) == np.argsort(-like, axis=1, kind="stable")[:, :5].tolist(), "ties by number"
 
 
+@pytest.mark.parametrize(("clips", "count"), [(1027, 4), (600, 1), (300, 70)])
+def test_the_nearest_of_many_are_those_of_a_whole_sort(clips: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are planted: exact ones, which tie, with numbers in a row, and near ones far away."""
+    monkeypatch.setattr(alignment, "_BLOCK", 128)  # the same products here and there, to the last bit
+    rng = np.random.default_rng(clips)
+    seen = rng.standard_normal((clips, 24)).astype(np.float32)
+    seen[1:9] = seen[0]
+    seen[clips - 40 :] = seen[:40] + rng.normal(0, 0.01, (40, 24)).astype(np.float32)
+    rows = centre(seen)
+    likeness = np.concatenate([rows[first : first + 128] @ rows.T for first in range(0, clips, 128)])
+    np.fill_diagonal(likeness, -np.inf)
+    found = nearest(seen, count)
+    assert found == np.argsort(-likeness, axis=1, kind="stable")[:, :count].tolist()
+    assert all(clips - 40 + k in found[k] for k in range(20, 40)), "its near copy is among them"
+
+
 def test_pairs_are_read_so_that_films_are_remembered() -> None:
     rng = np.random.default_rng(0)
     kind = rng.permutation(np.arange(800) % 20)

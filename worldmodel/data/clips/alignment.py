@@ -21,6 +21,8 @@ PARTS, FEWEST = 10, 24
 RIDGE = 3.0
 #: Clips compared with all others at once, and the most numbers that this makes (256 MB).
 _BLOCK, _NUMBERS = 1024, 1 << 26
+#: The most likenesses of which one alone, their largest, is looked at when those of interest are sought.
+_GROUP = 64
 
 
 @runtime_checkable
@@ -104,13 +106,21 @@ def nearest(seen_ND: NDArray[np.float32], count: int) -> list[list[int]]:
     step = max(1, min(_BLOCK, _NUMBERS // rows))
     for start in range(0, rows, step):
         likeness = centred[start : start + step] @ centred.T
-        for offset, row in enumerate(likeness):
-            row[start + offset] = -np.inf
-            least = np.partition(row, rows - count)[rows - count]  # a whole sort of each row is most of the time
+        own = np.arange(len(likeness))
+        likeness[own, start + own] = -np.inf
+        for row, least in zip(likeness, _at_most(likeness, count), strict=True):
             near = np.nonzero(row >= least)[0]
             order = near[np.argsort(-row[near], kind="stable")][:count]
             found.append([int(j) for j in order])
     return found
+
+
+def _at_most(values_BN: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """[B]: nothing above the ``count``-th largest value of a row, and little below it: the ``count``-th largest of the maxima of groups.
+    Selecting among all values would take longer than making them."""
+    rows, size = values_BN.shape[1], max(1, min(_GROUP, values_BN.shape[1] // (4 * count)))
+    best = values_BN[:, : rows // size * size].reshape(len(values_BN), -1, size).max(2)
+    return np.partition(best, best.shape[1] - count, axis=1)[:, -count]
 
 
 def centre(seen_ND: NDArray[np.float32]) -> NDArray[np.float32]:
