@@ -153,6 +153,33 @@ def test_shards_measure_their_part(planted: tuple[Path, list[Any]], prepared: Pa
     assert told[0]["unmeasured"] == 1 and told[1]["clips"] == 2 and "unmeasured" not in told[1]
 
 
+def test_shards_compare_their_part_once_all_is_measured(
+    planted: tuple[Path, list[Any]], prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = planted[0] / "shared"  # beside the other: paths in it are relative
+    pairs = out / "pairs.jsonl"
+    shutil.copytree(prepared, out)  # everything is measured
+    wanted = {name: (out / name).read_bytes() for name in OUTPUTS}
+    whole = sorted(pairs.read_text().splitlines())
+    pairs.unlink()
+    for name in OUTPUTS:
+        (out / name).unlink()
+    words = ["data", "prepare", str(out), str(planted[0] / "manifest.csv")]
+    assert cli.main([*words, "shard=1/3"]) == 0
+    first = pairs.read_text().splitlines()
+    assert len(whole) / 3 - 1 < len(first) < len(whole) / 3 + 1 and not (out / "clips.jsonl").exists()
+    assert f"{len(whole) - len(first)} pairs of clips are not compared yet" in capsys.readouterr().out
+    assert cli.main([*words, "shard=1/3"]) == cli.main([*words, "shard=0/3"]) == 0
+    assert len(pairs.read_text().splitlines()) < len(whole) and not (out / "clips.jsonl").exists()
+    assert cli.main([*words, "shard=2/3"]) == 0
+
+    def likeness(lines: list[str]) -> dict[str, float]:
+        return {row["episode"]: row["likeness"] for row in map(json.loads, lines)}
+
+    assert likeness(pairs.read_text().splitlines()) == likeness(whole)
+    assert {name: (out / name).read_bytes() for name in OUTPUTS} == wanted
+
+
 def test_the_input_says_what_is_made_of_it(planted: tuple[Path, list[Any]], tmp_path: Path) -> None:
     from physisforcing.data_prepare import holds_clips, main
 

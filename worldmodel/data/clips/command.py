@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from physisforcing.core.errors import IncompleteCoverageError
-from physisforcing.core.results import ResultKey, ResultsFile, config_hash
 from physisforcing.core.shards import parse_shard
 
-from . import duplicates
 from .alignment import PredictedAlignment, TextAlignment
 from .config import ClipsConfig
-from .decide import Decision, decide, least_alignment
+from .decide import Decision, candidate_pairs, decide, least_alignment
 from .manifest import NAME, ClipManifest, ClipRecord, relative, write_records
 from .measure import Measured, Measurer
+from .pairs import PairLikeness
 from .report import build_report, write_report, write_sheet
 from .sources import ClipSource, list_clips
 
@@ -42,14 +41,20 @@ def prepare_clips(
     torn = measurer.file.report_torn()
     if torn and progress:
         print(torn, file=sys.stderr)
-    measurer.run(sources, part=parse_shard(config.shard), progress=progress)
+    part = parse_shard(config.shard)
+    measurer.run(sources, part=part, progress=progress)
     measurer.file.reload()
     found = [measurer.known(source) for source in sources]
     missing = sum(one is None for one in found)
     if missing:
         return {"output": str(output), "layout": layout, "clips": len(sources), "unmeasured": missing}
     measured = [one for one in found if one is not None]
-    decisions = decide(sources, measured, config, _likeness(output, sources, measured, config), alignment)
+    pairs = candidate_pairs(sources, measured, config)
+    likeness = PairLikeness(output, sources, measured, config.duplicates.shift)
+    missing = likeness.run(pairs, part=part, progress=progress)
+    if missing:
+        return {"output": str(output), "layout": layout, "clips": len(sources), "uncompared": missing}
+    decisions = decide(sources, measured, config, likeness, alignment, pairs=pairs)
     return _write(output, layout, config, sources, measured, decisions)
 
 
@@ -60,26 +65,6 @@ def _alignment(config: ClipsConfig) -> TextAlignment:
         assert config.alignment.path is not None
         return ImageTextAlignment(config.alignment.path, device=config.device)
     return PredictedAlignment()
-
-
-def _likeness(output: Path, sources: Sequence[ClipSource], measured: Sequence[Measured], config: ClipsConfig) -> Any:
-    """Likeness of clips by number, from ``pairs.jsonl`` where it is known."""
-    file = ResultsFile(output / "pairs.jsonl")
-    settings = {"version": duplicates.VERSION, "shift": config.duplicates.shift}
-    fingerprint = config_hash(settings)
-
-    def of(i: int, j: int) -> float:
-        # One number for both orders, also after the input's rows changed places.
-        a, b = sorted((i, j), key=lambda k: measured[k].id)
-        pair = f"{measured[a].id}+{measured[b].id}"
-        key = ResultKey(manifest="pairs", episode=pair, fingerprint=fingerprint, config="")
-        row = file.get(key)
-        if row is None:
-            value = duplicates.likeness(sources[a].span, sources[b].span, config.duplicates.shift)
-            row = file.append(key, "success", likeness=value)
-        return float(row["likeness"])
-
-    return of
 
 
 def _write(
@@ -143,6 +128,9 @@ def run(output: str, root: str, config: ClipsConfig, *, as_json: bool) -> int:
         print(json.dumps(summary, indent=2))
     elif "unmeasured" in summary:
         print(f"{output}: {summary['unmeasured']} of {summary['clips']} clips are measured by other shards, or not yet")
+    elif "uncompared" in summary:
+        again = "run each shard once more, or all of it without shard="
+        print(f"{output}: all is measured, and {summary['uncompared']} pairs of clips are not compared yet: {again}")
     else:
         print(f"{output}: {summary['kept']} of {summary['clips']} clips kept, from a {summary['layout']}")
         for reason, count in summary["dropped"].items():

@@ -21,7 +21,8 @@ settings (field=value):
   duplicates.likeness=0.97                  one recording from this on; duplicates.neighbours=4, duplicates.shift=2 (seconds)
   duplicates.per_task=0                   the most clips of one task, the best of them; 0: any number
   alignment.least=null                    captions below are dropped; alignment.model=image_text alignment.path=FOLDER takes a CLIP or SigLIP model
-  shard=0/4                               measure a part; the run after which nothing is missing decides
+  shard=0/4                               measure a part or, once all is measured, compare a part; the run after which nothing is
+                                          missing decides
   device=cpu  sheet=true                  where networks run; a sheet of dropped clips
 Run the same command again to continue, or with other thresholds: what is measured stays.
 Exit code 3: videos that cannot be read; they are named in the report, everything else is done.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,14 +47,17 @@ def decide(
     config: ClipsConfig,
     likeness: Likeness,
     alignment: TextAlignment | None = None,
+    *,
+    pairs: Sequence[tuple[int, int]] | None = None,
 ) -> list[Decision]:
-    """One ``Decision`` a clip. ``likeness(i, j)``: called for the candidates only, i < j, once each (``reading_order``).
+    """One ``Decision`` a clip. ``likeness(i, j)``: called for the candidates only, i < j, once each (``candidate_pairs``).
 
-    ``alignment``: what scores captions (``PredictedAlignment``).
+    ``alignment``: what scores captions (``PredictedAlignment``). ``pairs``: the candidates, where they are known already.
     """
     made = [_alone(source, one, config) for source, one in zip(sources, measured, strict=True)]
     rest = [i for i, decision in enumerate(made) if not decision.reason]
-    same = _same(rest, made, measured, config, likeness) if "duplicates" in config.filters else []
+    pairs = candidate_pairs(sources, measured, config) if pairs is None else pairs
+    same = _same(rest, made, measured, config, {pair: likeness(*pair) for pair in pairs})
     least = -np.inf
     if "alignment" in config.filters and rest:
         least = _align(rest, made, sources, measured, config, same, alignment)
@@ -67,6 +70,29 @@ def decide(
         if not made[i].reason and made[i].scores.get("alignment", np.inf) < least:
             made[i].reason = "misaligned"
     return made
+
+
+def candidate_pairs(
+    sources: Sequence[ClipSource], measured: Sequence[Measured], config: ClipsConfig
+) -> list[tuple[int, int]]:
+    """Pairs (i, j), i < j, of clips that may be one recording, in ``reading_order``; none without the filter. Clips that are dropped for
+    what they are alone and second copies of a file are in none."""
+    if "duplicates" not in config.filters:
+        return []
+    rest = [i for i, pair in enumerate(zip(sources, measured, strict=True)) if not _alone(*pair, config).reason]
+    unique = sorted(_first_of_each(rest, measured).values())
+    if len(unique) < 2:
+        return []
+    seen = stacked((measured[i] for i in unique), "appearance")
+    return reading_order([(unique[a], unique[b]) for a, b in candidates(seen, config.duplicates.neighbours)])
+
+
+def _first_of_each(clips: Sequence[int], measured: Sequence[Measured]) -> dict[str, int]:
+    """Id of a file's piece -> the first clip that has it."""
+    first: dict[str, int] = {}
+    for i in clips:
+        first.setdefault(measured[i].id, i)
+    return first
 
 
 def least_alignment(config: ClipsConfig) -> float:
@@ -94,28 +120,25 @@ def _alone(source: ClipSource, one: Measured, config: ClipsConfig) -> Decision:
 
 
 def _same(
-    rest: list[int], made: list[Decision], measured: Sequence[Measured], config: ClipsConfig, likeness: Likeness
+    rest: list[int],
+    made: list[Decision],
+    measured: Sequence[Measured],
+    config: ClipsConfig,
+    likeness: Mapping[tuple[int, int], float],
 ) -> list[tuple[int, int]]:
-    """Pairs of clips that are one recording. A copy of a file, known by its id, needs no comparison and asks for none."""
-    first: dict[str, int] = {}
-    same = []
+    """Pairs of clips that are one recording. A copy of a file, known by its id, needs no comparison."""
+    if "duplicates" not in config.filters:
+        return []
+    first, same = _first_of_each(rest, measured), []
     for i in rest:
-        if measured[i].id in first:
-            same.append((first[measured[i].id], i))
-            made[i].scores["likeness"] = made[first[measured[i].id]].scores["likeness"] = 1.0
-        else:
-            first[measured[i].id] = i
-    unique = sorted(first.values())
-    if len(unique) > 1:
-        seen = stacked((measured[i] for i in unique), "appearance")
-        pairs = [(unique[a], unique[b]) for a, b in candidates(seen, config.duplicates.neighbours)]
-        found = {pair: likeness(*pair) for pair in reading_order(pairs)}
-        for i, j in pairs:
-            value = found[i, j]
-            for clip in (i, j):
-                made[clip].scores["likeness"] = max(value, made[clip].scores.get("likeness", 0.0))
-            if value >= config.duplicates.likeness:
-                same.append((i, j))
+        if (original := first[measured[i].id]) != i:
+            same.append((original, i))
+            made[i].scores["likeness"] = made[original].scores["likeness"] = 1.0
+    for (i, j), value in sorted(likeness.items()):
+        for clip in (i, j):
+            made[clip].scores["likeness"] = max(value, made[clip].scores.get("likeness", 0.0))
+        if value >= config.duplicates.likeness:
+            same.append((i, j))
     return same
 
 
