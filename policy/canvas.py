@@ -1,0 +1,93 @@
+"""Pictures of several cameras as the one picture that a policy sees: the same function in training and in use.
+
+A canvas is a ``core.types.ViewLayout`` with tiles. Tiles are filled by Pillow's bilinear filter, which averages over what a smaller pixel covers,
+in integers: the same bytes on every machine, unlike torch's and OpenCV's, whose kernels differ by processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from physisforcing.core.errors import UserError, unknown_name
+from physisforcing.core.types import ViewLayout
+from physisforcing.worldmodel.data.windows import resize_area
+
+#: Name -> cameras and where they stand. ``robotwin`` and ``libero`` are Fast-WAM's (reference, section 2.5), ``head`` the small models'.
+CANVASES = {
+    "head": ViewLayout(names=("head",), height=120, width=160),
+    "robotwin": ViewLayout(
+        names=("head", "left_wrist", "right_wrist"), height=384, width=320,
+        tiles=((0, 0, 256, 320), (256, 0, 128, 160), (256, 160, 128, 160)),
+    ),
+    "libero": ViewLayout(
+        names=("image", "wrist_image"), height=224, width=448, tiles=((0, 0, 224, 224), (0, 224, 224, 224)),
+    ),
+}  # fmt: skip
+#: What others call the cameras of a canvas; the first name that a dataset or an observation has is taken.
+ALIASES = {
+    "head": ("head", "cam_high", "head_camera", "cam_head"),
+    "left_wrist": ("left_wrist", "cam_left_wrist", "left_camera"),
+    "right_wrist": ("right_wrist", "cam_right_wrist", "right_camera"),
+    "image": ("image", "agentview", "agentview_image"),
+    "wrist_image": ("wrist_image", "robot0_eye_in_hand", "eye_in_hand"),
+}
+
+
+def canvas_layout(name: str) -> ViewLayout:
+    """The canvas of this name. ``UserError`` for another one."""
+    if name not in CANVASES:
+        raise unknown_name("canvas", name, CANVASES, see="docs/policy.md")
+    return CANVASES[name]
+
+
+def canvas_cameras(name: str, known: Mapping[str, object] | tuple[str, ...] | list[str]) -> dict[str, str]:
+    """Camera of the canvas -> what it is called among ``known``. ``UserError`` where one is missing."""
+    found = {}
+    for camera in canvas_layout(name).names:
+        names = ALIASES.get(camera, (camera,))
+        there = [alias for alias in names if alias in known]
+        if not there:
+            wanted = f"a camera {camera} (or {', '.join(names[1:])}) for canvas={name}"
+            raise UserError(
+                "canvas",
+                got=f"cameras {', '.join(sorted(known))}",
+                wanted=wanted,
+                fix="record that camera, or canvas=head",
+            )
+        found[camera] = there[0]
+    return found
+
+
+def compose(name: str, pictures: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """One canvas, uint8 [H,W,3], of pictures uint8 [h,w,3] of any size by the names of their cameras.
+
+    ``UserError`` for a missing camera and for a picture that is none.
+    """
+    layout = canvas_layout(name)
+    cameras = canvas_cameras(name, pictures)
+    for camera, alias in cameras.items():
+        picture = pictures[alias]
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            got = f"{picture.dtype} {list(picture.shape)}"
+            raise UserError(
+                f"images.{camera}", got=got, wanted="uint8 [H,W,3]", fix="give pictures as the camera made them"
+            )
+    if not layout.tiles:
+        return _resized(pictures[cameras[layout.names[0]]], (layout.height, layout.width))
+    canvas = np.zeros((layout.height, layout.width, 3), dtype=np.uint8)
+    for camera, (top, left, height, width) in zip(layout.names, layout.tiles, strict=True):
+        canvas[top : top + height, left : left + width] = _resized(pictures[cameras[camera]], (height, width))
+    return canvas
+
+
+def _resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    if picture.shape[:2] == size:
+        return picture
+    if picture.shape[:2] == (2 * size[0], 2 * size[1]):
+        return resize_area(picture)  # as the small models' windows are made
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize(size[::-1], Image.Resampling.BILINEAR))

@@ -1,0 +1,67 @@
+"""One picture of several cameras: where each stands, how it is resized, and what is missing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from physisforcing.core.errors import UserError
+from physisforcing.policy.canvas import compose
+from physisforcing.worldmodel.data.windows import resize_area
+
+
+def flat(height: int, width: int, value: int) -> np.ndarray:
+    return np.full((height, width, 3), value, dtype=np.uint8)
+
+
+def test_cameras_stand_where_the_published_canvases_have_them() -> None:
+    made = compose(
+        "robotwin", {"head": flat(240, 320, 10), "left_wrist": flat(240, 320, 20), "right_wrist": flat(240, 320, 30)}
+    )
+    assert made.shape == (384, 320, 3) and made.dtype == np.uint8
+    assert np.unique(made[:256]).tolist() == [10]
+    assert np.unique(made[256:, :160]).tolist() == [20] and np.unique(made[256:, 160:]).tolist() == [30]
+    made = compose("libero", {"wrist_image": flat(256, 256, 2), "image": flat(128, 128, 1)})
+    assert made.shape == (224, 448, 3)
+    assert np.unique(made[:, :224]).tolist() == [1] and np.unique(made[:, 224:]).tolist() == [2]
+
+
+def test_names_of_other_datasets_mean_the_same_cameras() -> None:
+    pictures = [np.random.default_rng(k).integers(0, 256, (480, 640, 3), dtype=np.uint8) for k in range(3)]
+    ours = compose("robotwin", dict(zip(("head", "left_wrist", "right_wrist"), pictures, strict=True)))
+    theirs = compose("robotwin", dict(zip(("cam_high", "cam_left_wrist", "cam_right_wrist"), pictures, strict=True)))
+    assert np.array_equal(ours, theirs)
+
+
+def test_resizing_is_the_antialiased_triangle_filter() -> None:
+    """Of a picture twice as tall and wide: Pillow's bilinear filter is a triangle two source pixels to each side."""
+    picture = np.random.default_rng(0).integers(0, 256, (448, 448, 3), dtype=np.uint8)
+    made = compose(
+        "libero",
+        {"image": np.kron(picture[:224, :224], np.ones((1, 1, 1), np.uint8)), "wrist_image": flat(224, 224, 0)},
+    )
+    assert np.array_equal(made[:, :224], picture[:224, :224]), "the right size already: untouched"
+    small = compose("libero", {"image": picture[:336, :336], "wrist_image": flat(224, 224, 0)})[:, :224].astype(float)
+
+    def weights(count: int, size: int) -> np.ndarray:
+        scale = count / size
+        at = (np.arange(size) + 0.5) * scale
+        table = np.clip(1 - np.abs((np.arange(count) + 0.5 - at[:, None]) / scale), 0, None)
+        return table / table.sum(1, keepdims=True)
+
+    wanted = np.einsum("rh,cw,hwk->rck", weights(336, 224), weights(336, 224), picture[:336, :336].astype(float))
+    assert np.abs(small - wanted).max() <= 1.0
+
+
+def test_the_small_models_see_what_their_windows_show() -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    assert np.array_equal(compose("head", {"head": picture}), resize_area(picture))
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(UserError, match=r"canvas.*left_wrist"):
+        compose("robotwin", {"head": flat(240, 320, 0)})
+    with pytest.raises(UserError, match=r"images\.head.*float"):
+        compose("head", {"head": np.zeros((4, 4, 3))})
+    with pytest.raises(UserError, match="canvas"):
+        compose("three", {})
