@@ -53,7 +53,7 @@ def make_plan(settings: WindowSettings, data: Sequence[str], maker: LatentMaker,
     from .latent_sources import ClipEpisodes, camera_of, open_source
 
     buckets = [Bucket.parse(text, maker.described.stride, maker.patch) for text in settings.buckets]
-    sources = [(root, open_source(root, settings.fps * settings.stride)) for root in data]
+    sources = [(root, open_source(root, settings.fps * settings.stride, settings.canvas)) for root in data]
     plan = Plan(fps=_common_rate(store, {root: found.fps / settings.stride for root, found in sources}))
     seen: set[str] = set()
     for root, source in sources:

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 
 from physisforcing.core.errors import UserError, check_at_least, unknown_name
 
+from .canvas import canvas_layout
+
 
 @dataclass(slots=True, kw_only=True)
 class WindowSettings:
     """Fields of ``physis data latents``, whose ``--help`` describes them, and of ``data.live`` in a run that encodes while it trains.
 
     ``buckets``: FRAMESxROWSxCOLUMNS of pixels. ``stride``, ``start_stride``: recorded frames from one picture and from one window to the
-    next, ``start_stride`` 0 is one window behind the other. ``limit``: windows an episode. ``fps``: of clips. ``grid_rows``,
+    next, ``start_stride`` 0 is one window behind the other. ``canvas``: several cameras as one picture (``canvas.py``). ``limit``: windows an episode. ``fps``: of clips. ``grid_rows``,
     ``grid_columns``: points that are followed. ``dtype``: bf16 or fp32, in which latents and sentences are kept.
     """
 
@@ -22,6 +24,7 @@ class WindowSettings:
     limit: int | None = None
     fps: float = 16.0
     camera: str | None = None
+    canvas: str = ""
     success_only: bool = True
     grid_rows: int = 25
     grid_columns: int = 25
@@ -34,5 +37,9 @@ class WindowSettings:
             raise unknown_name("dtype", self.dtype, ("bf16", "fp32"), see="physis data latents --help")
         if not self.fps > 0:
             raise UserError("fps", got=self.fps, wanted="frames a second", fix="fps=16")
+        if self.canvas:
+            canvas_layout(self.canvas)
+            if self.camera:
+                raise UserError("camera", got=self.camera, wanted="none beside canvas=", fix="leave one of them out")
         if self.limit is not None:
             check_at_least(self, limit=1)

@@ -15,6 +15,7 @@ from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.lerobot_format import HEAD, EpisodeInfo
 from physisforcing.core.readers import open_dataset
 
+from .canvas import canvas_cameras, canvas_layout, compose
 from .clips.decode import Span, cover, sample
 from .clips.manifest import NAME, ClipManifest
 
@@ -91,11 +92,46 @@ class SizedEpisodes(EpisodeSource):
         return hashlib.sha256(seen.encode()).hexdigest()
 
 
-def open_source(root: str | Path, fps: float) -> EpisodeSource:
-    """A folder of filtered clips, seen at ``fps``, or a dataset of any known layout, which has its own rate."""
-    if (Path(root) / NAME).is_file():
+class CanvasEpisodes(EpisodeSource):
+    """Several cameras of a source as one picture (``canvas.compose``), under the head camera's key. It has no ground truth: the simulator's
+    points are those of one camera's picture."""
+
+    def __init__(self, source: EpisodeSource, canvas: str) -> None:
+        keys = {key.removeprefix(CAMERA): key for key in source.video_keys}
+        layout = canvas_layout(canvas)
+        self.source, self.canvas = source, canvas
+        self._keys = {name: keys[name] for name in canvas_cameras(canvas, keys).values()}
+        self.root, self.info, self.fps = source.root, source.info, source.fps
+        self.tasks, self.episodes, self.layout = source.tasks, source.episodes, source.layout
+        self.features = {HEAD: {"dtype": "video", "shape": [layout.height, layout.width, 3], "names": None}}
+
+    def columns(self, index: int) -> dict[str, NDArray[Any]]:
+        return self.source.columns(index)
+
+    def frames(self, index: int, indices: Sequence[int] | None = None, key: str = HEAD) -> NDArray[np.uint8]:
+        """See ``EpisodeSource``; only the frames asked for are decoded."""
+        self._check_key(key)
+        shown = {name: self.source.frames(index, indices, stored) for name, stored in self._keys.items()}
+        count = len(next(iter(shown.values())))
+        return np.stack([compose(self.canvas, {name: rows[k] for name, rows in shown.items()}) for k in range(count)])
+
+    def content_hash(self, index: int) -> str:
+        """Of what the source holds, and the canvas."""
+        return hashlib.sha256(f"{self.source.content_hash(index)} canvas {self.canvas}".encode()).hexdigest()
+
+
+def open_source(root: str | Path, fps: float, canvas: str = "") -> EpisodeSource:
+    """A folder of filtered clips, seen at ``fps``, or a dataset of any known layout, which has its own rate; with a ``canvas`` its cameras are
+    one picture."""
+    clips = (Path(root) / NAME).is_file()
+    if clips and canvas:
+        raise UserError(
+            "canvas", got=f"{canvas} of clips", wanted="datasets with several cameras", fix="leave canvas out"
+        )
+    if clips:
         return ClipEpisodes(root, fps)
-    return open_dataset(root)
+    source = open_dataset(root)
+    return CanvasEpisodes(source, canvas) if canvas else source
 
 
 def camera_of(source: EpisodeSource, camera: str | None) -> str:

@@ -41,6 +41,7 @@ fields:
   limit           at most so many windows of an episode
   fps=16          of clips; datasets have their own (fps of the dataset over stride), and all data of a store must agree
   camera          its name, where a dataset has several and none is called head
+  canvas          several cameras as one picture: robotwin (384x320), libero (224x448); no simulator's truth (docs/policy.md)
   success_only    leave out episodes that are marked as failures (true)
   targets=true    physics targets by teacher= (as in physis data targets); false: for flow matching alone
   grid_rows, grid_columns=25    points that are followed from each window's first frame

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
+from physisforcing.core.episodes import EpisodeSource
 from physisforcing.core.errors import UserError
-from physisforcing.policy.canvas import compose
+from physisforcing.worldmodel.data.canvas import compose
+from physisforcing.worldmodel.data.latent_settings import WindowSettings
+from physisforcing.worldmodel.data.latent_sources import CanvasEpisodes
 from physisforcing.worldmodel.data.windows import resize_area
 
 
@@ -65,3 +72,55 @@ def test_what_is_missing_is_named() -> None:
         compose("head", {"head": np.zeros((4, 4, 3))})
     with pytest.raises(UserError, match="canvas"):
         compose("three", {})
+
+
+class Cameras(EpisodeSource):
+    """One episode of three cameras in memory; every decoded frame is counted."""
+
+    root, info, fps, tasks, layout = Path("memory"), {}, 50.0, ["stack"], "memory"
+
+    def __init__(self, *names: str) -> None:
+        generator = np.random.default_rng(0)
+        self.video = {
+            f"observation.images.{name}": generator.integers(0, 256, (40, 24, 32, 3), np.uint8) for name in names
+        }
+        self.features = {key: {"dtype": "video", "shape": [24, 32, 3], "names": None} for key in self.video}
+        self.episodes = [None]  # type: ignore[list-item]
+        self.decoded = 0
+
+    def episode(self, index: int) -> Any:
+        return SimpleNamespace(length=40, index=index)
+
+    def columns(self, index: int) -> dict[str, Any]:
+        return {}
+
+    def frames(self, index: int, indices: Any = None, key: str = "") -> np.ndarray:
+        wanted = self._wanted(index, indices)
+        self.decoded += len(wanted)
+        return self.video[key][wanted]
+
+    def content_hash(self, index: int) -> str:
+        return "abc"
+
+
+def test_a_dataset_with_three_cameras_is_seen_as_one_picture_and_decodes_what_is_asked_for() -> None:
+    source = Cameras("cam_high", "cam_left_wrist", "cam_right_wrist")
+    seen = CanvasEpisodes(source, "robotwin")
+    steps = list(range(0, 33, 4))
+    made = seen.frames(0, steps)
+    assert made.shape == (9, 384, 320, 3) and source.decoded == 3 * 9
+    for place, step in enumerate(steps):
+        pictures = {key.removeprefix("observation.images."): rows[step] for key, rows in source.video.items()}
+        assert np.array_equal(made[place], compose("robotwin", pictures))
+    assert seen.ground_truth_path(0) is None
+    assert seen.content_hash(0) != CanvasEpisodes(Cameras("image", "wrist_image"), "libero").content_hash(0)
+    with pytest.raises(UserError, match=r"canvas.*right_wrist"):
+        CanvasEpisodes(Cameras("head", "left_wrist"), "robotwin")
+
+
+def test_settings_of_a_canvas_are_checked() -> None:
+    WindowSettings(canvas="libero").check_windows()
+    with pytest.raises(UserError, match="canvas"):
+        WindowSettings(canvas="three").check_windows()
+    with pytest.raises(UserError, match="camera"):
+        WindowSettings(canvas="libero", camera="image").check_windows()

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.types import ViewLayout
-from physisforcing.worldmodel.data.windows import resize_area
+
+from .windows import resize_area
 
 #: Name -> cameras and where they stand. ``robotwin`` and ``libero`` are Fast-WAM's (reference, section 2.5), ``head`` the small models'.
 CANVASES = {
