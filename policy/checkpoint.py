@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from physisforcing.core.errors import UserError, unknown_name
+from physisforcing.core.files import replace_text
 from physisforcing.worldmodel.backbones.loading import check_entries, file_entries, load_transformer
 from physisforcing.worldmodel.backbones.wan import ConditionerConfig, ProprioceptionConditioner
 from physisforcing.worldmodel.storage import WEIGHTS_NAME, as_dtype, fingerprint, read_json, save_tensors
@@ -74,14 +75,21 @@ def save_policy(
     save_tensors(as_dtype(video, dtype), folder / TRANSFORMER / WEIGHTS_NAME, metadata={"format": "pt"})
     save_tensors(as_dtype(expert_state(state), dtype), folder / EXPERT)
     conditioner = getattr(model.proprioception, "config", None)
+    write_settings(folder, model.config, info, tap=model.tap, conditioner=conditioner)
+
+
+def write_settings(
+    folder: Path, config: PolicyModelConfig, info: PolicyInfo, *, tap: int, conditioner: ConditionerConfig | None = None
+) -> None:
+    """Write ``policy.json``, for weights that are written another way than by ``save_policy``."""
     settings = {
         "format": FORMAT,
-        "model": dataclasses.asdict(model.config),
-        "tap": model.tap,
+        "model": dataclasses.asdict(config),
+        "tap": tap,
         "conditioner": None if conditioner is None else dataclasses.asdict(conditioner),
         **dataclasses.asdict(info),
     }
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    replace_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
 def expert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
