@@ -1,4 +1,4 @@
-"""``physis convert``: checkpoints as others release them -> a plain diffusers folder, every tensor accounted for."""
+"""``physis convert``: checkpoints as others release them -> a plain diffusers folder or a policy's folder, every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ source=PATH      Wan2.2-TI2V-5B, Wan2.2-I2V-A14B or Wan2.2-T2V-A14B as Wan-AI re
                  Wan2.1_VAE.pth, Wan2.2_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth), the authors' PF_Wan and PF_Cosmos, or a diffusers
                  folder, which is checked and left as it is
 output=FOLDER    must not exist; a killed conversion leaves none, and the same command continues it
-kind=auto        or wan | pf_wan | pf_cosmos | diffusers; to_wan: the transformers of a diffusers folder under Wan's own names
+kind=auto        or wan | pf_wan | pf_cosmos | diffusers; to_wan: the transformers of a diffusers folder under Wan's own names;
+                 fastwam: a released Fast-WAM policy; to_fastwam: a policy folder under the names of those (see below)
 dtype=bf16       of the transformers: bf16 | fp16 | fp32 | keep; autoencoder and text encoder keep the type of their files
 config=null      JSON with what the tensors' shapes do not say (docs/convert.md)
 sha256={}        checksums that files must have: sha256={Wan2.1_VAE.pth:38071ab5...}
 flags: --json prints the report that is also in FOLDER/conversion.json
+
+settings with kind=fastwam (docs/policy_weights.md), where dtype is that of the file:
+source=FILE      a released .pt, or the model.safetensors of LeRobot's port
+layout=auto      or robotwin | libero: canvas and control rate, by the widths of actions and states
+statistics=null  the dataset_stats.json beside the weights; a path, or none
+autoencoder=null folder of the converted Wan2.2 autoencoder
+mode=first_frame chunk=32 action_shift=5.0    with which the weights were trained
 
 Nothing is downloaded. A missing shard, a file that was cut off, and a tensor that is missing, unknown, of another shape or quantised are
 errors that name file and tensor, before anything is written.
@@ -26,7 +34,9 @@ examples:
   physis convert source=Wan2.2-TI2V-5B output=models/wan22_5b
   physis convert source=Wan2.2-I2V-A14B output=models/wan22_a14b dtype=bf16
   physis convert source=PF_Wan output=models/pf_wan
-  physis convert source=models/wan22_5b"""
+  physis convert source=models/wan22_5b
+  physis convert kind=fastwam source=robotwin_uncond_3cam_384.pt output=models/fastwam_robotwin
+  physis convert kind=to_fastwam source=models/fastwam_robotwin output=models/fastwam_back"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,19 +44,30 @@ def main(argv: Sequence[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         print(HELP)
         return 0 if argv else 2
-    from physisforcing.core.config import compose
-    from physisforcing.worldmodel.convert.command import ConvertConfig, run
-
     words = [word for word in argv if word != "--json"]
-    report = run(compose("convert", words, ConvertConfig))
+    report = _converted(words)
     print(json.dumps(report, indent=2) if "--json" in argv else told(report))
     return 0
+
+
+def _converted(words: list[str]) -> dict[str, Any]:
+    """The report of the conversion that the overrides ask for: of a policy or of a world model."""
+    from physisforcing.core.config import compose
+
+    if any(word in ("kind=fastwam", "kind=to_fastwam") for word in words):
+        from physisforcing.policy import convert as policy
+
+        return policy.run(compose("convert_policy", words, policy.ConvertPolicyConfig))
+    from physisforcing.worldmodel.convert.command import ConvertConfig, run
+
+    return run(compose("convert", words, ConvertConfig))
 
 
 def told(report: dict[str, Any]) -> str:
     """The report in lines for people."""
     lines = [f"{report['source']}: {report['kind']}"]
     for name, part in report["parts"].items():
+        of = f"{part['class']}, " if "class" in part else ""
         what = (
             f"{part['tensors']} tensors"
             if "tensors" in part
@@ -54,8 +75,11 @@ def told(report: dict[str, Any]) -> str:
         )
         if "parameters" in part:
             what += f", {part['parameters'] / 1e9:.3f} B parameters, {', '.join(part['dtypes'])}"
-        lines.append(f"  {name}: {part['class']}, {what}")
+        lines.append(f"  {name}: {of}{what}")
         lines += [f"    left out: {count} tensors of {why}" for why, count in part.get("left_out", {}).items()]
+    lines += [f"  left out: {count} tensors of {why}" for why, count in report.get("left_out", {}).items()]
+    if "canvas" in report:
+        lines.append(f"  canvas: {report['canvas']}; statistics: {report['statistics']}")
     lines += [f"  note: {note}" for note in report["notes"]]
     if "output" in report:
         lines.append(f"  written: {report['output']}, {report['bytes'] / 1e9:.2f} GB")

@@ -1,0 +1,319 @@
+"""Released Fast-WAM checkpoints to policy folders and back: settings in, report out. Tensors pass one at a time, in the type of their file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from physisforcing.core.errors import UserError, unknown_name
+from physisforcing.core.results import config_hash
+from physisforcing.worldmodel.backbones.loading import (
+    TensorEntry,
+    check_entries,
+    file_entries,
+    folder_entries,
+    read_transformer,
+)
+from physisforcing.worldmodel.convert.command import SHARD_BYTES
+from physisforcing.worldmodel.convert.configs import read_jsonc
+from physisforcing.worldmodel.convert.parts import Part
+from physisforcing.worldmodel.convert.sources import Source
+from physisforcing.worldmodel.convert.writing import check_space, plan_shards, workplace, write_part
+from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint, save_tensors
+
+from . import fastwam, fastwam_statistics
+from .checkpoint import EXPERT, SETTINGS, TRANSFORMER, PolicyInfo, read_settings, write_settings
+from .config import MODES
+
+KINDS = ("fastwam", "to_fastwam")
+#: Sentence before each instruction, with which the released policies were trained.
+PROMPT = "A video recorded from a robot's point of view executing the following instruction: {task}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What a released policy's tensors do not say. ``hz``: actions a second; ``normalization``: kind of its statistics."""
+
+    action_dim: int
+    state_dim: int
+    size: tuple[int, int]
+    hz: float
+    normalization: str
+
+
+#: By the name of its canvas. RoboTwin records every 15th of 250 physics steps a second; LIBERO is controlled at 20 Hz.
+LAYOUTS = {
+    "robotwin": Layout(action_dim=14, state_dim=14, size=(384, 320), hz=50.0 / 3.0, normalization="zscore"),
+    "libero": Layout(action_dim=7, state_dim=8, size=(224, 448), hz=20.0, normalization="minmax"),
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class ConvertPolicyConfig:
+    """Settings of ``physis convert kind=fastwam`` and ``kind=to_fastwam``.
+
+    ``source``: a released ``.pt``, LeRobot's ``model.safetensors`` or its folder; for the way back a policy's folder. ``output``: folder to
+    write. ``layout``: one of ``LAYOUTS``; auto goes by the widths of actions and states. ``statistics``: the released
+    ``dataset_stats.json``; null takes the one beside the weights, ``none`` does without. ``autoencoder``: folder of the converted
+    Wan2.2 autoencoder, whose fingerprint is kept. ``mode``, ``chunk``, ``action_shift``: what the weights were trained with, which they do
+    not say. ``config``: JSON with what the video expert's shapes do not say. ``sha256``: file name -> checksum.
+    """
+
+    source: str = ""
+    output: str = ""
+    kind: str = "fastwam"
+    layout: str = "auto"
+    statistics: str | None = None
+    autoencoder: str | None = None
+    mode: str = "first_frame"
+    chunk: int = 32
+    action_shift: float = 5.0
+    config: str | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """``UserError`` for what cannot be."""
+        for name, known in (("kind", KINDS), ("layout", ("auto", *LAYOUTS)), ("mode", MODES)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known, see="docs/policy_weights.md")
+        for name in ("source", "output"):
+            if not getattr(self, name):
+                raise UserError(name, got="", wanted="a path", fix=f"{name}=PATH; see docs/policy_weights.md")
+
+
+def run(config: ConvertPolicyConfig) -> dict[str, Any]:
+    """Convert, and return the report that is also ``conversion.json``. ``UserError`` before anything is written, or for a tensor with
+    numbers that are not finite, after which nothing has the output's name."""
+    config.check()
+    source, output = Path(config.source).expanduser(), Path(config.output).expanduser()
+    return _import(config, source, output) if config.kind == "fastwam" else _export(source, output)
+
+
+def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, Any]:
+    source, left_out = fastwam.open_released(path, config.sha256)
+    for name in config.sha256:
+        if name not in source.digests:
+            raise unknown_name("sha256", name, source.digests, see="the files of the source")
+    given = {} if config.config is None else read_jsonc(Path(config.config))
+    released = fastwam.match_released(
+        source, given, mode=config.mode, chunk=config.chunk, action_shift=config.action_shift
+    )
+    name, layout = _layout(config.layout, released.config.action_dim, released.config.state_dim)
+    statistics, sums = _statistics(config, path, layout, released.config)
+    video = _video_part(released)
+    shards = plan_shards(video, SHARD_BYTES)
+    expert = [name for name in released.origin if _is_expert(name)]
+    check_space(output, sum(shard.bytes for shard in shards) + sum(_bytes(released, name) for name in expert))
+    report = _report(released, left_out)
+    info = PolicyInfo(
+        canvas=name, size=layout.size, frames=9, frame_stride=4, control_hz=layout.hz,
+        text={"encoder": "umt5-xxl", "tokens": 128, "prompt": PROMPT},
+        latents=latents_fingerprint(Path(config.autoencoder)) if config.autoencoder else "",
+        autoencoder=_tail(Path(config.autoencoder)) if config.autoencoder else "", source=report,
+    )  # fmt: skip
+    report = report | {"canvas": name, "statistics": "none" if sums is None else sums.name}
+    report["notes"] = _notes(config, sums)
+    plan = config_hash(
+        {"info": dataclasses.asdict(info), "shards": [shard.header.decode("latin-1") for shard in shards]}
+    )
+    with workplace(output, report | {"plan": plan}) as folder:
+        (folder / TRANSFORMER).mkdir(exist_ok=True)
+        write_part(video, shards, folder / TRANSFORMER, lambda _bytes: None)
+        save_tensors({name: _finite(released, name) for name in expert}, folder / EXPERT)
+        write_settings(folder, released.config, info, tap=released.model.tap)
+        if statistics is not None and sums is not None:
+            statistics.save(folder)
+            shutil.copyfile(sums, folder / fastwam_statistics.NAME)
+    size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
+    return report | {"output": str(output), "bytes": size}
+
+
+def _layout(asked: str, action_dim: int, state_dim: int) -> tuple[str, Layout]:
+    if asked != "auto":
+        return asked, LAYOUTS[asked]
+    for name, layout in LAYOUTS.items():
+        if (layout.action_dim, layout.state_dim) == (action_dim, state_dim):
+            return name, layout
+    got = f"auto, with {action_dim} numbers an action and {state_dim} a state"
+    wanted = ", ".join(f"{name} ({x.action_dim} and {x.state_dim})" for name, x in LAYOUTS.items())
+    raise UserError("layout", got=got, wanted=wanted, fix="layout=robotwin or libero, whose canvas it was trained on")
+
+
+def _statistics(config: ConvertPolicyConfig, source: Path, layout: Layout, model: Any) -> tuple[Any, Path | None]:
+    """-> (statistics, their file), or twice None where the user said ``none``."""
+    if config.statistics == "none":
+        return None, None
+    path = Path(config.statistics).expanduser() if config.statistics else fastwam_statistics.find_statistics(source)
+    if path is None:
+        fix = "statistics=FILE, or statistics=none for weights that are trained further on other data"
+        raise UserError("statistics", got=None, wanted=f"{fastwam_statistics.NAME} of the release", fix=fix)
+    widths = {"action_dim": model.action_dim, "state_dim": model.state_dim}
+    return fastwam_statistics.read_released(path, layout.normalization, **widths), path
+
+
+def _video_part(released: fastwam.Released) -> Part:
+    """The video expert as a plain diffusers folder."""
+    prefix = "transformer."
+    names = [name for name in released.origin if not _is_expert(name)]
+    shapes = released.shapes
+    return Part(
+        name=TRANSFORMER,
+        library="diffusers",
+        class_name="WanTransformer3DModel",
+        source=released.source,
+        origin={name.removeprefix(prefix): released.origin[name] for name in names},
+        shapes={name.removeprefix(prefix): shapes[name] for name in names},
+        config=json.loads(released.model.transformer.to_json_string()),
+    )
+
+
+def _is_expert(name: str) -> bool:
+    return ".action." in name or not name.startswith("transformer.")
+
+
+def _bytes(released: fastwam.Released, name: str) -> int:
+    entry = released.source.entries[released.origin[name]]
+    return torch.Size(entry.shape).numel() * entry.dtype.itemsize
+
+
+def _finite(released: fastwam.Released, name: str) -> Tensor:
+    value = released.read(name).contiguous()
+    if not bool(value.isfinite().all()):
+        where = f"{released.source.path}: {released.origin[name]}"
+        fix = "use another checkpoint: this one is damaged"
+        raise UserError(where, got="NaN or infinity", wanted="finite numbers", fix=fix)
+    return value.clone()
+
+
+def _report(released: fastwam.Released, left_out: dict[str, int]) -> dict[str, Any]:
+    parts: dict[str, dict[str, Any]] = {}
+    shapes = released.shapes
+    for name, shape in shapes.items():
+        part = "action_expert" if _is_expert(name) else "video"
+        part = "proprioception" if name.startswith("proprioception.") else part
+        told = parts.setdefault(part, {"tensors": 0, "parameters": 0, "dtypes": []})
+        told["tensors"] += 1
+        told["parameters"] += torch.Size(shape).numel()
+        dtype = str(released.source.entries[released.origin[name]].dtype).removeprefix("torch.")
+        told["dtypes"] = sorted({*told["dtypes"], dtype})
+    return {
+        "kind": "fastwam",
+        "source": released.source.path.name,
+        "sha256": dict(released.source.digests),
+        "parts": parts,
+        "left_out": left_out,
+    }
+
+
+def _notes(config: ConvertPolicyConfig, statistics: Path | None) -> list[str]:
+    notes = []
+    if statistics is None:
+        notes.append(
+            "without statistics the policy cannot act: normalisation is that of the data it is trained on next"
+        )
+    if not config.autoencoder:
+        notes.append("autoencoder= was not given: a backbone with other latents cannot be told from one with the same")
+    return notes
+
+
+def _tail(path: Path) -> str:
+    """The last parts of a path, which are no machine's own."""
+    return "/".join(path.absolute().parts[-2:])
+
+
+@dataclass(slots=True, kw_only=True)
+class ReleasedPart:
+    """A policy of ours as a release holds one: ``names``: released -> ours; ``read_from``: our name -> (source, name in its file)."""
+
+    names: dict[str, str]
+    read_from: dict[str, tuple[Source, str]]
+    shapes: dict[str, tuple[int, ...]]
+    config: dict[str, Any]
+    weights_name: str = "model.safetensors"
+
+    def _entry(self, name: str) -> TensorEntry:
+        source, inside = self.read_from[self.names[name]]
+        return source.entries[inside]
+
+    def stored(self, name: str) -> torch.dtype:
+        """The type in which the policy's folder has it."""
+        return self._entry(name).dtype
+
+    def read(self, name: str) -> Tensor:
+        """A tensor by its released name."""
+        source, inside = self.read_from[self.names[name]]
+        return source.read(inside)
+
+    def where(self, name: str) -> str:
+        """Where it lies, for messages."""
+        return f"{self._entry(name).file}: {self.read_from[self.names[name]][1]}"
+
+
+def _export(folder: Path, output: Path) -> dict[str, Any]:
+    """A policy's folder as ``model.safetensors`` under the released names."""
+    part = released_part(folder)
+    (shard,) = plan_shards(part, 2**62)  # LeRobot reads one file
+    check_space(output, shard.bytes)
+    statistics = folder / fastwam_statistics.NAME
+    report = {
+        "kind": "to_fastwam",
+        "source": _tail(folder),
+        "fingerprint": fingerprint(folder),
+        "parts": {
+            "model": {
+                "tensors": len(part.shapes),
+                "parameters": sum(torch.Size(shape).numel() for shape in part.shapes.values()),
+                "dtypes": sorted({str(part.stored(name)).removeprefix("torch.") for name in part.shapes}),
+            }
+        },
+        "statistics": statistics.name if statistics.is_file() else "none",
+        "notes": []
+        if statistics.is_file()
+        else [f"the policy has no {statistics.name}: its statistics are in statistics.json"],
+    }
+    with workplace(output, report) as made:
+        write_part(part, [shard], made, lambda _bytes: None)
+        if statistics.is_file():
+            shutil.copyfile(statistics, made / statistics.name)
+    return report | {"output": str(output), "bytes": shard.bytes}
+
+
+def released_part(folder: Path) -> ReleasedPart:
+    """The tensors of a policy's folder under released names. ``UserError`` for a design that a release cannot express, and for files that
+    are damaged or do not fit."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    config, _, _ = read_settings(folder)
+    for name, value in fastwam.EXPRESSED.items():  # before anything is built: other designs have other tensors
+        if getattr(config, name) != value:
+            fix = "only policies of the published design have this layout: policy.config.fastwam_compat"
+            raise UserError(f"{folder / SETTINGS}: {name}", got=getattr(config, name), wanted=value, fix=fix)
+    video = read_transformer(folder / TRANSFORMER, WanTransformer3DModel)
+    model = fastwam.hollow(config, video)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    prefix = "transformer."
+    entries = {False: folder_entries(folder / TRANSFORMER), True: file_entries(folder / EXPERT)}
+    read_from = {}
+    for is_expert, found in entries.items():
+        mine = {
+            name if is_expert else name.removeprefix(prefix): shape
+            for name, shape in shapes.items()
+            if _is_expert(name) == is_expert
+        }
+        check_entries(found, mine, folder)
+        source = Source.of_entries(folder, found)
+        read_from |= {(name if is_expert else prefix + name): (source, name) for name in mine}
+    names = fastwam.released_names(model)
+    return ReleasedPart(
+        names=names,
+        read_from=read_from,
+        shapes={released: shapes[ours] for released, ours in names.items()},
+        config=fastwam.released_settings(config, dict(model.transformer.config)),
+    )
