@@ -300,7 +300,7 @@ def released_part(folder: Path) -> ReleasedPart:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     prefix = "transformer."
     entries = {False: folder_entries(folder / TRANSFORMER), True: file_entries(folder / EXPERT)}
-    read_from = {}
+    read_from: dict[str, tuple[Source, str]] = {}
     for is_expert, found in entries.items():
         mine = {
             name if is_expert else name.removeprefix(prefix): shape

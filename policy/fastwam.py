@@ -52,8 +52,8 @@ class PolicyKeys(KeyMap):
     def stock(self, name: str) -> str | None:
         """The name in our model; None where no rule fits."""
         bare = self.bare(name)
-        if found := _LAYERS.fullmatch(bare):
-            index, expert, rest = found.groups()
+        if layer := _LAYERS.fullmatch(bare):
+            index, expert, rest = layer.groups()
             bare = f"mot.mixtures.{expert}.blocks.{index}.{rest}"
         if bare in (f"{STATE}weight", f"{STATE}bias"):
             return bare.replace(STATE, "proprioception.")
