@@ -29,6 +29,7 @@ from physisforcing.worldmodel.convert.writing import check_space, plan_shards, w
 from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint, save_tensors
 
 from . import fastwam, fastwam_statistics
+from .backbone import tail
 from .checkpoint import EXPERT, SETTINGS, TRANSFORMER, PolicyInfo, read_settings, write_settings
 from .config import MODES
 
@@ -116,7 +117,7 @@ def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, 
         canvas=name, size=layout.size, frames=9, frame_stride=4, control_hz=layout.hz,
         text={"encoder": "umt5-xxl", "tokens": 128, "prompt": PROMPT},
         latents=latents_fingerprint(Path(config.autoencoder)) if config.autoencoder else "",
-        autoencoder=_tail(Path(config.autoencoder)) if config.autoencoder else "", source=report,
+        autoencoder=config.autoencoder or "", source=report,
     )  # fmt: skip
     report = report | {"canvas": name, "statistics": "none" if sums is None else sums.name}
     report["notes"] = _notes(config, sums)
@@ -223,11 +224,6 @@ def _notes(config: ConvertPolicyConfig, statistics: Path | None) -> list[str]:
     return notes
 
 
-def _tail(path: Path) -> str:
-    """The last parts of a path, which are no machine's own."""
-    return "/".join(path.absolute().parts[-2:])
-
-
 @dataclass(slots=True, kw_only=True)
 class ReleasedPart:
     """A policy of ours as a release holds one: ``names``: released -> ours; ``read_from``: our name -> (source, name in its file)."""
@@ -264,7 +260,7 @@ def _export(folder: Path, output: Path) -> dict[str, Any]:
     statistics = folder / fastwam_statistics.NAME
     report = {
         "kind": "to_fastwam",
-        "source": _tail(folder),
+        "source": tail(folder),
         "fingerprint": fingerprint(folder),
         "parts": {
             "model": {
