@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
+from physisforcing.core.history import StateHistory
 from physisforcing.core.protocols import InverseDynamics, VideoRecorderHook, WorldModel
 from physisforcing.core.results import config_hash
 from physisforcing.core.types import DT, ActionSpec, Observation
 
-from .imagination import Imagination, Imaginer, context_pictures, lagged
+from .imagination import Imagination, Imaginer, context_pictures
 from .plannable import check_conditions, check_plannable
 from .verifiers import Verifier, VerifierInput, make_verifier
 
@@ -42,33 +43,6 @@ def noise_seed(episode_seed: int, replan: int, candidate: int, chunk: int = 0) -
     later = f":{chunk}" if chunk else ""
     digest = hashlib.sha256(f"rollout:{episode_seed}:{replan}:{candidate}{later}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-class StateHistory:
-    """Drive targets of the episode so far, to give the world model those of earlier control steps.
-
-    The planner is only called when its rows are used up; what happened in between is what it commanded itself.
-    """
-
-    def __init__(self) -> None:
-        self._rows: list[NDArray[np.float32]] = []
-
-    def observe(self, step: int, state_A: NDArray[np.float32], executed_PA: NDArray[np.float32] | None) -> None:
-        """The drive targets at ``step``; ``executed_PA`` are the rows handed out at the last call (None at the first)."""
-        if executed_PA is not None:
-            self._rows.extend(executed_PA[: step - len(self._rows)])
-        del self._rows[step:]
-        assert len(self._rows) == step, f"{len(self._rows)} rows known before step {step}"
-        self._rows.append(np.array(state_A, np.float32))
-
-    def lagged(self, lags: tuple[int, ...]) -> NDArray[np.float32]:
-        """[K,A] drive targets ``lags`` control steps ago, clamped at the episode's start."""
-        return lagged(self.rows_RA, lags)
-
-    @property
-    def rows_RA(self) -> NDArray[np.float32]:
-        """Drive targets of all control steps so far, the last row is now."""
-        return np.stack(self._rows)
 
 
 class ActionPlanner:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from physisforcing.core.history import lagged
 from physisforcing.core.protocols import InverseDynamics, WorldModel
 from physisforcing.core.types import Observation, Rollout, RolloutRequest, WorldModelSpec
 
@@ -124,12 +125,6 @@ def context_pictures(observation: Observation, spec: WorldModelSpec) -> NDArray[
         return views.compose(parts)[None]
     pictures = [observation.images[name] for name in views.names]
     return np.stack([resize_to(picture[None], views.height, views.width) for picture in pictures])
-
-
-def lagged(rows_RA: NDArray[np.float32], lags: tuple[int, ...]) -> NDArray[np.float32]:
-    """[K,A] the rows ``lags`` before the last one, clamped at the first."""
-    last = len(rows_RA) - 1
-    return np.stack([rows_RA[max(0, last - lag)] for lag in lags])
 
 
 def _flat(rollout: Rollout) -> NDArray[np.uint8] | None:

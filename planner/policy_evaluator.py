@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
+from physisforcing.core.history import lagged
 from physisforcing.core.protocols import Policy, WorldModel
 from physisforcing.core.types import DT, Observation, Rollout, RolloutRequest, WorldModelSpec
 
 from .action_planner import noise_seed
 from .evaluator_config import PolicyInModelConfig
-from .imagination import lagged
 from .imagined import frame_steps, head_context
 
 #: Times closer than this, in seconds, are the same.
