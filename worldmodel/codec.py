@@ -70,6 +70,10 @@ class LatentScale:
         self._mean = torch.tensor(config.latents_mean).view(shape)
         self._std = torch.tensor(config.latents_std).view(shape)
 
+    def to(self, device: torch.device) -> None:
+        """Keep them on ``device``, where they would otherwise be copied to at every call."""
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+
     def normalised(self, raw_BCFhw: Tensor) -> Tensor:
         return (raw_BCFhw - self._mean.to(raw_BCFhw)) * (1.0 / self._std.to(raw_BCFhw))
 

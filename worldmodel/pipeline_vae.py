@@ -24,7 +24,7 @@ class PipelineVae:
         config = vae.config
         side = int(config.scale_factor_spatial)
         self.stride = (int(config.scale_factor_temporal), side, side)
-        self._scale = LatentScale(config)
+        self.scale = LatentScale(config)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """[C,F,h,w] of the latents of so many pictures of this size."""
@@ -39,7 +39,7 @@ class PipelineVae:
         """
         self._check_size(*video_B3THW.shape[2:])
         made = self.vae.encode(video_B3THW.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
-        return self._scale.normalised(made)
+        return self.scale.normalised(made)
 
     def _check_size(self, frames: int, height: int, width: int) -> None:
         time, side, _ = self.stride
@@ -70,7 +70,7 @@ class PipelineVae:
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """Normalised latents -> pictures float32 in [0,1], [B,T,H,W,3]."""
         latents = latents_BCFhw.to(self.vae.device, self.vae.dtype)
-        pictures = self.vae.decode(self._scale.raw(latents), return_dict=False)[0].float()
+        pictures = self.vae.decode(self.scale.raw(latents), return_dict=False)[0].float()
         return (pictures.movedim(1, -1) * 0.5 + 0.5).clamp(0.0, 1.0)
 
     def frames(self, latents_1CFhw: Tensor) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ import torch
 
 from physisforcing.core.errors import UserError
 from physisforcing.policy.config import MODES
-from physisforcing.policy.sampling import WAYS, SamplingConfig, Sampler, draw_noise, euler, plan_seed
+from physisforcing.policy.sampling import WAYS, Sampler, SamplingConfig, draw_noise, euler, plan_seed
 from physisforcing.worldmodel.flow_matching import sampling_sigmas
 from tests.helpers.tiny_policy import SHAPE, tiny_batch, tiny_policy
 

@@ -1,0 +1,95 @@
+"""What a policy's transformer reads of the world: the first latent frame of a canvas, and token embeddings of a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from physisforcing.core.errors import UserError, unknown_name
+from physisforcing.core.paths import weights_root
+from physisforcing.worldmodel.codec import load_codec
+from physisforcing.worldmodel.pipeline_vae import load_vae
+from physisforcing.worldmodel.storage import latents_fingerprint, read_json
+from physisforcing.worldmodel.text import ENCODER, TextEmbedder
+
+from .checkpoint import PolicyInfo
+
+#: Sentences whose embeddings stay on the device.
+MOST_SENTENCES = 256
+TEXT_ENCODERS = (ENCODER, "umt5-xxl")
+
+#: Canvas [B,H,W,3] uint8 on the device -> normalised latents [B,C,1,h,w] float32.
+FirstFrame = Callable[[Tensor], Tensor]
+
+
+def autoencoder_folder(info: PolicyInfo, source: str, policy: Path) -> Path:
+    """Where the policy's autoencoder lies: ``source`` (its folder, or a pipeline folder with ``vae/``), else ``vae/`` in the policy's own folder,
+    else the one in the package. ``UserError`` unless its latents are those that the policy was trained on."""
+    chosen = [Path(source) / "vae", Path(source)] if source else [policy / "vae", weights_root() / "vae"]
+    folder = next((place for place in chosen if (place / "config.json").is_file()), chosen[-1])
+    found = latents_fingerprint(folder)
+    if found != info.latents:
+        got = f"latents {found} of {folder.parent.name}/{folder.name}"
+        fix = f"policy.autoencoder=<the folder of the autoencoder it was trained with, {info.autoencoder}>"
+        raise UserError("policy.autoencoder", got=got, wanted=f"latents {info.latents}", fix=fix)
+    return folder
+
+
+def open_first_frame(folder: Path, device: torch.device) -> FirstFrame:
+    """The encoder of single pictures, in float32 as where training latents are made."""
+    if read_json(folder / "config.json").get("_class_name") != "AutoencoderKLWan":
+        codec = load_codec(folder, device)
+        return lambda canvas_BHWC: codec.encode(canvas_BHWC.unsqueeze(1))
+    vae = load_vae(folder)
+    vae.vae.to(device)
+    vae.scale.to(device)
+
+    def encode(canvas_BHWC: Tensor) -> Tensor:
+        return vae.encode(canvas_BHWC.permute(0, 3, 1, 2).unsqueeze(2).float() / 127.5 - 1.0)
+
+    return encode
+
+
+class Sentences:
+    """Token embeddings on the device, zeros behind the sentence; each sentence is embedded once.
+
+    ``source``: for UMT5, a pipeline folder with ``tokenizer/`` and ``text_encoder/``. ``store=False``: no files are written, for sentences of
+    strangers (UMT5 keeps its cache). ``UserError`` for an encoder that is not known or makes another width.
+    """
+
+    def __init__(self, info: PolicyInfo, source: str, width: int, device: torch.device, *, store: bool = True) -> None:
+        name = str(info.text.get("encoder", ENCODER))
+        if name not in TEXT_ENCODERS:
+            raise unknown_name("policy.json: text.encoder", name, TEXT_ENCODERS, see="docs/policy.md")
+        if int(info.text.get("width", width)) != width:
+            fix = "export or convert the policy again"
+            raise UserError("policy.json: text.width", got=info.text["width"], wanted=width, fix=fix)
+        self._template = str(info.text.get("template", "{instruction}"))
+        self._device, self._kept = device, dict[str, Tensor]()
+        self._embed: Any
+        if name == ENCODER:
+            self._embed = TextEmbedder(store=store)
+            return
+        from physisforcing.worldmodel.text_encoders import UMT5Text
+
+        if not source:
+            fix = "policy.autoencoder=<the Wan pipeline folder, with vae, tokenizer and text_encoder>"
+            raise UserError("policy.autoencoder", got="", wanted="the folder of the UMT5 encoder", fix=fix)
+        self._embed = UMT5Text(source, max_tokens=int(info.text["tokens"]), dtype=torch.bfloat16)
+
+    def batch(self, instructions: Sequence[str]) -> Tensor:
+        """[B,L,D] float32 on the device."""
+        return torch.stack([self._one(sentence) for sentence in instructions])
+
+    def _one(self, sentence: str) -> Tensor:
+        if sentence not in self._kept:
+            if len(self._kept) >= MOST_SENTENCES:
+                del self._kept[next(iter(self._kept))]
+            made = self._embed.batch([self._template.replace("{instruction}", sentence)])
+            tokens = made[0] if isinstance(made, tuple) else made
+            self._kept[sentence] = tokens[0].float().to(self._device)
+        return self._kept[sentence]
