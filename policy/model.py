@@ -140,10 +140,10 @@ class WorldActionModel(nn.Module):
         visible = _visible(lengths, copy)
         for index, block in enumerate(self.blocks, start=1):
             x, y = self.run_block(block, video, action, calls, visible)
+            if need_tap and index == self.tap:
+                x, tapped = _tapped(x, frames * tokens)
             video = video._replace(x_BLD=x)
             action = None if action is None else action._replace(x_BLD=y)
-            if need_tap and index == self.tap:
-                tapped = x[:, : frames * tokens]
         noisy = video.x_BLD[:, : frames * tokens]
         velocity = unembed(self.transformer, noisy, temb[:, :frames], latents_BCFhw.shape)
         acted = None if action is None else self.expert.velocity(action.x_BLD, action_temb)  # type: ignore[arg-type]
@@ -212,6 +212,15 @@ class WorldActionModel(nn.Module):
         text = self.expert.condition_embedder.text_embedder(context_BLD)
         rotary: Rotary = (self.action_cos, self.action_sin)
         return Stream(x, modulation, rotary, text), temb
+
+
+def _tapped(x_BLD: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """-> (the same tokens, the first ``count`` of them). The gradient of all that reads the former arrives at the latter, where the physics
+    losses measure their shares of it."""
+    if x_BLD.shape[1] == count:
+        return x_BLD, x_BLD
+    first, rest = x_BLD.split([count, x_BLD.shape[1] - count], 1)
+    return torch.cat([first, rest], 1), first
 
 
 def _visible(lengths: Mapping[str, int], copy: Copy | None) -> Tensor | None:
