@@ -38,13 +38,15 @@ def build_optimizer(
     parameters: Iterable[nn.Parameter],
     config: OptimConfig,
     rates: Iterable[tuple[float, Iterable[nn.Parameter]]] = (),
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
-    """Weight decay on matrices only; the fused kernel on a GPU. Sharded parameters are groups of their own: one call of a kernel
-    takes either kind. ``rates``: those of the parameters that learn at a multiple of ``config.lr``, and that multiple."""
+    """Weight decay on what has two axes or more and is not ``undecayed``; the fused kernel on a GPU. Sharded parameters are groups of their
+    own: one call of a kernel takes either kind. ``rates``: those of the parameters that learn at a multiple of ``config.lr``, and that multiple."""
     scales = {id(parameter): scale for scale, some in rates for parameter in some if scale != 1.0}
+    kept = {id(parameter) for parameter in undecayed}
     known: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for parameter in parameters:
-        kind = parameter.ndim < 2, is_sharded(parameter), scales.get(id(parameter), 1.0)
+        kind = parameter.ndim < 2 or id(parameter) in kept, is_sharded(parameter), scales.get(id(parameter), 1.0)
         known.setdefault(kind, []).append(parameter)
     groups = [
         {"params": found, "weight_decay": 0.0 if other else config.weight_decay, "scale": scale}

@@ -55,7 +55,7 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.model = self.modules()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.trained, config.optim, self.rates())
+        self.optimizer = build_optimizer(self.trained, config.optim, self.rates(), self.undecayed())
         self.average = WeightAverage(self.model, config.optim.ema)
         self.sampler = bank.sampler(config.data.start_fraction, config.data.end_fraction)
         self.guard = FiniteGuard(config.run.nonfinite, self.clips)
@@ -79,6 +79,10 @@ class Trainer:
     def rates(self) -> list[tuple[float, Iterable[nn.Parameter]]]:
         """Parameters with a learning rate of their own, as a multiple of the run's."""
         return [(self.config.optim.heads, self.forcing.parameters())] if self.forcing is not None else []
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Parameters of two axes or more that are no matrices and have no weight decay."""
+        return []
 
     @property
     def denoiser(self) -> Denoiser:
