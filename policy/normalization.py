@@ -148,6 +148,17 @@ class ActionStatistics:
             action=Scale.of(action, kind), state=Scale.of(state, kind), kind=kind, steps=action.count, episodes=episodes
         )  # fmt: skip
 
+    def difference(self, other: ActionStatistics) -> str | None:
+        """What tells the normalisation from another one, in words; None where both do the same to the last bit."""
+        if self.kind != other.kind:
+            return f"{self.kind}, not {other.kind}"
+        for name in ("action", "state"):
+            for part in ("offset_D", "scale_D"):
+                mine, theirs = getattr(getattr(self, name), part), getattr(getattr(other, name), part)
+                if not np.array_equal(mine, theirs):
+                    return f"another {part.removesuffix('_D')} of {name} (of {self.episodes} episodes, not {other.episodes})"
+        return None
+
     def save(self, folder: Path) -> None:
         """Write ``statistics.json``."""
         values: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,36 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from physisforcing.core.errors import UserError
-from physisforcing.worldmodel.backbones.wan import build_denoiser, load_denoiser
-from physisforcing.worldmodel.codec import load_codec
 from physisforcing.worldmodel.data.batches import step_generator
-from physisforcing.worldmodel.data.windows import (
-    FRAME_STRIDE,
-    WINDOW_FRAMES,
-    WindowTable,
-    read_episodes,
-)
+from physisforcing.worldmodel.data.windows import FRAME_STRIDE, WINDOW_FRAMES
 from physisforcing.worldmodel.physics.relation import token_order
 from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint
 from physisforcing.worldmodel.text import ENCODER, MAX_TOKENS, TEXT_WIDTH
-from physisforcing.worldmodel.training.banks import load_bank
 from physisforcing.worldmodel.training.export import gathered
-from physisforcing.worldmodel.training.initial import adopt_model
 from physisforcing.worldmodel.training.modules import build_forcing
 from physisforcing.worldmodel.training.objective import token_grid
 from physisforcing.worldmodel.training.parallel import shard_block, shard_rest
 from physisforcing.worldmodel.training.recompute import recomputed
-from physisforcing.worldmodel.training.runtime import autocast, compiles, kernels_given_back, sharded, split_heldout
+from physisforcing.worldmodel.training.runtime import autocast, compiles, kernels_given_back, sharded
 from physisforcing.worldmodel.training.steplog import StepLog
 from physisforcing.worldmodel.training.trainer import Trainer
 from physisforcing.worldmodel.training.worldmodel import run_training
 
-from .checkpoint import SETTINGS, PolicyInfo, load_policy, read_settings, save_policy
+from .checkpoint import PolicyInfo, save_policy
+from .initial import TABLE
 from .model import WorldActionModel
 from .normalization import ActionStatistics
 from .objective import Drawn, draw, policy_losses
 from .training_config import TrainPolicyConfig
-from .windows import PolicyBank, episode_statistics
+from .training_start import adopt, build_policy_model, heads_from, prepare_policy_banks
+from .windows import PolicyBank
 
 #: Windows of a held-out measurement that are computed at once.
 HELDOUT_CHUNK = 8
@@ -49,88 +41,11 @@ HELDOUT_STEP = 2**40
 
 
 @kernels_given_back()
-def train_policy(config: TrainPolicyConfig) -> Path:
+def train_policy(config: TrainPolicyConfig, banks: tuple[PolicyBank, PolicyBank] | None = None) -> Path:
     """Train and write checkpoints, metrics and the policy (``<out>/export``, averaged weights in float16). Returns the export folder; raises as
     ``train_world_model`` does."""
     adopt(config)
-    return run_training(config, None, prepare_policy_banks, PolicyTrainer)
-
-
-def adopt(config: TrainPolicyConfig) -> None:
-    """Take what ``run.init`` fixes into the config. ``UserError`` for a setting that was changed to something that its weights do not have."""
-    if config.model:
-        raise UserError(
-            "model",
-            got=config.model,
-            wanted="nothing: large backbones are not trained as policies yet",
-            fix="leave it out",
-        )
-    init = Path(config.run.init) if config.run.init else None
-    if init is None or not (init / SETTINGS).is_file():
-        adopt_model(config)
-        config.policy.state_dim = config.policy.action_dim = config.conditioner.state_dim
-        return
-    stored, info, extra = read_settings(init)
-    usual = TrainPolicyConfig().policy
-    for item in dataclasses.fields(stored):
-        mine, theirs = getattr(config.policy, item.name), getattr(stored, item.name)
-        if mine not in (theirs, getattr(usual, item.name)):
-            fix = f"leave policy.{item.name} out, or begin from a world model"
-            raise UserError(
-                f"policy.{item.name}", got=mine, wanted=f"{theirs!r}, with which run.init was trained", fix=fix
-            )
-    config.policy = stored
-    found = latents_fingerprint(Path(config.codec)) if config.codec else "none"
-    if found != info.latents:
-        fix = "codec=<the codec of that policy>"
-        raise UserError("codec", got=f"latents {found}", wanted=f"latents {info.latents}, as run.init has", fix=fix)
-    if extra["conditioner"] is not None:
-        config.conditioner.lags = tuple(extra["conditioner"]["lags"])
-
-
-def prepare_policy_banks(
-    config: TrainPolicyConfig, device: torch.device, *, quiet: bool = False
-) -> tuple[PolicyBank, PolicyBank]:
-    """-> (training windows, held-out ones); statistics are those of the training episodes, or of the policy that is trained further."""
-    data = config.data
-    if data.heldout < 1:
-        raise UserError("data.heldout", got=data.heldout, wanted="at least 1", fix="data.heldout=1")
-    episodes = read_episodes(
-        data.roots, success_only=data.success_only, tasks=data.tasks, limit=data.limit, workers=data.workers
-    )
-    codec, parts = load_codec(config.codec, device), split_heldout(episodes, data.heldout)
-    init = Path(config.run.init) if config.run.init else None
-    if init is not None and (init / SETTINGS).is_file():
-        sizes = {"action_dim": config.policy.action_dim, "state_dim": config.policy.state_dim}
-        statistics = ActionStatistics.load(init, **sizes)
-    else:
-        statistics = episode_statistics(parts[0], config.normalization)
-    banks = []
-    for part in parts:
-        table = WindowTable.build([episode.length for episode in part], data.start_stride)
-        bank = load_bank(config, part, table, codec, device)
-        banks.append(PolicyBank.of(bank, part, statistics, config.policy.chunk))
-    if not quiet:
-        shares = (statistics.action.saturated(torch.from_numpy(episode.states_TA)) for episode in parts[0])
-        worst = max(shares)
-        if worst > 0:
-            print(f"normalisation: up to {100 * worst:.2f} % of an episode's numbers are clamped", flush=True)
-    return banks[0], banks[1]
-
-
-def build_policy_model(config: TrainPolicyConfig) -> WorldActionModel:
-    """As ``run.init`` has it, or with an action expert beside its transformer, or drawn. Seed torch's global generator first."""
-    init = Path(config.run.init) if config.run.init else None
-    if init is not None and (init / SETTINGS).is_file():
-        return load_policy(init)[0].requires_grad_(True).train()
-    denoiser = load_denoiser(init) if init is not None else build_denoiser(config.backbone, config.conditioner)
-    if denoiser.actions is not None:
-        fix = "give a model that was trained without actions=true"
-        raise UserError(
-            "run.init", got="an action model", wanted="a text model: the video does not see actions", fix=fix
-        )
-    conditioner = denoiser.conditioner if config.policy.proprioception == "backbone" else None
-    return WorldActionModel(denoiser.transformer, config.policy, tap=denoiser.tap, conditioner=conditioner)
+    return run_training(config, banks, prepare_policy_banks, PolicyTrainer)
 
 
 class PolicyTrainer(Trainer):
@@ -153,7 +68,10 @@ class PolicyTrainer(Trainer):
             for parameter in policy.parameters():
                 parameter.requires_grad_(id(parameter) in expert)
         modules: dict[str, nn.Module] = {"policy": policy}
-        if config.physics.wanted and (heads := build_forcing(config, self.bank.bank, policy.width)) is not None:
+        if (
+            config.physics.wanted
+            and (heads := build_forcing(heads_from(config), self.bank.bank, policy.width)) is not None
+        ):
             modules["forcing"] = heads
         made = nn.ModuleDict(modules).to(self.device).train()
         self._prepare(policy)
@@ -174,6 +92,10 @@ class PolicyTrainer(Trainer):
     def rates(self) -> list[tuple[float, Iterable[nn.Parameter]]]:
         expert = [parameter for _, parameter in self.policy.action_parameters()]
         return [*super().rates(), (self.config.action_rate, expert)]
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """The modulation tables: they are added to what they modulate."""
+        return [parameter for name, parameter in self.policy.named_parameters() if name.endswith(TABLE)]
 
     def draw(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Any, ...]:
         whole = self.config.run.batch, *batch["latents_BCFhw"].shape[1:]
@@ -209,22 +131,51 @@ class PolicyTrainer(Trainer):
 
     @torch.no_grad()
     def heldout(self, bank: Any) -> dict[str, float]:
-        """Means of the two losses over fixed windows at fixed noise, ``heldout_action`` and ``heldout_video``, by the averaged weights."""
-        rows = torch.arange(len(bank))
+        """Means of the losses over fixed windows at fixed noise by the averaged weights: ``heldout_action``, ``heldout_video``, and with physics
+        losses theirs, for which windows that have targets are chosen."""
+        rows = bank.alike(physics=self.forcing is not None)
         rows = rows[torch.linspace(0, len(rows) - 1, min(self.config.heldout_windows, len(rows))).long()]
+        generator = step_generator(0, HELDOUT_STEP)
         shape = bank.latent_shape(rows)
-        drawn = draw(shape, self.config.policy, step_generator(0, HELDOUT_STEP))
+        drawn = (*draw(shape, self.config.policy, generator), token_order(shape[0], self._tokens(shape), generator))
         sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
         with self.averaged():
             for part in torch.arange(len(rows)).split(HELDOUT_CHUNK):
-                some = Drawn(*(value if value is None else value[part].to(self.device) for value in drawn))
-                terms, _ = policy_losses(self.policy, bank.batch(rows[part]), some)
-                for name in ("action", "video"):
-                    sums[name] = sums.get(name, 0.0) + float(terms[name]) * len(part) / len(rows)
-        return {f"heldout_{name}": value for name, value in sums.items()}
+                some = tuple(value if value is None else value[part].to(self.device) for value in drawn)
+                for name, value, weight in self._measured(bank.batch(rows[part]), some):
+                    sums[name] = sums.get(name, 0.0) + value * weight
+                    weights[name] = weights.get(name, 0.0) + weight
+        return {f"heldout_{name}": sums[name] / weights[name] for name in sums if weights[name] > 0}
+
+    def _measured(self, batch: dict[str, Any], drawn: tuple[Any, ...]) -> list[tuple[str, float, float]]:
+        """Name, value and weight in a mean over windows of the losses of a batch."""
+        physics = self.forcing is not None and batch["targets"] is not None
+        terms, tapped = policy_losses(self.policy, batch, Drawn(*drawn[:-1]), need_tap=physics)
+        count = float(len(batch["latents_BCFhw"]))
+        found = [(name, float(terms[name]), count) for name in ("action", "video")]
+        if physics:
+            assert tapped is not None and self.forcing is not None
+            grid = token_grid(batch["latents_BCFhw"].shape, self.policy.patch)
+            out = self.forcing(tapped, grid, batch["targets"], drawn[-1], sigma_B=drawn[1])
+            found += [
+                ("pix", float(out.pix), float(out.metrics["pairs"])),
+                ("sem", float(out.sem), float(out.metrics["related"])),
+            ]
+        return found
 
     def show(self, bank: Any, done: int, log: StepLog) -> None:
         """Nothing: what a policy does is seen in the simulator."""
+
+    def restore(self, checkpoint: Path) -> int:
+        """See ``Trainer``; also ``UserError`` where statistics are others, as they are where episodes were added to a dataset."""
+        sizes = {"action_dim": self.config.policy.action_dim, "state_dim": self.config.policy.state_dim}
+        stored, mine = ActionStatistics.load(checkpoint / "model", **sizes), self.bank.statistics
+        if (got := mine.difference(stored)) is not None:
+            wanted = "the statistics that the run began with"
+            fix = "give the episodes that it began with, or begin another run with run.init=<its last policy>"
+            raise UserError("data.roots", got=got, wanted=wanted, fix=fix)
+        return super().restore(checkpoint)
 
     def export(self, folder: Path, *, checkpoint: bool = False) -> None:
         state = gathered(self.policy, self.processes) if self.processes.many else self.policy.state_dict()
