@@ -1,0 +1,326 @@
+"""Training of a policy: it learns, a killed run goes on with the same bits, and each part of the loss reaches what it should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny_training
+from physisforcing.core.errors import UserError
+from physisforcing.core.paths import weights_root
+from physisforcing.policy.checkpoint import load_policy
+from physisforcing.policy.normalization import ActionStatistics
+from physisforcing.policy.training import PolicyTrainer, train_policy
+from physisforcing.policy.training_config import TrainPolicyConfig
+from physisforcing.policy.training_start import adopt, prepare_policy_banks
+from physisforcing.worldmodel.backbones.wan import load_denoiser
+from physisforcing.worldmodel.data.batches import step_generator
+from physisforcing.worldmodel.training.checkpoint import latest_checkpoint, load_training
+from physisforcing.worldmodel.training.worldmodel import train_world_model
+from ranks import fork, kill_once, update_lines
+from tiny_policy_training import as_usual, banks, config, episodes
+
+CPU = torch.device("cpu")
+Gradients = dict[str, torch.Tensor | None]
+
+
+def trainer(made: TrainPolicyConfig, *, physics: bool = False) -> PolicyTrainer:
+    """With the last layers away from zero, below which nothing has a gradient at first."""
+    adopt(made)
+    found = PolicyTrainer(made, banks(physics=physics)[0], CPU)
+    generator = torch.Generator().manual_seed(3)
+    for layer in (found.policy.expert.proj_out, found.policy.transformer.proj_out):
+        layer.weight.data.normal_(std=0.3, generator=generator)
+    return found
+
+
+def gradients(found: PolicyTrainer, step: int = 0) -> tuple[Gradients, dict[str, torch.Tensor]]:
+    """Of the loss of one step by the names of the parameters, and the loss's terms."""
+    batch = found.batch(step)
+    terms = found._backward(batch, found.draw(batch, step_generator(7, step)))
+    grads = {name: None if p.grad is None else p.grad.clone() for name, p in found.model.named_parameters()}
+    found.model.zero_grad(set_to_none=True)
+    return grads, terms
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    straight, killed = config(tmp_path, "straight", 8), config(tmp_path, "killed", 8)
+    for made in (straight, killed):
+        made.run.save_every, made.run.resume = 2, True
+    export, run = train_policy(straight, banks()), tmp_path / "killed"
+    child = fork(lambda: train_policy(killed, banks()), "killed")
+    kill_once(child, lambda: (run / "step-000002").exists(), within_s=60)
+    kept = latest_checkpoint(run)
+    assert kept is not None and not (run / "step-000008").exists()
+    torch.manual_seed(999)  # a new process has other global random numbers
+    again = train_policy(killed, banks())
+    for group in ("weights", "average", "optimizer", "rng"):
+        one, two = (load_training(tmp_path / name / "last")[0][group] for name in ("straight", "killed"))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one), group
+    done, lines = int(kept.name.removeprefix("step-")), {line["step"]: line for line in update_lines(run)}
+    for line in update_lines(tmp_path / "straight")[done:]:
+        assert all(line[name] == lines[line["step"]][name] for name in ("loss", "action", "video", "grad_norm"))
+    files = [path.relative_to(export) for path in sorted(export.rglob("*")) if path.is_file()]
+    assert {path.name for path in files} >= {"policy.json", "expert.safetensors", "statistics.json"}
+    assert all((export / path).read_bytes() == (again / path).read_bytes() for path in files)
+
+
+def test_it_learns_a_batch_by_heart(tmp_path: Path) -> None:
+    made = config(tmp_path, "run", 40)
+    made.policy.width, made.policy.ffn_dim, made.optim.final_lr = 32, 64, 0.1
+    adopt(made)
+    found = PolicyTrainer(made, banks()[0], CPU)
+    always = found.draw
+    found.rows = lambda step: torch.arange(4)  # type: ignore[method-assign]
+    found.draw = lambda batch, _: always(batch, step_generator(1, 0))  # type: ignore[method-assign]
+    terms = [found.step(step) for step in range(40)]
+    assert terms[-1]["action"] < 0.02 * terms[0]["action"]
+    assert terms[-1]["video"] < 0.5 * terms[0]["video"]
+
+
+def test_every_parameter_is_in_one_group_at_its_rate(tmp_path: Path) -> None:
+    made = config(tmp_path, "run", physics=True)
+    made.action_rate, made.optim.heads, made.optim.weight_decay = 3.0, 10.0, 0.05
+    found = trainer(made, physics=True)
+    groups = found.optimizer.param_groups
+    placed = [id(p) for group in groups for p in group["params"]]
+    names = {id(p): name for name, p in found.model.named_parameters()}
+    assert sorted(placed) == sorted(names) and len(set(placed)) == len(placed)
+    found.step(0)
+    rate, decayed = made.optim.lr / made.optim.warmup, set()
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            expert = ".action." in name or name.startswith(("policy.expert.", "policy.proprioception."))
+            factor = 10.0 if name.startswith("forcing.") else 3.0 if expert else 1.0
+            assert group["lr"] == pytest.approx(rate * factor), name
+            assert (group["weight_decay"] > 0) == (parameter.ndim > 1 and "table" not in name), name
+            decayed |= {name} if group["weight_decay"] else set()
+    assert "policy.transformer.blocks.1.action.attn1.to_q.weight" in decayed
+    assert "policy.transformer.patch_embedding.weight" in decayed
+
+
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for(tmp_path: Path) -> None:
+    made = config(tmp_path, "run")
+    made.optim.clip = 0.25
+    found, seen = trainer(made), []
+    update = found.optimizer.step
+    found.optimizer.step = lambda: (  # type: ignore[method-assign]
+        seen.append(torch.stack([p.grad.norm() for p in found.trained if p.grad is not None]).norm()), update()
+    )  # fmt: skip
+    assert found.step(0)["grad_norm"] > 0.25
+    assert seen[0] == pytest.approx(0.25, rel=1e-4)
+
+
+def test_without_its_loss_the_video_learns_from_the_actions_alone(tmp_path: Path) -> None:
+    """The gradients of both losses are those of either added up."""
+    parts = {}
+    for weight in (0.0, 1.0, 2.0):
+        made = config(tmp_path, "run")
+        made.video_weight = weight
+        parts[weight] = gradients(trainer(made))
+    assert "video" not in parts[0.0][1] and parts[1.0][1]["video"] > 0
+    torch.testing.assert_close(parts[0.0][1]["action"], parts[1.0][1]["action"], rtol=1e-5, atol=0)
+    alone = parts[0.0][0]
+    for name in ("proj_out.weight", "scale_shift_table", "blocks.1.ffn.net.2.weight", "blocks.1.attn1.to_out.0.weight"):
+        found = alone[f"policy.transformer.{name}"]
+        assert found is None or not found.any(), f"{name} is read by the video alone"
+    assert alone["policy.transformer.blocks.0.ffn.net.2.weight"].abs().max() > 0  # type: ignore[union-attr]
+    for name, one in parts[1.0][0].items():
+        none, two = alone[name], parts[2.0][0][name]
+        assert one is not None and two is not None, name
+        expected = 2.0 * one - (torch.zeros_like(one) if none is None else none)
+        torch.testing.assert_close(two, expected, rtol=1e-3, atol=2e-6, msg=name)
+
+
+def test_a_run_without_the_videos_loss_resumes_though_some_weights_have_no_gradient(tmp_path: Path) -> None:
+    made = config(tmp_path, "run", 4)
+    made.video_weight, made.run.save_every = 0.0, 2
+    train_policy(made, banks())
+    ends = load_training(tmp_path / "run" / "last")[0]
+    assert not any("transformer.proj_out" in name for name in ends["optimizer"])
+    (tmp_path / "run" / "last").unlink()
+    for path in (tmp_path / "run" / "step-000004", tmp_path / "run" / "export"):
+        path.rename(path.with_name(f"old-{path.name}"))
+    made.run.resume = True
+    train_policy(made, banks())
+    again = load_training(tmp_path / "run" / "last")[0]
+    assert all(torch.equal(value, again[group][name]) for group in ends for name, value in ends[group].items())
+
+
+@pytest.mark.parametrize("mode", ["first_frame", "idm"])
+def test_shares_of_the_physics_losses_are_those_of_their_gradients_at_the_tap(tmp_path: Path, mode: str) -> None:
+    made = config(tmp_path, "run", physics=True)
+    made.policy.mode = mode
+    found, tapped = trainer(made, physics=True), []
+    forcing = found.forcing
+    assert forcing is not None
+    forcing.measure = True
+    terms, forcing.measure = gradients(found)[1], False
+    forcing.watch = tapped.append  # type: ignore[method-assign, assignment]
+    batch = found.batch(0)
+    drawn, at = found.draw(batch, step_generator(7, 0)), {}
+    for name in ("neither", "pix", "sem"):
+        forcing.config.lambda_pix, forcing.config.lambda_sem = 0.5 * (name == "pix"), 0.5 * (name == "sem")
+        at[name] = torch.autograd.grad(found.terms(batch, drawn, None)["loss"], tapped[-1])[0]
+    for name in ("pix", "sem"):
+        wanted = (at[name] - at["neither"]).norm() / at["neither"].norm()
+        assert wanted > 0 and float(terms[f"share_{name}"]) == pytest.approx(float(wanted), rel=2e-2), name
+
+
+def test_physics_losses_reach_what_lies_below_the_tap_alone(tmp_path: Path) -> None:
+    with_them, terms = gradients(trainer(config(tmp_path, "run", physics=True), physics=True))
+    without, _ = gradients(trainer(config(tmp_path, "run")))
+    assert terms["pix"] > 0 and terms["sem"] > 0
+    above = [name for name in without if ".blocks.1." in name or "proj_out" in name]
+    assert len(above) > 40
+    for name in above:
+        torch.testing.assert_close(with_them[name], without[name], rtol=1e-4, atol=1e-7, msg=name)
+    below = "policy.transformer.blocks.0.ffn.net.2.weight"
+    assert not torch.allclose(with_them[below], without[below], rtol=1e-2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("physics", [False, True])
+def test_parts_of_a_batch_give_the_gradients_of_all_of_it(tmp_path: Path, physics: bool) -> None:
+    whole, parts = config(tmp_path, "run", physics=physics), config(tmp_path, "run", physics=physics)
+    parts.run.micro = 1
+    one, two = (gradients(trainer(made, physics=physics)) for made in (whole, parts))
+    for name in one[1]:
+        if "share" not in name:
+            torch.testing.assert_close(one[1][name].float(), two[1][name].float(), rtol=1e-4, atol=1e-6, msg=name)
+    for name, value in one[0].items():
+        torch.testing.assert_close(value, two[0][name], rtol=1e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["joint", "idm", "optional_idm"])
+def test_every_mode_trains(tmp_path: Path, mode: str) -> None:
+    made = config(tmp_path, "run", 2)
+    made.policy.mode = mode
+    export = train_policy(made, banks())
+    assert load_policy(export)[0].config.mode == mode
+    lines = update_lines(tmp_path / "run")
+    assert len(lines) == 2 and all(line["action"] > 0 and line["video"] > 0 for line in lines)
+    values = json.loads((tmp_path / "run" / "heldout.json").read_text())
+    assert values["after"] != values["before"]
+
+
+def test_a_frozen_backbone_stays_as_it_is(tmp_path: Path) -> None:
+    made = config(tmp_path, "run", 3)
+    made.freeze_video, made.video_weight = True, 0.0
+    found = trainer(made)
+    before = {name: value.clone() for name, value in found.policy.state_dict().items()}
+    for step in range(3):
+        found.step(step)
+    for name, value in found.policy.state_dict().items():
+        trained = ".action." in name or name.startswith(("expert.", "proprioception."))
+        if not trained:
+            assert torch.equal(value, before[name]), name
+    assert not torch.equal(found.policy.expert.action_in.weight, before["expert.action_in.weight"])
+    assert all(
+        id(p) not in {id(q) for q in found.trained} for p in found.policy.transformer.patch_embedding.parameters()
+    )
+    with pytest.raises(UserError, match="freeze_video"):
+        TrainPolicyConfig(freeze_video=True)
+
+
+def test_statistics_are_those_of_the_training_episodes(tmp_path: Path) -> None:
+    some = [item for seed in (0, 1) for item in episodes(seed, far=100.0 * seed)][2:7]
+    for item in some:
+        item.frames = np.zeros((21, 120, 160, 3), np.uint8)
+    made = TrainPolicyConfig(codec=str(weights_root() / "vae"))
+    made.data.heldout, made.data.start_stride = 1, 64
+    train, held = prepare_policy_banks(made, CPU, some, quiet=True)
+    assert (len(train), len(held)) == (4, 1)
+    kept = [item.states_TA for place, item in enumerate(some) if place != 2]  # the middle one is held out
+    wanted = np.concatenate(kept).astype(np.float64)
+    for bank in (train, held):
+        np.testing.assert_allclose(bank.statistics.state.offset_D, wanted.mean(0), rtol=1e-9)
+        np.testing.assert_allclose(bank.statistics.state.scale_D, wanted.std(0), rtol=1e-9)
+    moved = np.concatenate([rows[1:] for rows in kept]).astype(np.float64)
+    np.testing.assert_allclose(train.statistics.action.offset_D, moved.mean(0), rtol=1e-9)
+    assert train.statistics.episodes == 4 and train.statistics.steps == 4 * 39
+
+
+def test_a_run_does_not_go_on_with_other_statistics(tmp_path: Path) -> None:
+    made = config(tmp_path, "run", 2)
+    train_policy(made, banks())
+    made.run.resume = True
+    grown = banks()
+    shifted = [rows.states_TA + 1 for rows in episodes(0)]
+    for bank in grown:
+        bank.statistics = ActionStatistics.of(shifted, shifted, episodes=4)
+    with pytest.raises(UserError, match=r"data\.roots.*offset of action"):
+        train_policy(made, grown)
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy whose settings are not the usual ones."""
+    folder = tmp_path_factory.mktemp("policy")
+    made = config(folder, "first", 2)
+    made.policy.action_shift, made.policy.weighting, made.policy.video_shift = 2.0, "bell", 4.0
+    return train_policy(made, banks())
+
+
+def test_a_policy_is_trained_further_with_its_own_settings(policy_folder: Path, tmp_path: Path, capfd) -> None:
+    made = as_usual(config(tmp_path, "more", 2), policy_folder, tmp_path / "more")
+    adopt(made)
+    assert "policy.action_shift=2.0 (from run.init" in capfd.readouterr().err
+    assert (made.policy.action_shift, made.policy.weighting, made.policy.chunk) == (2.0, "bell", 8)
+    model = load_policy(policy_folder)[0]
+    found = PolicyTrainer(made, banks()[0], CPU)
+    assert all(
+        torch.equal(a, b) for a, b in zip(found.policy.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    export = train_policy(made, banks())
+    stored = json.loads((export / "policy.json").read_text())
+    assert stored["model"]["video_shift"] == 4.0 and stored["source"]["backbone"] == policy_folder.name
+    assert (export / "statistics.json").read_bytes() == (policy_folder / "statistics.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chunk", 16),
+        ("action_shift", 3.0),
+        ("video_shift", 2.0),
+        ("mode", "joint"),
+        ("head", "bare"),
+        ("normalization", "minmax"),
+    ],
+)
+def test_settings_against_the_policy_to_start_from_are_refused(
+    policy_folder: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    made = as_usual(config(tmp_path, "more", 2), policy_folder, tmp_path / "more")
+    setattr(made if name == "normalization" else made.policy, name, value)
+    with pytest.raises(UserError, match=f"^(policy.)?{name}"):
+        train_policy(made, banks())
+    assert not (tmp_path / "more").exists()
+
+
+def test_the_backbone_is_that_of_a_world_model_and_its_heads_go_along(tmp_path: Path) -> None:
+    parts = {}
+    for name, physics in (("plain", False), ("forced", True)):
+        world = tiny_training.config(tmp_path, name, 2)
+        world.physics.lambda_pix = world.physics.lambda_sem = 0.5 * physics
+        some = tiny_training.bank(0), tiny_training.bank(1)
+        for bank in some:
+            bank.targets = bank.targets if physics else None
+        parts[name] = train_world_model(world, some)
+    for name, init in parts.items():
+        made = as_usual(config(tmp_path, f"policy-{name}", 1, physics=True), init, tmp_path / f"policy-{name}")
+        made.policy = config(tmp_path, "sizes").policy
+        found = trainer(made, physics=True)
+        stored = load_denoiser(init)
+        for key, value in stored.transformer.state_dict().items():
+            if "proj_out" not in key:
+                assert torch.equal(found.policy.transformer.state_dict()[key], value), key
+        kept = found.forcing.phi[1].weight  # type: ignore[union-attr]
+        if name == "forced":
+            assert torch.equal(kept, load_file(init / "physics_heads.safetensors")["phi.1.weight"].float())
