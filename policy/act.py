@@ -217,21 +217,17 @@ class _Coming:
 
 
 def compose(spec: PolicySpec, images: dict[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """The canvas [H,W,3] of a policy, of the pictures of the cameras. ``UserError`` for a missing camera and a size that it is not made of."""
-    from physisforcing.worldmodel.data.windows import resize_area
+    """The canvas [H,W,3] of a policy, of the pictures of the cameras, as in its training. ``UserError`` for a missing camera, and for a head
+    camera of another size than its windows were recorded with."""
+    from physisforcing.worldmodel.data import canvas
 
-    if spec.canvas != "head":
-        raise unknown_name("policy.json: canvas", spec.canvas, ("head",), see="docs/policy.md")
-    picture = images.get("head")
-    if picture is None:
-        fix = "make the environment with a head camera"
-        raise UserError("observation.images", got=sorted(images), wanted="head", fix=fix)
-    height, width = spec.size
-    if picture.shape == (2 * height, 2 * width, 3):
-        picture = resize_area(picture)
-    if picture.shape != (height, width, 3):
-        wanted = f"{2 * height}x{2 * width}, halved by area, or {height}x{width}"
-        raise UserError(
-            "observation.images[head]", got=list(picture.shape), wanted=wanted, fix="record it at that size"
-        )
-    return picture
+    made, (height, width) = canvas.compose(spec.canvas, images), spec.size
+    if made.shape[:2] != (height, width):
+        fix = "export the policy again with this version"
+        raise UserError("policy.json: size", got=[height, width], wanted=list(made.shape[:2]), fix=fix)
+    if spec.canvas == "head":
+        got = next(images[name] for name in canvas.ALIASES["head"] if name in images).shape[:2]
+        if got not in ((height, width), (2 * height, 2 * width)):
+            wanted = f"{2 * height}x{2 * width}, halved by area, or {height}x{width}"
+            raise UserError("observation.images[head]", got=list(got), wanted=wanted, fix="record it at that size")
+    return made
