@@ -64,8 +64,8 @@ class PolicyKeys(KeyMap):
             return None
         bare = bare.removeprefix(ACTION)
         for old, pattern in _OWN.items():
-            if found := pattern.fullmatch(bare):
-                return f"expert.{OWN[old]}.{found[1]}"
+            if own := pattern.fullmatch(bare):
+                return f"expert.{OWN[old]}.{own[1]}"
         inside = self._wan.stock(bare)
         return None if inside is None else _action_name(inside)
 
@@ -104,9 +104,9 @@ def convert(path: Path) -> tuple[dict[str, Tensor], int]:
         raise UserError(str(path), got=got, wanted="a released Fast-WAM checkpoint", fix=fix) from error
     wanted = "mot and proprio_encoder, with step and torch_dtype beside them"
     if not isinstance(payload, dict) or not isinstance(payload.get("mot"), dict):
-        got = sorted(map(str, payload))[:6] if isinstance(payload, dict) else type(payload).__name__
-        why = "the weights of an action expert are not in this file" if got == ["dit"] else fix
-        raise UserError(str(path), got=got, wanted=wanted, fix=why)
+        names = sorted(map(str, payload))[:6] if isinstance(payload, dict) else [type(payload).__name__]
+        why = "the weights of an action expert are not in this file" if "dit" in names else fix
+        raise UserError(str(path), got=", ".join(names), wanted=wanted, fix=why)
     tensors: dict[str, Tensor] = {}
     for section, values in payload.items():
         if section in ("mot", "proprio_encoder") and isinstance(values, dict):

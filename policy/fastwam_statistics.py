@@ -43,15 +43,13 @@ def read_released(path: Path, kind: str, *, action_dim: int, state_dim: int) -> 
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(str(path), got=repr(error), wanted="released statistics", fix=_FIX) from error
-    made = {
-        name: _scale(_only(values, name, path), kind, width, f"{path}: {name}")
+    action, state = (
+        _scale(_only(values, name, path), kind, width, f"{path}: {name}")
         for name, width in (("action", action_dim), ("state", state_dim))
-    }
-    counts = {
-        ours: int(values.get(theirs) or 0)
-        for ours, theirs in (("steps", "num_transition"), ("episodes", "num_episodes"))
-    }
-    return ActionStatistics(**made, kind=kind, **counts, source={"released": path.name})
+    )
+    steps, episodes = (int(values.get(name) or 0) for name in ("num_transition", "num_episodes"))
+    source = {"released": path.name}
+    return ActionStatistics(action=action, state=state, kind=kind, steps=steps, episodes=episodes, source=source)
 
 
 def _only(values: Any, name: str, path: Path) -> tuple[str, Mapping[str, Any]]:

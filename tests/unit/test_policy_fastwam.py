@@ -179,7 +179,7 @@ def _section(p: dict[str, Any]) -> None:
 
 def _video_only(p: dict[str, Any]) -> None:
     video = {name.removeprefix("mixtures.video."): value for name, value in p["mot"].items() if ".video." in name}
-    p.clear()
+    del p["mot"], p["proprio_encoder"]
     p["dit"] = video
 
 
