@@ -18,6 +18,7 @@ from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.history import StateHistory
 from physisforcing.core.results import config_hash
 from physisforcing.core.types import ActionSpec, Observation
+from physisforcing.worldmodel.data.canvas import compose
 
 from .requests import ChunkSource, PlanAnswer, PlanRequest, PolicySpec
 from .sampling import plan_seed
@@ -43,10 +44,10 @@ class ExecutionConfig:
             raise unknown_name("policy.execution", self.execution, EXECUTIONS, see="docs/bring_your_policy.md")
         if not 1 <= self.execute <= chunk:
             raise UserError("policy.execute", got=self.execute, wanted=f"1 to {chunk}", fix="policy.execute=12")
-        if self.execution == "async" and not 0 <= self.delay <= min(self.execute, chunk - self.execute):
-            most = min(self.execute, chunk - self.execute)
+        most = min(self.execute, chunk - self.execute)
+        if self.execution == "async" and not (0 <= self.delay <= most and most):
             fix = "a smaller policy.delay, or another policy.execute"
-            wanted = f"0 to {most}: no more than execute={self.execute}, and both within a chunk of {chunk}"
+            wanted = f"0 to {most}, at most execute={self.execute} and both within a chunk of {chunk}"
             raise UserError("policy.delay", got=self.delay, wanted=wanted, fix=fix)
 
 
@@ -122,13 +123,12 @@ class WorldActionPolicy:
 
     def _arrived(self, step: int) -> bool:
         """Whether the plan that is coming is to be used now; waits for it where it must be there."""
-        coming, chunk = self._coming, self._chunk
+        coming, chunk, delay = self._coming, self._chunk, self.config.delay
         assert coming is not None and chunk is not None
-        due = step >= coming.step + self.config.delay if self.config.delay else chunk.ends <= step
-        if coming.thread.is_alive() and not due:
+        due = step >= (coming.step + delay if delay else chunk.ends)
+        # one that is there before its delay has to wait: on a slower machine the episode would be another
+        if not due and (delay or coming.thread.is_alive()):
             return False
-        if self.config.delay and not due:
-            return False  # it is there early: others would see another episode on a slower machine
         if coming.thread.is_alive():
             begun = time.perf_counter()
             coming.thread.join()
@@ -145,7 +145,7 @@ class WorldActionPolicy:
 
     def _request(self, observation: Observation) -> PlanRequest:
         begun = time.perf_counter()
-        canvas = compose(self.spec, observation.images)
+        canvas = compose(self.spec.canvas, observation.images)
         self._counts["canvas_s"] += time.perf_counter() - begun
         seed = plan_seed(self._seed, int(self._counts["plans"]))
         self._counts["plans"] += 1
@@ -214,20 +214,3 @@ class _Coming:
             raise self._error
         assert self._answer is not None
         return self._answer
-
-
-def compose(spec: PolicySpec, images: dict[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """The canvas [H,W,3] of a policy, of the pictures of the cameras, as in its training. ``UserError`` for a missing camera, and for a head
-    camera of another size than its windows were recorded with."""
-    from physisforcing.worldmodel.data import canvas
-
-    made, (height, width) = canvas.compose(spec.canvas, images), spec.size
-    if made.shape[:2] != (height, width):
-        fix = "export the policy again with this version"
-        raise UserError("policy.json: size", got=[height, width], wanted=list(made.shape[:2]), fix=fix)
-    if spec.canvas == "head":
-        got = next(images[name] for name in canvas.ALIASES["head"] if name in images).shape[:2]
-        if got not in ((height, width), (2 * height, 2 * width)):
-            wanted = f"{2 * height}x{2 * width}, halved by area, or {height}x{width}"
-            raise UserError("observation.images[head]", got=list(got), wanted=wanted, fix="record it at that size")
-    return made

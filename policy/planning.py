@@ -15,6 +15,7 @@ from torch import Tensor
 
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.results import config_hash
+from physisforcing.worldmodel.data.canvas import canvas_layout
 
 from .checkpoint import PolicyInfo, load_policy, policy_fingerprint
 from .encoding import FirstFrame, Sentences, autoencoder_folder, open_first_frame
@@ -76,6 +77,10 @@ class ChunkModel:
         self.config = config or PlanningConfig()
         self.device = torch.device(self.config.device)
         self.model = to_inference(model, self.device)
+        layout = canvas_layout(info.canvas)
+        if info.size != (layout.height, layout.width):
+            wanted = f"{layout.height}x{layout.width}, as canvas={info.canvas} has"
+            raise UserError("policy.json: size", got=info.size, wanted=wanted, fix="export the policy again")
         self.info, self.statistics, self._first_frame, self._sentences = info, statistics, first_frame, sentences
         self.sampler = Sampler(model, self.config.sampling(), frames=1 + (info.frames - 1) // 4)
         own, conditioner = model.config, getattr(model.proprioception, "config", None)

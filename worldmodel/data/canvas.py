@@ -77,7 +77,13 @@ def compose(name: str, pictures: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.
                 f"images.{camera}", got=got, wanted="uint8 [H,W,3]", fix="give pictures as the camera made them"
             )
     if not layout.tiles:
-        return _resized(pictures[cameras[layout.names[0]]], (layout.height, layout.width))
+        picture, (height, width) = pictures[cameras[layout.names[0]]], (layout.height, layout.width)
+        if picture.shape[:2] not in ((height, width), (2 * height, 2 * width)):
+            wanted = f"{2 * height}x{2 * width}, halved by area, or {height}x{width}, as windows are recorded"
+            raise UserError(
+                f"images.{layout.names[0]}", got=list(picture.shape[:2]), wanted=wanted, fix="record it at that size"
+            )
+        return _resized(picture, (height, width))
     canvas = np.zeros((layout.height, layout.width, 3), dtype=np.uint8)
     for camera, (top, left, height, width) in zip(layout.names, layout.tiles, strict=True):
         canvas[top : top + height, left : left + width] = _resized(pictures[cameras[camera]], (height, width))
