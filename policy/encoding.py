@@ -12,7 +12,7 @@ from torch import Tensor
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.paths import weights_root
 from physisforcing.worldmodel.codec import load_codec
-from physisforcing.worldmodel.pipeline_vae import load_vae
+from physisforcing.worldmodel.pipeline_vae import PipelineVae, load_vae
 from physisforcing.worldmodel.storage import latents_fingerprint, read_json
 from physisforcing.worldmodel.text import ENCODER, TextEmbedder
 
@@ -44,7 +44,11 @@ def open_first_frame(folder: Path, device: torch.device) -> FirstFrame:
     if read_json(folder / "config.json").get("_class_name") != "AutoencoderKLWan":
         codec = load_codec(folder, device)
         return lambda canvas_BHWC: codec.encode(canvas_BHWC.unsqueeze(1))
-    vae = load_vae(folder)
+    return first_frame_by(load_vae(folder), device)
+
+
+def first_frame_by(vae: PipelineVae, device: torch.device) -> FirstFrame:
+    """The same of an autoencoder of a large pipeline, which goes to the device."""
     vae.vae.to(device)
     vae.scale.to(device)
 
