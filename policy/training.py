@@ -13,7 +13,7 @@ from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.data.batches import step_generator
 from physisforcing.worldmodel.data.windows import FRAME_STRIDE, WINDOW_FRAMES
 from physisforcing.worldmodel.physics.relation import token_order
-from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint
+from physisforcing.worldmodel.storage import latents_fingerprint
 from physisforcing.worldmodel.text import ENCODER, MAX_TOKENS, TEXT_WIDTH
 from physisforcing.worldmodel.training.export import gathered
 from physisforcing.worldmodel.training.modules import build_forcing
@@ -60,7 +60,7 @@ class PolicyTrainer(Trainer):
 
     def modules(self) -> nn.ModuleDict:
         config = self.config
-        policy = build_policy_model(config)
+        policy, self.source = build_policy_model(config)
         if not config.run.init and config.policy.proprioception == "backbone":
             policy.proprioception.set_statistics(self.bank.bank.proprioception_WKA.cpu())  # type: ignore[operator]
         if config.freeze_video:
@@ -190,16 +190,14 @@ class PolicyTrainer(Trainer):
 
     def info(self) -> PolicyInfo:
         """What belongs to the policy beside its weights."""
-        config, init = self.config, self.config.run.init
-        source = {"backbone": Path(init).name if init else "drawn", "video_weight": config.video_weight}
-        source["fingerprint"] = fingerprint(Path(init)) if init else ""
+        config = self.config
         return PolicyInfo(
             frames=WINDOW_FRAMES,
             frame_stride=FRAME_STRIDE,
             text={"encoder": ENCODER, "tokens": MAX_TOKENS, "width": TEXT_WIDTH},
             latents=latents_fingerprint(Path(config.codec)),
             autoencoder=Path(config.codec).name,
-            source=source,
+            source={**self.source, "video_weight": config.video_weight, "video_trained": not config.freeze_video},
             tasks=tuple(config.data.tasks),
         )
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from physisforcing.core.errors import UserError
-from physisforcing.worldmodel.backbones.wan import build_denoiser, load_denoiser
+from physisforcing.core.paths import weights_root
+from physisforcing.worldmodel.backbones.wan import build_denoiser
 from physisforcing.worldmodel.codec import load_codec
 from physisforcing.worldmodel.data.windows import Episode, WindowTable, read_episodes
-from physisforcing.worldmodel.storage import latents_fingerprint
+from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint
 from physisforcing.worldmodel.training.banks import load_bank
-from physisforcing.worldmodel.training.initial import adopt_model
+from physisforcing.worldmodel.training.initial import adopt_heads, adopt_model
 from physisforcing.worldmodel.training.runtime import split_heldout
 
+from .backbone import RANDOM, SHIPPED, build_policy, tail
 from .checkpoint import SETTINGS, load_policy, read_settings
 from .model import WorldActionModel
 from .normalization import ActionStatistics
@@ -35,12 +38,25 @@ def adopt(config: TrainPolicyConfig) -> None:
             wanted="nothing: large backbones are not trained as policies yet",
             fix="leave it out",
         )
-    init = Path(config.run.init) if config.run.init else None
-    if init is None or not (init / SETTINGS).is_file():
-        adopt_model(config)
-        config.policy.state_dim = config.policy.action_dim = config.conditioner.state_dim
+    init = initial_folder(config)
+    if init is not None and (init / SETTINGS).is_file():
+        adopt_policy(config, init)
         return
-    adopt_policy(config, init)
+    given = config.run.init
+    config.run.init = str(init) if init is not None else None
+    try:
+        adopt_model(config)
+    finally:
+        config.run.init = given
+    config.policy.state_dim = config.policy.action_dim = config.conditioner.state_dim
+
+
+def initial_folder(config: TrainPolicyConfig) -> Path | None:
+    """The folder that ``run.init`` names, also behind ``random:``; None where everything is drawn at the sizes of the config."""
+    name = (config.run.init or "").removeprefix(RANDOM)
+    if not name:
+        return None
+    return weights_root() / "worldmodel" if name == SHIPPED else Path(name)
 
 
 def adopt_policy(config: TrainPolicyConfig, init: Path) -> None:
@@ -67,6 +83,7 @@ def adopt_policy(config: TrainPolicyConfig, init: Path) -> None:
         raise UserError("codec", got=f"latents {found}", wanted=f"latents {info.latents}, as run.init has", fix=fix)
     if extra["conditioner"] is not None:
         config.conditioner.lags = tuple(extra["conditioner"]["lags"])
+    adopt_heads(config, init)
 
 
 def prepare_policy_banks(
@@ -98,30 +115,45 @@ def prepare_policy_banks(
 
 def initial_statistics(config: TrainPolicyConfig) -> ActionStatistics | None:
     """Those of the policy that is trained further: other ones would change what its numbers mean. None where a run begins with a world model."""
-    init = Path(config.run.init) if config.run.init else None
+    init = initial_folder(config)
     if init is None or not (init / SETTINGS).is_file():
         return None
     return ActionStatistics.load(init, action_dim=config.policy.action_dim, state_dim=config.policy.state_dim)
 
 
-def build_policy_model(config: TrainPolicyConfig) -> WorldActionModel:
-    """As ``run.init`` has it, or with an action expert beside its transformer, or drawn. Seed torch's global generator first."""
-    init = Path(config.run.init) if config.run.init else None
-    if init is not None and (init / SETTINGS).is_file():
-        return load_policy(init)[0].requires_grad_(True).train()
-    denoiser = load_denoiser(init) if init is not None else build_denoiser(config.backbone, config.conditioner)
-    if denoiser.actions is not None:
-        fix = "give a model that was trained without actions=true"
-        raise UserError(
-            "run.init", got="an action model", wanted="a text model: the video does not see actions", fix=fix
+def build_policy_model(config: TrainPolicyConfig) -> tuple[WorldActionModel, dict[str, Any]]:
+    """-> (the policy, what was taken from where): as ``run.init`` has it, with an action expert beside its transformer, or drawn. Seed torch's
+    global generator first."""
+    init = initial_folder(config)
+    if init is None:
+        denoiser = build_denoiser(config.backbone, config.conditioner)
+        conditioner = denoiser.conditioner if config.policy.proprioception == "backbone" else None
+        made = WorldActionModel(denoiser.transformer, config.policy, tap=denoiser.tap, conditioner=conditioner)
+        return made, {"video": {"from": "drawn", "weights": f"drawn, seed {config.run.seed}"}}
+    if (init / SETTINGS).is_file():
+        policy, info = load_policy(init)
+        return policy.requires_grad_(True).train(), {
+            "policy": tail(init),
+            "fingerprint": fingerprint(init),
+            **info.source,
+        }
+    if config.actions:
+        wanted, fix = (
+            "a text model: the video does not see actions",
+            "give a model that was trained without actions=true",
         )
-    conditioner = denoiser.conditioner if config.policy.proprioception == "backbone" else None
-    return WorldActionModel(denoiser.transformer, config.policy, tap=denoiser.tap, conditioner=conditioner)
+        raise UserError("run.init", got="an action model", wanted=wanted, fix=fix)
+    policy, report = build_policy(config.run.init, config.policy, seed=config.run.seed, autoencoder=config.codec)
+    return policy.train(), report
 
 
 def heads_from(config: TrainPolicyConfig) -> TrainPolicyConfig:
-    """The config for the physics heads: they are drawn, which is said, where ``run.init`` was trained without (flow matching, or a policy)."""
-    if not config.run.init or (Path(config.run.init) / HEADS).is_file():
-        return config
-    print(f"physics heads are drawn: {config.run.init} has none", file=sys.stderr, flush=True)
+    """The config that ``build_forcing`` makes the physics heads by: those of ``run.init``, or drawn, which is said, where it has none
+    (it was trained by flow matching alone, or as a policy) or its weights are drawn."""
+    init = config.run.init or ""
+    folder = None if init.startswith(RANDOM) else initial_folder(config)
+    if folder is not None and (folder / HEADS).is_file():
+        return dataclasses.replace(config, run=dataclasses.replace(config.run, init=str(folder)))
+    if init:
+        print(f"physics heads are drawn: {init} has none", file=sys.stderr, flush=True)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, init=None))

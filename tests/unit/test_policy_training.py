@@ -279,7 +279,7 @@ def test_a_policy_is_trained_further_with_its_own_settings(policy_folder: Path, 
     )
     export = train_policy(made, banks())
     stored = json.loads((export / "policy.json").read_text())
-    assert stored["model"]["video_shift"] == 4.0 and stored["source"]["backbone"] == policy_folder.name
+    assert stored["model"]["video_shift"] == 4.0 and stored["source"]["policy"].endswith("first/export")
     assert (export / "statistics.json").read_bytes() == (policy_folder / "statistics.json").read_bytes()
 
 

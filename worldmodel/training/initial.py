@@ -26,7 +26,7 @@ def adopt_model(config: TrainWorldModelConfig) -> None:
     if config.model:
         check_large(config)
         if config.run.init:
-            _adopt(config.physics, _head_widths(Path(config.run.init)), "physics")
+            adopt_heads(config, Path(config.run.init))
     else:
         check_small(config)
         adopt_world_model(config)
@@ -75,10 +75,15 @@ def adopt_world_model(config: TrainWorldModelConfig) -> None:
     conditioner = denoiser["conditioner"] | {"lags": tuple(denoiser["conditioner"]["lags"])}
     _adopt(config.backbone, backbone, "backbone")
     _adopt(config.conditioner, conditioner, "conditioner")
-    _adopt(config.physics, _head_widths(folder), "physics")
+    adopt_heads(config, folder)
     if "actions" in denoiser and not config.actions:
         print("actions=true (from run.init; the default is false)", file=sys.stderr, flush=True)
         config.actions = True
+
+
+def adopt_heads(config: TrainWorldModelConfig, folder: Path) -> None:
+    """Set the widths of the physics heads to those stored in ``folder``; nothing where there are none."""
+    _adopt(config.physics, _head_widths(folder), "physics")
 
 
 def adopt_codec(config: TrainVaeConfig) -> None:
