@@ -2,7 +2,8 @@
 
 ``policy.json`` (settings, window, canvas, text encoder, latents, where the weights came from), ``transformer/`` (the video backbone as a
 plain diffusers folder, which stock diffusers loads), ``expert.safetensors`` (action expert and proprioception) and ``statistics.json``
-(normalisation of states and actions). Every tensor must be there once and fit; nothing is pickled.
+(normalisation of states and actions). Every tensor must be there once and fit; nothing is pickled. A policy whose backbone stayed the
+packaged world model's has no ``transformer/``; its fingerprint stands in ``policy.json`` instead.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.files import replace_text
+from physisforcing.core.paths import weights_root
 from physisforcing.worldmodel.backbones.loading import check_entries, file_entries, load_transformer
 from physisforcing.worldmodel.backbones.wan import ConditionerConfig, ProprioceptionConditioner
 from physisforcing.worldmodel.storage import WEIGHTS_NAME, as_dtype, fingerprint, read_json, save_tensors
@@ -60,32 +62,60 @@ def save_policy(
     dtype: torch.dtype | None = None,
     *,
     state: Mapping[str, Tensor] | None = None,
+    packaged: str = "",
 ) -> None:
     """Write everything but ``statistics.json``, which ``normalization`` writes. ``dtype``: of the stored weights; None keeps them bit-exact.
-    ``state``: of the model, where its weights are put together from several processes."""
+    ``state``: of the model, where its weights are put together from several processes. ``packaged``: ``packaged_backbone()`` where the
+    transformer's weights are those, which are not written again then."""
     state = model.state_dict() if state is None else state
-    (folder / TRANSFORMER).mkdir(parents=True, exist_ok=True)
-    prefix = f"{TRANSFORMER}."
-    video = {
-        name.removeprefix(prefix): value
-        for name, value in state.items()
-        if name.startswith(prefix) and ".action." not in name
-    }
-    model.transformer.save_config(folder / TRANSFORMER)
-    save_tensors(as_dtype(video, dtype), folder / TRANSFORMER / WEIGHTS_NAME, metadata={"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    if not packaged:
+        (folder / TRANSFORMER).mkdir(exist_ok=True)
+        prefix = f"{TRANSFORMER}."
+        video = {
+            name.removeprefix(prefix): value
+            for name, value in state.items()
+            if name.startswith(prefix) and ".action." not in name
+        }
+        model.transformer.save_config(folder / TRANSFORMER)
+        save_tensors(as_dtype(video, dtype), folder / TRANSFORMER / WEIGHTS_NAME, metadata={"format": "pt"})
     save_tensors(as_dtype(expert_state(state), dtype), folder / EXPERT)
     conditioner = getattr(model.proprioception, "config", None)
-    write_settings(folder, model.config, info, tap=model.tap, conditioner=conditioner)
+    write_settings(folder, model.config, info, tap=model.tap, conditioner=conditioner, packaged=packaged)
+
+
+def packaged_backbone() -> str:
+    """Identifies the transformer of the world model that ships with the package."""
+    return fingerprint(weights_root() / "worldmodel" / TRANSFORMER)
+
+
+def transformer_folder(folder: Path, packaged: str) -> Path:
+    """Where the transformer of the policy in ``folder`` lies. ``UserError`` where it is the packaged one and the package has another."""
+    if not packaged:
+        return folder / TRANSFORMER
+    if (found := packaged_backbone()) != packaged:
+        fix = "use the version of the package that the policy came with, or export it with its backbone (freeze_video=false)"
+        raise UserError(
+            "policy", got=f"the packaged transformer {found}", wanted=f"{packaged}, on which it was trained", fix=fix
+        )
+    return weights_root() / "worldmodel" / TRANSFORMER
 
 
 def write_settings(
-    folder: Path, config: PolicyModelConfig, info: PolicyInfo, *, tap: int, conditioner: ConditionerConfig | None = None
+    folder: Path,
+    config: PolicyModelConfig,
+    info: PolicyInfo,
+    *,
+    tap: int,
+    conditioner: ConditionerConfig | None = None,
+    packaged: str = "",
 ) -> None:
     """Write ``policy.json``, for weights that are written another way than by ``save_policy``."""
     settings = {
         "format": FORMAT,
         "model": dataclasses.asdict(config),
         "tap": tap,
+        "packaged": packaged,
         "conditioner": None if conditioner is None else dataclasses.asdict(conditioner),
         **dataclasses.asdict(info),
     }
@@ -107,7 +137,7 @@ def load_policy(
 
     folder = Path(folder)
     config, info, extra = read_settings(folder)
-    transformer = load_transformer(folder / TRANSFORMER, WanTransformer3DModel, device, dtype)
+    transformer = load_transformer(transformer_folder(folder, extra["packaged"]), WanTransformer3DModel, device, dtype)
     with init_empty_weights(include_buffers=False):
         conditioner = None if extra["conditioner"] is None else _conditioner(extra["conditioner"])
         # drawn instead of interpolated: both are overwritten, and this is quicker
@@ -120,7 +150,7 @@ def load_policy(
 
 
 def read_settings(folder: Path) -> tuple[PolicyModelConfig, PolicyInfo, dict[str, Any]]:
-    """-> (model settings, what belongs to the policy, {tap, conditioner}) of a policy's folder. ``UserError`` for one that is none."""
+    """-> (model settings, what belongs to the policy, {tap, packaged, conditioner}) of a policy's folder. ``UserError`` for one that is none."""
     path = folder / SETTINGS
     if not path.is_file():
         fix = "give the export of physis train policy, or convert a released checkpoint: physis convert --help"
@@ -133,7 +163,7 @@ def read_settings(folder: Path) -> tuple[PolicyModelConfig, PolicyInfo, dict[str
             wanted=f"format {FORMAT}",
             fix="train or convert it again with this version",
         )
-    extra = {name: values.pop(name, None) for name in ("tap", "conditioner")}
+    extra = {name: values.pop(name, None) for name in ("tap", "packaged", "conditioner")}
     model = _strict(PolicyModelConfig, values.pop("model", {}), path)
     info = _strict(PolicyInfo, values, path)
     return model, dataclasses.replace(info, size=tuple(info.size), tasks=tuple(info.tasks)), extra

@@ -13,7 +13,7 @@ from physisforcing.worldmodel.convert.parts import stock_folder
 from physisforcing.worldmodel.convert.writing import plan_shards, write_part
 
 from .backbone import Backbone, check_architecture, check_latents, open_backbone, tail, video_account
-from .checkpoint import SETTINGS, TRANSFORMER, read_settings, write_settings
+from .checkpoint import SETTINGS, TRANSFORMER, read_settings, transformer_folder, write_settings
 
 #: Bytes of a file of weights, as diffusers cuts them.
 SHARD_BYTES = 5_000_000_000
@@ -43,7 +43,9 @@ def swap_backbone(
     if backbone.drawn:
         fix = "build a new policy on a drawn backbone: a trained expert would read noise"
         raise UserError("backbone", got=f"random:{backbone.name}", wanted="weights", fix=fix)
-    check_architecture(read_transformer(policy / TRANSFORMER, WanTransformer3DModel), backbone, tail(policy))
+    check_architecture(
+        read_transformer(transformer_folder(policy, extra["packaged"]), WanTransformer3DModel), backbone, tail(policy)
+    )
     note = check_latents(info.latents, backbone, tail(policy))
     target = policy if output is None else Path(output)
     if output is not None and os.path.lexists(target):

@@ -31,7 +31,7 @@ from .model import WorldActionModel
 from .normalization import ActionStatistics
 from .objective import Drawn, draw, policy_losses
 from .training_config import TrainPolicyConfig
-from .training_start import adopt, build_policy_model, heads_from, prepare_policy_banks
+from .training_start import adopt, build_policy_model, heads_from, packaged_source, prepare_policy_banks
 from .windows import PolicyBank
 
 #: Windows of a held-out measurement that are computed at once.
@@ -181,7 +181,8 @@ class PolicyTrainer(Trainer):
         state = gathered(self.policy, self.processes) if self.processes.many else self.policy.state_dict()
         if not self.processes.first:
             return
-        save_policy(folder, self.policy, self.info(), None if checkpoint else torch.float16, state=state)
+        dtype, packaged = None if checkpoint else torch.float16, packaged_source(self.config)
+        save_policy(folder, self.policy, self.info(), dtype, state=state, packaged=packaged)
         self.bank.statistics.save(folder)
         if self.forcing is not None:
             from physisforcing.worldmodel.model import save_heads

@@ -20,7 +20,7 @@ from physisforcing.worldmodel.training.initial import adopt_heads, adopt_model
 from physisforcing.worldmodel.training.runtime import split_heldout
 
 from .backbone import RANDOM, SHIPPED, build_policy, tail
-from .checkpoint import SETTINGS, load_policy, read_settings
+from .checkpoint import SETTINGS, TRANSFORMER, load_policy, packaged_backbone, read_settings
 from .model import WorldActionModel
 from .normalization import ActionStatistics
 from .training_config import TrainPolicyConfig
@@ -145,6 +145,18 @@ def build_policy_model(config: TrainPolicyConfig) -> tuple[WorldActionModel, dic
         raise UserError("run.init", got="an action model", wanted=wanted, fix=fix)
     policy, report = build_policy(config.run.init, config.policy, seed=config.run.seed, autoencoder=config.codec)
     return policy.train(), report
+
+
+def packaged_source(config: TrainPolicyConfig) -> str:
+    """Fingerprint of the packaged transformer where the run leaves it as it is, which then need not be written; else ""."""
+    init = config.run.init or ""
+    folder = None if init.startswith(RANDOM) or not config.freeze_video else initial_folder(config)
+    if folder is None:
+        return ""
+    if (folder / SETTINGS).is_file():
+        return read_settings(folder)[2]["packaged"] or ""
+    found = packaged_backbone()
+    return found if fingerprint(folder / TRANSFORMER) == found else ""
 
 
 def heads_from(config: TrainPolicyConfig) -> TrainPolicyConfig:

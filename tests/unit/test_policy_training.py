@@ -324,3 +324,48 @@ def test_the_backbone_is_that_of_a_world_model_and_its_heads_go_along(tmp_path: 
         kept = found.forcing.phi[1].weight  # type: ignore[union-attr]
         if name == "forced":
             assert torch.equal(kept, load_file(init / "physics_heads.safetensors")["phi.1.weight"].float())
+
+
+def test_drawn_weights_have_the_architecture_of_the_world_model_that_is_named(tmp_path: Path) -> None:
+    init = train_world_model(tiny_training.config(tmp_path, "world", 2), (tiny_training.bank(0), tiny_training.bank(1)))
+    found = {}
+    for name in ("", "random:"):
+        made = as_usual(config(tmp_path, "policy", 1, physics=True), init, tmp_path / "policy")
+        made.policy, made.run.init = config(tmp_path, "sizes").policy, f"{name}{init}"
+        found[name] = trainer(made, physics=True)
+    taken, drawn = (one.policy.state_dict() for one in found.values())
+    assert {key: value.shape for key, value in taken.items()} == {key: value.shape for key, value in drawn.items()}
+    layers = [key for key in taken if key.endswith("attn1.to_q.weight")]
+    assert len(layers) == 4 and not any(torch.equal(taken[key], drawn[key]) for key in layers)
+    heads = [one.forcing.phi[1].weight for one in found.values()]  # type: ignore[union-attr]
+    assert not torch.equal(*heads)
+    sources = [one.info().source["video"]["weights"] for one in found.values()]
+    assert sources == ["taken", "drawn, seed 0"]
+
+
+def test_a_policy_on_the_frozen_packaged_backbone_is_written_without_it(tmp_path: Path) -> None:
+    made = TrainPolicyConfig(codec=str(weights_root() / "vae"), freeze_video=True, video_weight=0.0)
+    made.run.init, made.run.device = "shipped", "cpu"
+    adopt(made)
+    part = banks()[0]
+    found = PolicyTrainer(made, part, CPU)
+    found.policy.expert.proj_out.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    for checkpoint in (True, False):
+        folder = tmp_path / f"policy{checkpoint:d}"
+        found.export(folder, checkpoint=checkpoint)
+        assert not (folder / "transformer").exists()
+        loaded, _ = load_policy(folder)
+        for name, value in found.policy.state_dict().items():
+            stored = (
+                value
+                if checkpoint or not (".action." in name or name.startswith(("expert.", "propr")))
+                else value.half().float()
+            )
+            assert torch.equal(loaded.state_dict()[name], stored), name
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert size < 10e6
+    settings = json.loads((folder / "policy.json").read_text())
+    settings["packaged"] = "0" * 12
+    (folder / "policy.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="000000000000, on which it was trained"):
+        load_policy(folder)
