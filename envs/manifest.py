@@ -22,7 +22,7 @@ SCHEMA = "physisforcing.manifest/2"
 #: How far a body may have settled from where it was frozen: metres, degrees.
 SETTLED_M, SETTLED_DEG = 1e-3, 0.5
 #: Sets that ship, one manifest a task: ``<set>_<task>``.
-SETS = ("train", "validation", "test", "test_ood", "test_embodiment", "swapped_instruction")
+SETS = ("train", "validation", "test", "test_ood", "test_embodiment", "swapped_instruction", "table2")
 
 
 class ManifestDriftError(UserError):

@@ -48,6 +48,7 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("physisforcing.generate", "imagine a video from a first frame and an instruction"),
     "check worldmodel": Verb("physisforcing.check", "whether anyone's world model keeps the contract"),
     "eval plan": Verb("physisforcing.eval_plan", "plan in closed loop and count successes, with baselines"),
+    "eval policy": Verb("physisforcing.eval_policy", "policies in closed loop, counted and compared, with baselines"),
     "eval evaluator": Verb(
         "physisforcing.eval_evaluator", "policies inside a world model, judged, against the simulator"
     ),

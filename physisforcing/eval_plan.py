@@ -15,7 +15,15 @@ from physisforcing.core.files import replace_text
 from physisforcing.core.lerobot_format import write_json
 from physisforcing.core.results import ResultKey, config_hash
 
-from .plan_episodes import MODEL, PERFECT, SETTLE, EpisodeRunner, weight_folders
+from .plan_episodes import (
+    MODEL,
+    PERFECT,
+    EpisodeRunner,
+    model_fingerprint,
+    model_parts,
+    model_settings,
+    settings_hash,
+)
 from .plan_scenes import FIRST_SEED, Scenes, plan_scenes, refuse_first_seed, scene_source, training_demonstrations
 
 if TYPE_CHECKING:
@@ -214,9 +222,7 @@ class _Plan:
         seeds = self.scenes.seeds
         self.policies = self._policies()
         self._fingerprints = self._identify()
-        self._config_hash = config_hash(
-            {"control": config.control, "max_steps": config.max_steps, "threads": config.threads, "settle": SETTLE}
-        )
+        self._config_hash = settings_hash(config)
         filmed = "oracle" if config.oracle else MODEL
         #: (task, seed) -> name of the video. It tells evaluations with other weights or settings apart, as the key does.
         self.filmed = {
@@ -279,21 +285,14 @@ class _Plan:
 
     def _identify(self) -> dict[str, str]:
         from physisforcing.envs.simulator_world_model import VERSION as SIMULATOR_VERSION
-        from physisforcing.planner.worldarena import read_template
         from physisforcing.worldmodel.storage import fingerprint
 
-        from .planners import result_settings
-
         config = self.config
-        parts = {name: fingerprint(folder) for name, folder in weight_folders(config).items()}
-        if MODEL in self.policies and "world_model" not in parts:
-            parts["world_model"] = self._source_fingerprint()
+        parts = model_parts(config, self._server, acts=MODEL in self.policies)
         retrieved = ""
         if "retrieval" in self.policies:
             retrieved = training_demonstrations(config.train_demos).fingerprint()[:12]
-        settings = result_settings(config.planner, self._server, config.threads)
-        template = read_template(config.planner.prompt_template)
-        settings |= {} if template == PlannerSettings().prompt_template else {"prompt_template": template}
+        settings = model_settings(config, self._server)
         perfect = ""
         if PERFECT in self.policies:
             planner = {name: value for name, value in settings.items() if name not in ("denoising_steps", "served")}
@@ -301,7 +300,7 @@ class _Plan:
             perfect = f"{PERFECT}-{config_hash(planner | shown)}"
         known = {
             PERFECT: perfect,
-            MODEL: f"model-{config_hash(parts | settings)}",
+            MODEL: model_fingerprint(parts, settings),
             "noop": "noop",
             "random": "random",
             "retrieval": f"retrieval-{retrieved}",
@@ -316,19 +315,6 @@ class _Plan:
         from .planners import picture_decoder_name
 
         return weights_folder(picture_decoder_name(self.config.planner), "idm", field="planner.picture_decoder")
-
-    def _source_fingerprint(self) -> str:
-        """What a world model that is no folder of ours says of itself, after a look at whether it can be planned with."""
-        from .planners import check_model, open_decoder, open_world_model
-
-        planner = self.config.planner
-        model = open_world_model(planner, {}, "cpu", self._server)
-        try:
-            check_model(model, open_decoder(planner.decoder, "cpu"))
-            return str(model.spec.fingerprint)
-        finally:
-            if hasattr(model, "close"):
-                model.close()
 
 
 def _write_summary(

@@ -1,4 +1,4 @@
-"""The process that holds the world model for the simulators of an evaluation: started, watched, started again when it dies."""
+"""The process that holds a world model or a policy for the simulators of an evaluation: started, watched, started again when it dies."""
 
 from __future__ import annotations
 
@@ -33,14 +33,22 @@ class ServerAddress:
 
 
 class ModelProcess:
-    """``physisforcing.serve_model`` with ``settings`` in a process of its own.
+    """``module`` (a server that its parent starts) with ``settings`` in a process of its own; ``what`` it is in messages.
 
     A thread watches it: when it dies it is started again at the same address, at most ``restarts`` times. Clients ask the new one
     again; after that their episodes end in errors.
     """
 
-    def __init__(self, settings: dict[str, Any], *, restarts: int = RESTARTS) -> None:
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        *,
+        restarts: int = RESTARTS,
+        module: str = "physisforcing.serve_model",
+        what: str = "the world-model server",
+    ) -> None:
         self._left, self._stopped = restarts, threading.Event()
+        self._module, self.what = module, what
         self._process: SpawnedServer
         port = self._start(settings)
         self._again = {**settings, "port": port, "token": self._process.token}
@@ -56,7 +64,7 @@ class ModelProcess:
         """The port, once the process listens."""
         from physisforcing.envs.spawn import SpawnedServer
 
-        self._process = SpawnedServer("physisforcing.serve_model", settings, what="the world-model server")
+        self._process = SpawnedServer(self._module, settings, what=self.what)
         try:
             return self._process.wait_until_ready(START_S)
         except BaseException:
@@ -67,7 +75,7 @@ class ModelProcess:
         while not self._stopped.wait(0.5):
             if self._process.alive:
                 continue
-            print(f"the world-model server died{self._process.post_mortem()}", file=sys.stderr)
+            print(f"{self.what} died{self._process.post_mortem()}", file=sys.stderr)
             self._process.stop()
             if not self._left or self._stopped.is_set():
                 return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from physisforcing.core.errors import UserError
+from physisforcing.core.results import config_hash
 from physisforcing.planner.summary import MODEL, PERFECT
 
 if TYPE_CHECKING:
@@ -46,6 +47,49 @@ def model_folders(planner: PlannerSettings) -> dict[str, Path]:
         "codec": weights_folder(planner.codec, "vae", field="planner.codec"),
         "world_model": weights_folder(planner.world_model, "worldmodel", field="planner.world_model"),
     }
+
+
+def model_parts(config: EvalPlanConfig, server: ServerAddress | None, *, acts: bool = True) -> dict[str, str]:
+    """Fingerprints of what this evaluation reads. ``acts``: the world model acts, and one that is no folder of ours says itself what it is,
+    after a look at whether it can be planned with."""
+    from physisforcing.worldmodel.storage import fingerprint
+
+    from .planners import check_model, open_decoder, open_world_model
+
+    parts = {name: fingerprint(folder) for name, folder in weight_folders(config).items()}
+    if not acts or "world_model" in parts:
+        return parts
+    planner = config.planner
+    model = open_world_model(planner, {}, "cpu", server)
+    try:
+        check_model(model, open_decoder(planner.decoder, "cpu"))
+        return parts | {"world_model": str(model.spec.fingerprint)}
+    finally:
+        if hasattr(model, "close"):
+            model.close()
+
+
+def model_settings(config: EvalPlanConfig, server: ServerAddress | None) -> dict[str, Any]:
+    """The planner's settings that results depend on; the prompt only where it is another than the sentence."""
+    from physisforcing.planner.worldarena import PLAIN_PROMPT, read_template
+
+    from .planners import result_settings
+
+    settings = result_settings(config.planner, server, config.threads)
+    template = read_template(config.planner.prompt_template)
+    return settings | ({} if template == PLAIN_PROMPT else {"prompt_template": template})
+
+
+def settings_hash(config: EvalPlanConfig) -> str:
+    """The ``config`` of a result's key: what may change an episode whoever acts in it."""
+    return config_hash(
+        {"control": config.control, "max_steps": config.max_steps, "threads": config.threads, "settle": SETTLE}
+    )
+
+
+def model_fingerprint(parts: dict[str, str], settings: dict[str, Any]) -> str:
+    """The ``fingerprint`` of a result's key for the planner with its world model."""
+    return f"{MODEL}-{config_hash(parts | settings)}"
 
 
 class EpisodeRunner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from physisforcing.core.errors import UserError
@@ -95,11 +96,15 @@ def scene_source() -> str:
 
 def find_manifest(name: str, task: str) -> Any:
     """The frozen scenes of ``task``, or None for plain seeds: ``auto`` takes the shipped test set where there is one, the name
-    of a set that set's manifest of the task.
+    of a set that set's manifest of the task, and a folder the manifest ``<task>.json`` in it.
     """
     from physisforcing.envs.manifest import SETS, load_manifest, shipped_manifests
 
     if name == "auto":
         path = shipped_manifests().get(f"test_{task}")
         return None if path is None else load_manifest(path)
-    return None if name == "none" else load_manifest(f"{name}_{task}" if name in SETS else name)
+    if name == "none":
+        return None
+    if name not in SETS and Path(name).is_dir():
+        return load_manifest(Path(name) / f"{task}.json")
+    return load_manifest(f"{name}_{task}" if name in SETS else name)

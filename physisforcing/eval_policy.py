@@ -1,0 +1,350 @@
+"""``physis eval policy``: policies in closed loop on frozen scenes, beside no-op, random, retrieval, the replayed expert and the planner."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from physisforcing.core.errors import IncompleteCoverageError, UserError, check_at_least, unknown_name
+from physisforcing.core.files import replace_text
+from physisforcing.core.lerobot_format import write_json
+from physisforcing.core.results import ResultKey, config_hash
+
+from .eval_plan import PlannerSettings
+from .plan_episodes import model_fingerprint, model_parts, model_settings, settings_hash
+from .plan_scenes import FIRST_SEED, Scenes, plan_scenes, training_demonstrations
+from .policies import PLANNER, ActingPolicy, PolicySettings, acting_policies
+from .policy_episodes import EXPERT, PolicyRunner
+
+if TYPE_CHECKING:
+    from .model_process import ServerAddress
+
+HELP = """usage: physis eval policy policy=NAME [field=value ...] [--json]
+
+Closed-loop episodes of a policy (or several) on frozen scenes, beside baselines that ran in the same scenes.
+
+settings (field=value):
+  policy=NAME            the export of physis train policy, the name of shipped weights, module:factory (a Python function that is given the
+                         settings and returns a policy), or planner (the planner of physis eval plan with the settings planner.*)
+  policies=[A,B,planner] several, paired by scene; or with names, recipes and training seeds, and settings of their own:
+                         policies={forced_0:{source:runs/f0/export,recipe:forced,training_seed:0},idm:{source:runs/i/export,mode:idm}}
+                         paired_seeds=true: equal training seeds of two recipes belong together
+  policy.execute=12      rows of a chunk that are executed before the next plan      policy.steps=10   denoising steps of the actions
+  policy.mode=           first_frame or idm, for a policy that was trained for both
+  policy.execution=receding   async: the next plan is computed while the last one is executed (then results depend on the machine's speed)
+  policy.device=cpu      policy.server=auto: one process holds the policy for all workers; or HOST:PORT of physis serve policy
+  tasks=[click_bell] (task=NAME for one)   episodes=50   per task
+  manifest=auto          frozen scenes, as in physis eval plan; or a folder of manifests, one <task>.json each
+  baselines=[noop,random,retrieval,expert]   retrieval needs train_demos=FOLDER (training seeds); expert: the scripted expert's targets of
+                         the same scene, replayed
+  output=PATH            the same command again continues; results.jsonl, summary.md, summary.json, videos/, measurements.json
+  control=interpolated   or topp     max_steps=null (null: the task's own limit)
+  workers=0 (processes; 0: this one)   threads=2 (part of the result's key)   videos=3   retry_errors=false
+  protocol=table2        the paper's six tasks, 200 frozen scenes each, control=topp, 24 rows of a chunk executed, and the mean over tasks
+                         beside the published rows (docs/eval_policy.md); other settings given with it win
+
+examples:
+  physis eval policy policy=runs/policy/export tasks=[click_bell] train_demos=runs/bell output=runs/policy_eval
+  physis eval policy policies=[runs/policy/export,planner] policy.server=auto policy.device=cuda workers=8 output=runs/table
+  physis eval policy protocol=table2 policy=runs/policy/export output=runs/table2
+  physis eval policy protocol=table2 policy=runs/policy/export control=interpolated output=runs/table2_interpolated"""
+
+BASELINES = ("noop", "random", "retrieval", EXPERT)
+
+
+@dataclass(slots=True, kw_only=True)
+class EvalPolicyConfig:
+    """Settings of ``physis eval policy`` (see ``HELP``)."""
+
+    protocol: str = "standard"
+    policy: PolicySettings = field(default_factory=PolicySettings)
+    policies: Any = None
+    paired_seeds: bool = False
+    tasks: list[str] = field(default_factory=lambda: ["click_bell"])
+    episodes: int = 50
+    first_seed: int | None = None
+    manifest: str = "auto"
+    planner: PlannerSettings = field(default_factory=PlannerSettings)
+    baselines: list[str] = field(default_factory=lambda: list(BASELINES))
+    train_demos: str = ""
+    output: str = "runs/policy_eval"
+    control: str = "interpolated"
+    max_steps: int | None = None
+    workers: int = 0
+    threads: int = 2
+    videos: int = 3
+    retry_errors: bool = False
+
+    @property
+    def oracle(self) -> bool:
+        """Read by what ``physis eval plan`` shares with this command."""
+        return False
+
+    @property
+    def claims(self) -> str:
+        """What claims call these episodes."""
+        from physisforcing.planner.measurements import claims_of
+
+        from . import policy_protocols
+
+        if self.protocol == policy_protocols.NAME:
+            return policy_protocols.claims(self.control)
+        return claims_of(protocol=self.protocol, control=self.control, manifest=self.manifest)
+
+    def check(self) -> dict[str, ActingPolicy]:
+        """The policies by name. ``UserError`` for what would fail only after the simulator has started."""
+        from physisforcing.envs.robotwin.tasks import task_info
+
+        from .planners import check_control, check_device, check_planner
+        from .policies import check_policy
+        from .policy_protocols import PROTOCOLS
+
+        if self.protocol not in PROTOCOLS:
+            raise unknown_name("protocol", self.protocol, PROTOCOLS, see="physis eval policy --help")
+        check_control(self.control)
+        check_planner(self.planner)
+        check_device(self.planner.device, self.workers)
+        if self.planner.oracle != "none":
+            fix = "leave it out; physis eval plan has it"
+            raise UserError("planner.oracle", got=self.planner.oracle, wanted="none here", fix=fix)
+        for task in self.tasks:
+            task_info(task)
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise unknown_name("baselines", name, BASELINES, see="physis eval policy --help")
+        for named, values in (("tasks", self.tasks), ("baselines", self.baselines)):
+            if twice := sorted({value for value in values if values.count(value) > 1}):
+                raise UserError(named, got=f"{twice[0]} twice", wanted="each once", fix="leave one out")
+        check_at_least(self, episodes=1, workers=0, threads=1, videos=0)
+        if self.max_steps is not None:
+            check_at_least(self, max_steps=1)
+        if self.first_seed is not None and self.first_seed < FIRST_SEED:
+            fix = f"evaluation seeds start at {FIRST_SEED}"
+            raise UserError("first_seed", got=self.first_seed, wanted=f"at least {FIRST_SEED}", fix=fix)
+        policies = acting_policies(self.policy, self.policies)
+        for policy in policies.values():
+            check_policy(policy.settings, self.workers)
+        return policies
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of ``physis eval policy``. Exit code 3 when episodes ended in errors."""
+    words = [word for word in argv if word != "--json"]
+    if not words or any(word in ("-h", "--help") for word in words):
+        print(HELP)
+        return 0 if words else 2
+    from physisforcing.core.config import compose
+
+    config = compose("eval_policy", spelled_out(words), EvalPolicyConfig)
+    summary = evaluate(config, command=" ".join(["physis eval policy", *argv]))
+    text = json.dumps(summary, indent=2) if len(words) < len(argv) else (Path(config.output) / "summary.md").read_text()
+    print(text)
+    errors = sum(entry["errors"] for task in summary["tasks"].values() for entry in task.values())
+    if errors:
+        raise IncompleteCoverageError(f"{errors} episodes ended in errors; retry_errors=true runs them again")
+    return 0
+
+
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """``policy=NAME`` as ``policy.source=NAME``, ``task=NAME`` and single names as lists: what people type."""
+    from physisforcing.envs.collect import expand_lists
+
+    lists = {"task": "tasks", "tasks": "tasks", "baselines": "baselines"}
+    given = [word.replace("policy=", "policy.source=", 1) if word.startswith("policy=") else word for word in words]
+    return expand_lists(given, lists)
+
+
+def evaluate(config: EvalPolicyConfig, *, command: str = "physis eval policy", progress: bool = True) -> dict[str, Any]:
+    """Run or continue an evaluation; returns the summary that ``summary.json`` holds."""
+    from .episode_jobs import run_jobs
+    from .policies import require_devices
+
+    policies = config.check()
+    require_devices(policies.values(), config.output)
+    with contextlib.ExitStack() as stack:
+        servers = _servers(config, policies, stack)
+        plan = PolicyPlan(config, policies, servers)
+        scenes = plan.scenes
+        make = partial(PolicyRunner, config, policies, scenes.entries, plan.films, plan.environments, servers)
+        rows = run_jobs(
+            plan.jobs,
+            plan.key,
+            Path(config.output),
+            make,
+            workers=config.workers,
+            retry_errors=config.retry_errors,
+            progress=progress,
+        )
+    return write_summary(config, plan, rows, command)
+
+
+def _servers(
+    config: EvalPolicyConfig, policies: Mapping[str, ActingPolicy], stack: contextlib.ExitStack
+) -> dict[str, ServerAddress]:
+    """Row -> where its policy is served while the episodes run; rows whose policy every process loads itself are missing."""
+    from .model_process import model_server
+    from .policies import policy_server
+
+    found: dict[str, ServerAddress] = {}
+    for name, policy in policies.items():
+        served: Any
+        if policy.is_planner:
+            name, served = PLANNER, model_server(config)  # type: ignore[arg-type]
+        else:
+            served = policy_server(policy.settings, threads=config.threads, workers=config.workers)
+        if (address := stack.enter_context(served)) is not None:
+            found[name] = address
+    return found
+
+
+class PolicyPlan:
+    """Which episodes, under which keys. A job's task is ``<task>/<row>``, the name of a policy or a baseline.
+
+    The keys of baselines and of the planner are those of ``physis eval plan``. ``films``: (task, row, seed) -> name of the video; it tells
+    evaluations with other weights or settings apart, as the key does. ``environments``: arguments of each task's environment.
+    """
+
+    def __init__(
+        self,
+        config: EvalPolicyConfig,
+        policies: Mapping[str, ActingPolicy],
+        servers: Mapping[str, ServerAddress] | None = None,
+    ) -> None:
+        from physisforcing.envs.seeds import Job
+
+        self.config, self.policies, self._servers = config, policies, dict(servers or {})
+        self.skipped: list[str] = []
+        self.scenes: Scenes = plan_scenes(config.tasks, config.episodes, config.manifest, config.first_seed)
+        self.rows = [*policies, *self._baselines()]
+        self.cameras: tuple[str, ...] = ("head",)
+        self.fingerprints = {name: self._identify(name) for name in self.rows}
+        self._config_hash = settings_hash(config)  # type: ignore[arg-type]
+        seeds = self.scenes.seeds
+        self.jobs = [Job(task=f"{t}/{row}", seed=s) for t in config.tasks for row in self.rows for s in seeds[t]]
+        filmed = (*policies, EXPERT)
+        self.films = {
+            (task, row, seed): f"{task}_{seed}_{row}_{config_hash(self.key(Job(task=f'{task}/{row}', seed=seed)))[:8]}"
+            for task in config.tasks
+            for row in filmed
+            if row in self.rows
+            for seed in seeds[task][: config.videos]
+        }
+        self.environments = {
+            task: self.scenes.environments.get(task, {})
+            | ({} if self.cameras == ("head",) else {"cameras": self.cameras})
+            for task in config.tasks
+        }
+
+    def key(self, job: Any) -> ResultKey:
+        task, row = job.task.split("/")
+        return ResultKey(
+            manifest=self.scenes.manifests[task],
+            episode=f"{task}/{job.seed}",
+            fingerprint=self.fingerprints[row],
+            config=self._config_hash,
+        )
+
+    def _baselines(self) -> list[str]:
+        found = []
+        for name in self.config.baselines:
+            if name == "retrieval" and not self.config.train_demos:
+                self.skipped.append("retrieval skipped: needs train_demos=FOLDER (demonstrations with training seeds)")
+            else:
+                found.append(name)
+        return found
+
+    def _identify(self, name: str) -> str:
+        if name == "retrieval":
+            return f"retrieval-{training_demonstrations(self.config.train_demos).fingerprint()[:12]}"
+        if name not in self.policies:
+            return name
+        if self.policies[name].is_planner:
+            server, config = self._servers.get(PLANNER), self.config
+            parts = model_parts(config, server)  # type: ignore[arg-type]
+            return model_fingerprint(parts, model_settings(config, server))  # type: ignore[arg-type]
+        from .policies import identify_policy
+
+        identity = identify_policy(self.policies[name].settings)
+        self.cameras = tuple(dict.fromkeys((*self.cameras, *identity.cameras)))
+        return identity.fingerprint
+
+
+def write_summary(
+    config: EvalPolicyConfig, plan: PolicyPlan, rows: list[dict[str, Any]], command: str
+) -> dict[str, Any]:
+    """Write the report of these rows into ``config.output``; returns the summary."""
+    from physisforcing.planner import measurements
+    from physisforcing.planner.summary import markdown, summarise
+
+    from . import policy_protocols, policy_report
+
+    output, policies = Path(config.output), plan.policies
+    summary, provenance = summarise(rows), measurements.machine_provenance()
+    found = policy_report.compare_policies(rows, policies, paired_seeds=config.paired_seeds)
+    notes, title = _notes(config, plan, rows), "Policies in closed loop"
+    summary |= {
+        "title": title,
+        "notes": notes,
+        "command": command,
+        "provenance": provenance,
+        "config": dataclasses.asdict(config),
+        "policies": {name: dataclasses.asdict(policy) for name, policy in policies.items()},
+        "means": policy_protocols.task_means(summary["tasks"]),
+        "comparison": found.to_json(),
+    }
+    lines = policy_report.measurement_lines(
+        summary, claims=config.claims, manifests=plan.scenes.manifests, policies=policies, found=found
+    )
+    parts = [markdown(summary, title=title, notes=notes)]
+    if len(summary["tasks"]) > 1:
+        parts.append(policy_report.means_markdown(summary["means"]))
+    parts.append(policy_report.comparison_markdown(found))
+    if config.protocol == policy_protocols.NAME:
+        summary[policy_protocols.NAME] = policy_protocols.block(config)
+        parts.append(policy_protocols.markdown(summary[policy_protocols.NAME]))
+        deviations = "; ".join(summary[policy_protocols.NAME]["deviations"]) or "none"
+        lines = [line | {"against": line["against"] | {"deviations": deviations}} for line in lines]
+    replace_text(output / "summary.md", "\n".join(part for part in parts if part))
+    write_json(output / "summary.json", summary)
+    write_json(output / "provenance.json", provenance | {"command": command})
+    write_json(output / "measurements.json", lines)
+    return summary
+
+
+def _notes(config: EvalPolicyConfig, plan: PolicyPlan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    scene = {name: rows[0].get(name) for name in ("assets", "embodiment", "renderer", "runtime")} if rows else {}
+    notes = [
+        f"scenes: {', '.join(f'{task} {name}' for task, name in plan.scenes.manifests.items())}; control {config.control}; "
+        + ", ".join(f"{name} {value}" for name, value in scene.items() if value),
+        "interval: 95 % Wilson; p: two-sided Fisher exact test; errors stand in no denominator",
+        f"{config.threads} numeric threads; another number may round differently",
+    ]
+    for name, policy in plan.policies.items():
+        settings = policy.settings
+        if policy.is_planner:
+            planner = config.planner
+            notes.append(
+                f"{name}: {planner.execute_horizon} rows executed a plan, the planner with {planner.world_model} weights"
+            )
+            continue
+        words = [f"{settings.execute} rows executed a plan", f"{settings.steps} denoising steps", settings.execution]
+        words += [f"mode {settings.mode}"] if settings.mode else []
+        words += [f"recipe {policy.recipe}"] if policy.recipe else []
+        words += [f"training seed {policy.training_seed}"] if policy.training_seed is not None else []
+        notes.append(f"{name}: {', '.join(words)}; {settings.source}")
+    if any(policy.settings.execution == "async" for policy in plan.policies.values()):
+        notes.append("async execution: what is executed depends on how fast this machine plans; another run may differ")
+    if EXPERT in plan.rows:
+        notes.append(
+            f"expert: the scripted expert's drive targets of the same scene, replayed with control {config.control}"
+        )
+    return notes + plan.skipped
+
+
+__all__ = ["EvalPolicyConfig", "PolicyPlan", "evaluate", "main", "spelled_out", "write_summary"]

@@ -1,0 +1,144 @@
+"""Table 2 of PhysisForcing as a protocol: its six tasks, what a run differs in, the mean over tasks, and the published rows beside ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from physisforcing.core.stats import mean_of_proportions, wilson
+
+NAME = "table2"
+#: What ``protocol=`` of the command may be.
+PROTOCOLS = ("standard", NAME)
+TASKS = ("place_empty_cup", "press_stapler", "grab_roller", "shake_bottle", "adjust_bottle", "stack_bowls_two")
+#: Success in percent, 200 rollouts a task, as printed (arXiv 2606.28128, Table 2); in the order of ``TASKS``, then the printed average.
+PUBLISHED = {
+    "Fast-WAM on Wan2.2-TI2V-5B": (41.5, 49.0, 58.5, 97.5, 93.0, 69.5, 68.2),
+    "Fast-WAM on Wan2.2-TI2V-5B + PhysisForcing": (63.0, 60.0, 63.0, 94.5, 93.0, 63.0, 72.8),
+}
+ROLLOUTS = 200
+SOURCE = "PhysisForcing, arXiv 2606.28128, Table 2"
+NOTE = (
+    "One policy trained jointly on the six tasks, 200 rollouts each, as printed. Seeds, scenes, control mode, executed rows a plan, training "
+    "data and training seeds were not published: these rows stand beside ours for orientation and are not on the same episodes."
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class Table2Settings:
+    """What a run of this protocol states; the defaults are the protocol. ``execute``, ``steps``: the published policy's own on RoboTwin
+    (24 of 32 rows, 10 steps), which the paper does not repeat."""
+
+    tasks: tuple[str, ...] = TASKS
+    episodes: int = ROLLOUTS
+    manifest: str = NAME
+    first_seed: int | None = None
+    max_steps: int | None = None
+    control: str = "topp"
+    execute: int = 24
+    steps: int = 10
+
+    @classmethod
+    def of(cls, config: Any) -> Table2Settings:
+        """Of a command's settings (``eval_policy.EvalPolicyConfig``)."""
+        values = {one.name: getattr(config, one.name) for one in dataclasses.fields(cls) if hasattr(config, one.name)}
+        values |= {"tasks": tuple(config.tasks), "execute": config.policy.execute, "steps": config.policy.steps}
+        return cls(**values)
+
+    def deviations(self) -> list[str]:
+        """What differs from the protocol, in words; empty for a run that may be called by its name. ``interpolated`` is its second run."""
+        found = []
+        if missing := [task for task in TASKS if task not in self.tasks]:
+            found.append(f"without {', '.join(missing)}")
+        if more := [task for task in self.tasks if task not in TASKS]:
+            found.append(f"also {', '.join(more)}")
+        for name in ("episodes", "max_steps", "execute", "steps"):
+            value, wanted = getattr(self, name), getattr(Table2Settings(), name)
+            if value != wanted:
+                found.append(f"{name} {value}, not {'the tasks own' if wanted is None else wanted}")
+        if self.manifest != NAME:
+            found.append(f"scenes of {self.manifest}, not of {NAME}")
+        if self.first_seed is not None:
+            found.append(f"scenes from seed {self.first_seed} on, not the frozen ones")
+        return found
+
+
+def claims(control: str) -> str:
+    """What measurements call the protocol."""
+    return NAME if control == "topp" else f"{NAME}-{control}"
+
+
+def task_means(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Row -> mean of the tasks' rates with its 95 % interval (tasks weighted equally), n, errors, or ``skipped`` with the tasks that have no
+    finished episode. ``tasks``: task -> row -> counts, as ``planner.summary.summarise`` gives them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for rows in tasks.values() for name in rows):
+        missing = [task for task, rows in tasks.items() if not (rows.get(name) or {}).get("n")]
+        if missing:
+            found[name] = {"skipped": f"needs finished episodes of {', '.join(missing)}"}
+            continue
+        entries = [rows[name] for rows in tasks.values()]
+        rate, low, high = mean_of_proportions([(entry["successes"], entry["n"]) for entry in entries])
+        sums = {key: sum(entry[key] for entry in entries) for key in ("n", "errors")}
+        seeds = sorted({seed for entry in entries for seed in entry["seeds"]})
+        found[name] = {"rate": rate, "low": low, "high": high, **sums, "seeds": seeds}
+    return found
+
+
+def published() -> list[dict[str, Any]]:
+    """The printed rows, with the intervals that follow from them at 200 rollouts a task (computed here)."""
+    rows = []
+    for name, values in PUBLISHED.items():
+        counts = [(round(value * ROLLOUTS / 100), ROLLOUTS) for value in values[:-1]]
+        rows.append(
+            {
+                "policy": name,
+                "tasks": dict(zip(TASKS, values[:-1], strict=True)),
+                "intervals": {task: wilson(*count) for task, count in zip(TASKS, counts, strict=True)},
+                "mean": values[-1],
+                "mean_interval": mean_of_proportions(counts)[1:],
+            }
+        )
+    return rows
+
+
+def block(config: Any) -> dict[str, Any]:
+    """The protocol's part of a summary."""
+    settings = Table2Settings.of(config)
+    return {
+        "protocol": dataclasses.asdict(settings) | {"tasks": list(settings.tasks)},
+        "deviations": settings.deviations(),
+        "published": published(),
+        "source": SOURCE,
+        "note": NOTE,
+    }
+
+
+def markdown(part: Mapping[str, Any]) -> str:
+    """How episodes were run, and the published rows under their own heading."""
+    settings = part["protocol"]
+    limit = "the tasks' own" if settings["max_steps"] is None else settings["max_steps"]
+    lines = [
+        "## Protocol of Table 2",
+        "",
+        f"- executed rows a plan {settings['execute']}, denoising steps {settings['steps']}, step limit {limit}, control {settings['control']}",
+        f"- differs from the protocol: {'; '.join(part['deviations']) or 'nothing'}",
+        "",
+        "## Published results (not measured here, not comparable: other scenes)",
+        "",
+        part["note"],
+        "",
+        "| policy | " + " | ".join(TASKS) + " | mean | 95 % interval of the mean |",
+        "|" + " --- |" * (len(TASKS) + 3),
+    ]
+    for row in part["published"]:
+        cells = [row["policy"], *(f"{row['tasks'][task]:.1f} %" for task in TASKS), f"{row['mean']:.1f} %"]
+        low, high = row["mean_interval"]
+        lines.append("| " + " | ".join([*cells, f"{100 * low:.1f}-{100 * high:.1f} %"]) + " |")
+    lines += [
+        "",
+        f"- source: {part['source']}; intervals: computed here from the printed shares at n={ROLLOUTS} a task",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,284 @@
+"""What ``physis eval policy`` found: the table, policies paired by scene, recipes over training seeds, and lines of measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from physisforcing.planner.comparison import ALL, ComparisonSettings, EpisodeOutcome, compare
+from physisforcing.planner.comparison_output import tables
+from physisforcing.planner.comparison_rows import CONTROLS, Comparison
+from physisforcing.planner.comparison_table import named_generator
+from physisforcing.planner.measurements import from_summary, measurement
+
+from .policies import ActingPolicy
+from .policy_protocols import task_means
+
+#: No number of training seeds is so large: every policy is compared as itself.
+NEVER = 1_000_000
+#: From so many training seeds a recipe on, recipes are compared.
+MIN_TRAINING_SEEDS = 2
+RESAMPLES = 10_000
+#: Titles of ``comparison_output.tables``, and what the second one is called here.
+PAIRED, GAPS, SEEDS = "Paired success", "Gap to the perfect model and to baselines", "Recipes over training seeds"
+GAP = "Retrieval against the policies"
+GAP_TEXT = "How far a policy stays behind the replayed nearest demonstration (or leads): first minus second on the same episodes. Not tested."
+CROSSED = (
+    "Interval over scenes and training seeds: percentile bootstrap that draws scenes (the same for both) and seeds of each recipe anew. With "
+    "few training seeds it is too narrow: two seeds say little about a third."
+)
+
+
+def outcomes(rows: Sequence[Mapping[str, Any]], policies: Mapping[str, ActingPolicy]) -> list[EpisodeOutcome]:
+    """Episodes of the policies and of the baselines that stand in a comparison (the expert does not)."""
+    found = []
+    for row in rows:
+        name = str(row["policy"])
+        if name not in policies and name not in CONTROLS:
+            continue
+        about = policies.get(name, ActingPolicy())
+        lines = str(row.get("error") or "").strip().splitlines()
+        found.append(
+            EpisodeOutcome(
+                task=str(row["task"]),
+                episode=str(row["seed"]),
+                model=name,
+                status=str(row["status"]),
+                recipe=about.recipe,
+                training_seed=about.training_seed,
+                error=lines[-1] if lines else "",
+            )
+        )
+    return found
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class RecipeDifference:
+    """Mean success of recipe A minus that of B over scenes and training seeds; ``n``: scenes that every policy of both finished."""
+
+    task: str
+    a: str
+    b: str
+    seeds_a: int
+    seeds_b: int
+    n: int
+    dropped: int
+    mean_a: float
+    mean_b: float
+    difference: float
+    low: float
+    high: float
+
+
+def crossed_interval(
+    won_a_SN: NDArray[np.bool_],
+    won_b_SN: NDArray[np.bool_],
+    generator: np.random.Generator,
+    *,
+    paired_seeds: bool = False,
+    resamples: int = RESAMPLES,
+) -> tuple[float, float, float]:
+    """Difference of mean success (A minus B) and its 95 % percentile bootstrap interval over scenes and training seeds.
+
+    ``won_a_SN``, ``won_b_SN``: success [training seeds, scenes] on the same N scenes. Each resample draws N scenes, the same for both, and
+    the seeds of each; ``paired_seeds``: one draw of seeds for both, which then have equally many.
+    """
+    a, b = won_a_SN.astype(np.float64), won_b_SN.astype(np.float64)
+    assert a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1] > 0
+    scenes = generator.multinomial(a.shape[1], np.full(a.shape[1], 1 / a.shape[1]), resamples) / a.shape[1]
+    seeds_a = generator.multinomial(len(a), np.full(len(a), 1 / len(a)), resamples) / len(a)
+    seeds_b = seeds_a
+    if not paired_seeds:
+        seeds_b = generator.multinomial(len(b), np.full(len(b), 1 / len(b)), resamples) / len(b)
+    means = np.einsum("rs,sn,rn->r", seeds_a, a, scenes, optimize=True)
+    means -= np.einsum("rs,sn,rn->r", seeds_b, b, scenes, optimize=True)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(a.mean() - b.mean()), float(low), float(high)
+
+
+def recipe_differences(
+    rows: Sequence[Mapping[str, Any]], policies: Mapping[str, ActingPolicy], *, paired_seeds: bool = False
+) -> list[RecipeDifference]:
+    """Every pair of recipes with ``MIN_TRAINING_SEEDS`` training seeds or more, task by task."""
+    members: dict[str, dict[int, str]] = {}
+    for name, policy in policies.items():
+        if policy.recipe and policy.training_seed is not None:
+            members.setdefault(policy.recipe, {})[policy.training_seed] = name
+    enough = {recipe: seeds for recipe, seeds in members.items() if len(seeds) >= MIN_TRAINING_SEEDS}
+    won: dict[tuple[str, str], dict[int, bool]] = {}
+    scenes: dict[str, set[int]] = {}
+    for row in rows:
+        scenes.setdefault(str(row["task"]), set()).add(int(row["seed"]))
+        if row["status"] != "error":
+            won.setdefault((str(row["task"]), str(row["policy"])), {})[int(row["seed"])] = row["status"] == "success"
+    found = []
+    for (a, seeds_a), (b, seeds_b) in itertools.combinations(enough.items(), 2):
+        paired = paired_seeds and seeds_a.keys() == seeds_b.keys()
+        for task in sorted(scenes):
+            names = [seeds[k] for seeds in (seeds_a, seeds_b) for k in sorted(seeds)]
+            cells = [won.get((task, name), {}) for name in names]
+            shared = sorted(set.intersection(*(set(cell) for cell in cells)))
+            if not shared:
+                continue
+            table_SN = np.array([[cell[seed] for seed in shared] for cell in cells], dtype=np.bool_)
+            of_a, of_b = table_SN[: len(seeds_a)], table_SN[len(seeds_a) :]
+            generator = named_generator(0, "recipes", task, a, b)
+            difference, low, high = crossed_interval(of_a, of_b, generator, paired_seeds=paired)
+            found.append(
+                RecipeDifference(
+                    task=task, a=a, b=b, seeds_a=len(of_a), seeds_b=len(of_b), n=len(shared),
+                    dropped=len(scenes[task]) - len(shared), mean_a=float(of_a.mean()), mean_b=float(of_b.mean()),
+                    difference=difference, low=low, high=high,
+                )
+            )  # fmt: skip
+    return found
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class PolicyComparison:
+    """``checkpoints``: every two policies, paired by scene. ``recipes``: the same episodes with the training seed as unit, where two recipes
+    have enough seeds. ``crossed``: intervals over scenes and seeds."""
+
+    checkpoints: Comparison
+    recipes: Comparison | None
+    crossed: list[RecipeDifference]
+
+    def to_json(self) -> dict[str, Any]:
+        plain = self.checkpoints.to_json()
+        kept = {name: plain[name] for name in ("paired", "gaps", "family", "notes")}
+        seeds = [] if self.recipes is None else self.recipes.to_json()["seeds"]
+        return kept | {"seeds": seeds, "recipes": [dataclasses.asdict(row) for row in self.crossed]}
+
+
+def compare_policies(
+    rows: Sequence[Mapping[str, Any]], policies: Mapping[str, ActingPolicy], *, paired_seeds: bool = False
+) -> PolicyComparison:
+    """Exact McNemar tests and paired intervals of every two policies on the same scenes, and of recipes over their training seeds."""
+    cells = outcomes(rows, policies)
+    settings = ComparisonSettings(min_training_seeds=NEVER, paired_seeds=False, tested_scores=())
+    checkpoints = compare(cells, settings)
+    crossed = recipe_differences(rows, policies, paired_seeds=paired_seeds)
+    recipes = None
+    if crossed:
+        settings = dataclasses.replace(settings, min_training_seeds=MIN_TRAINING_SEEDS, paired_seeds=paired_seeds)
+        recipes = compare(cells, settings)
+    return PolicyComparison(checkpoints=checkpoints, recipes=recipes, crossed=crossed)
+
+
+# ---------------------------------------------------------------------------------------------------------------- words
+
+
+def comparison_markdown(found: PolicyComparison) -> str:
+    """Tables of the comparison; nothing where a single policy acts beside no baseline that it is compared with."""
+    shown = [table for table in tables(found.checkpoints) if table.title == PAIRED]
+    shown += [dataclasses.replace(t, title=GAP, text=GAP_TEXT) for t in tables(found.checkpoints) if t.title == GAPS]
+    shown += [] if found.recipes is None else [table for table in tables(found.recipes) if table.title == SEEDS]
+    lines: list[str] = []
+    for table in shown:
+        lines += [f"## {table.title}", "", table.text, "", *_table(table.head, table.rows), ""]
+    if found.crossed:
+        head = ["task", "A", "B", "seeds", "scenes", "dropped", "mean A", "mean B", "difference", "95 % interval"]
+        cells = [
+            [
+                row.task, row.a, row.b, f"{row.seeds_a} and {row.seeds_b}", str(row.n), str(row.dropped), f"{100 * row.mean_a:.1f} %",
+                f"{100 * row.mean_b:.1f} %", f"{100 * row.difference:+.1f}", f"{100 * row.low:+.1f} to {100 * row.high:+.1f}",
+            ]
+            for row in found.crossed
+        ]  # fmt: skip
+        lines += ["## Recipes over scenes and training seeds", "", CROSSED, "", *_table(head, cells), ""]
+    return "\n".join(lines).rstrip() + "\n" if lines else ""
+
+
+def means_markdown(means: Mapping[str, Mapping[str, Any]]) -> str:
+    """The mean over tasks as a table."""
+    rows = []
+    for name, mean in means.items():
+        if "skipped" in mean:
+            rows.append([name, f"skipped: {mean['skipped']}", "-", "-", "-"])
+            continue
+        interval = f"{100 * mean['low']:.1f}-{100 * mean['high']:.1f} %"
+        rows.append([name, f"{100 * mean['rate']:.1f} %", interval, str(mean["n"]), str(mean["errors"])])
+    head = ["policy", "mean success", "95 % interval", "n", "errors"]
+    text = "Each task has the same weight; the interval joins the tasks' Wilson intervals."
+    return "\n".join(["## Mean over tasks", "", text, "", *_table(head, rows)]) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+
+def cell_of(name: str, claims: str) -> str:
+    """The ``<cell>`` of a claim: the row's name, and before it the protocol, control or scenes where they are not the usual ones."""
+    return name if claims == "interpolated" else f"{claims}-{name}"
+
+
+def measurement_lines(
+    summary: Mapping[str, Any],
+    *,
+    claims: str,
+    manifests: Mapping[str, str],
+    policies: Mapping[str, ActingPolicy],
+    found: PolicyComparison,
+) -> list[dict[str, Any]]:
+    """``policy/<cell>/<task>/success`` of every row, ``policy/<cell>/mean/success`` over several tasks, differences of two policies and of
+    two recipes. What was executed, on which scenes and after how many training seeds stands in ``against``."""
+    lines = []
+    for line in from_summary(summary, protocol=claims, manifests=manifests):
+        _, _, name, *rest = line["claim"].split("/")
+        lines.append(
+            line
+            | {
+                "claim": "/".join(["policy", cell_of(name, claims), *rest]),
+                "against": {**line["against"], **_about(name, policies)},
+            }
+        )
+    shared: dict[str, Any] = {"unit": "share", "command": summary["command"], "provenance": summary["provenance"]}
+    for name, mean in summary["means"].items():
+        if len(summary["tasks"]) > 1 and "rate" in mean:
+            values = {key: mean[key] for key in ("low", "high", "n", "seeds")}
+            claim = f"policy/{cell_of(name, claims)}/mean/success"
+            lines.append(measurement(claim, mean["rate"], against=_about(name, policies), **values, **shared))
+    rows: list[Any] = [row for row in found.checkpoints.paired if row.difference is not None]
+    for row in [*rows, *found.crossed]:
+        task = "mean" if row.task == ALL else row.task
+        claim = f"policy/{cell_of(f'{row.a}-minus-{row.b}', claims)}/{task}/success_difference"
+        names = ("only_a", "only_b", "p", "p_holm", "dropped", "seeds_a", "seeds_b", "mean_a", "mean_b")
+        about = {name: getattr(row, name) for name in names if hasattr(row, name)}
+        about |= {"scenes": manifests[row.task]} if row.task in manifests else {}
+        lines.append(measurement(claim, row.difference, low=row.low, high=row.high, n=row.n, against=about, **shared))
+    return lines
+
+
+def _about(name: str, policies: Mapping[str, ActingPolicy]) -> dict[str, Any]:
+    if name not in policies:
+        return {}
+    policy = policies[name]
+    found: dict[str, Any] = {}
+    if policy.recipe:
+        found["recipe"] = policy.recipe
+    if policy.training_seed is not None:
+        found["training_seed"] = policy.training_seed
+    if not policy.is_planner:
+        names = ("execute", "steps", "mode", "execution")
+        found |= {key: value for key in names if (value := getattr(policy.settings, key)) != ""}
+    return found
+
+
+__all__ = [
+    "PolicyComparison",
+    "cell_of",
+    "compare_policies",
+    "comparison_markdown",
+    "crossed_interval",
+    "means_markdown",
+    "measurement_lines",
+    "task_means",
+]
