@@ -1,0 +1,309 @@
+"""``physis eval policy`` before and after the simulator: which policies, under which keys, and what is counted and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import toy_policies
+from physisforcing.core.config import compose
+from physisforcing.core.errors import UserError
+from physisforcing.core.stats import wilson
+from physisforcing.envs.manifest import load_manifest
+from physisforcing.envs.seeds import Job
+from physisforcing.eval_plan import EvalPlanConfig, _Plan
+from physisforcing.eval_policy import EvalPolicyConfig, PolicyPlan, evaluate, main, spelled_out, write_summary
+from physisforcing.plan_scenes import plan_scenes
+from physisforcing.policies import ActingPolicy, PolicySettings, acting_policies, check_policy, identify_policy, named
+from physisforcing.policy.checkpoint import PolicyInfo, save_policy
+from physisforcing.policy_protocols import PUBLISHED, TASKS, Table2Settings, published
+from physisforcing.policy_report import compare_policies, crossed_interval
+from tiny_policy import tiny_policy
+
+SWAYING = "toy_policies:swaying"
+
+
+def settings(**changes: Any) -> EvalPolicyConfig:
+    values: dict[str, Any] = {"episodes": 2, "baselines": ["noop"], "threads": 1}
+    return EvalPolicyConfig(**(values | changes))
+
+
+def planned(config: EvalPolicyConfig) -> PolicyPlan:
+    return PolicyPlan(config, config.check())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., str]:
+    """Writes a tiny policy's folder."""
+
+    def write(mode: str = "first_frame", *, seed: int = 0, canvas: str = "head") -> str:
+        place = tmp_path / f"{mode}_{seed}_{canvas}" / "export"
+        place.mkdir(parents=True)
+        save_policy(place, tiny_policy(mode, seed=seed), PolicyInfo(canvas=canvas))
+        return str(place)
+
+    return write
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_what_people_type_is_composed() -> None:
+    config = compose(
+        "eval_policy", spelled_out([f"policy={SWAYING}", "task=click_bell", "policy.steps=4"]), EvalPolicyConfig
+    )
+    assert config.policy == PolicySettings(source=SWAYING, steps=4) and config.tasks == ["click_bell"]
+    several = "policies={a_0:{source:runs/a/export,recipe:a,training_seed:0},b:planner}"
+    config = compose("eval_policy", spelled_out([several]), EvalPolicyConfig)
+    found = acting_policies(config.policy, config.policies)
+    assert found["a_0"].recipe == "a" and found["a_0"].training_seed == 0 and found["b"].is_planner
+    with pytest.raises(UserError, match=r"policy\.exectue.*did you mean.*execute"):
+        compose("eval_policy", ["policy.exectue=3"], EvalPolicyConfig)
+
+
+def test_policies_have_names_of_their_own() -> None:
+    assert named("runs/forced/export") == "forced" == named("/somewhere/runs/forced")
+    assert named(SWAYING) == "swaying" and named("runs/2026-11/noop") == "noop_policy"
+    common = PolicySettings(execute=5)
+    found = acting_policies(common, ["runs/a/export", "runs/b/export", "planner"])
+    assert list(found) == ["a", "b", "planner"] and found["b"].settings.execute == 5
+    own = acting_policies(common, {"slow": {"source": "runs/a", "steps": 20, "recipe": "x", "training_seed": 3}})[
+        "slow"
+    ]
+    assert own == ActingPolicy(
+        settings=PolicySettings(source="runs/a", execute=5, steps=20), recipe="x", training_seed=3
+    )
+    for several, what in (
+        (["runs/a/export", "other/a/export"], "different names"),
+        ({"noop": "runs/a"}, "no baseline is called"),
+        ({"planner": "runs/a"}, "no baseline is called"),
+        ({"a": {"source": "runs/a", "sead": 1}}, "sead"),
+        ({"a": {"recipe": "x"}}, "a source"),
+        ([{"source": "runs/a"}], "sources in a list"),
+    ):
+        with pytest.raises(UserError, match=what):
+            acting_policies(PolicySettings(), several)
+    with pytest.raises(UserError, match="nothing beside policies"):
+        acting_policies(PolicySettings(source="runs/a"), ["runs/b"])
+    with pytest.raises(UserError, match=r"policy: got ''"):
+        main(["episodes=1"])
+
+
+def test_a_policy_that_is_not_there_is_refused_before_the_simulator(tmp_path: Path, folder: Callable[..., str]) -> None:
+    with pytest.raises(UserError, match=r"policy: got 'policy_pcio'.*shipped: "):
+        evaluate(settings(policy=PolicySettings(source="policy_pcio"), output=str(tmp_path / "run")), progress=False)
+    assert not (tmp_path / "run").exists()
+    first, both = folder(), folder("optional_idm")
+    check_policy(PolicySettings(source=both, mode="idm", execute=8))
+    for changes, what in (
+        ({"source": first, "execute": 9}, r"policy\.execute: got 9.*at most 8"),
+        ({"source": first, "execute": 8, "mode": "idm"}, r"policy\.mode.*first_frame, as it was trained"),
+        ({"source": first, "execute": 8, "mode": "joint"}, r"policy\.mode"),
+        ({"source": first, "execute": 8, "execution": "asinc"}, "did you mean 'async'"),
+        ({"source": first, "execute": 8, "server": "nowhere"}, r"policy\.server.*HOST:PORT"),
+        ({"source": first, "execute": 8, "device": "gpu"}, r"policy\.device"),
+        ({"source": SWAYING, "server": "auto"}, r"policy\.server.*no policy's folder"),
+        ({"source": "toy_policies:nothing"}, "a Policy"),
+        ({"source": "toy_policies:absent"}, "module:factory"),
+    ):
+        with pytest.raises(UserError, match=what):
+            planned(settings(policy=PolicySettings(**changes)))
+    with pytest.raises(UserError, match="did you mean 'noop'"):
+        settings(baselines=["nop"], policy=PolicySettings(source=SWAYING)).check()
+    with pytest.raises(UserError, match=r"first_seed: got 5.*start at 100000|first_seed: got 5"):
+        settings(first_seed=5, manifest="none", policy=PolicySettings(source=SWAYING)).check()
+
+
+# ---------------------------------------------------------------------------------------------------------------- keys
+
+
+def test_keys_hold_weights_and_everything_that_may_change_an_episode(folder: Callable[..., str]) -> None:
+    first, other, both = folder(), folder(seed=1), folder("optional_idm")
+    base = PolicySettings(source=first, execute=8)
+    changed = [
+        {"source": other}, {"execute": 4}, {"steps": 3}, {"execution": "async"}, {"device": "cuda"}, {"server": "auto"},
+        {"source": both}, {"source": both, "mode": "idm"},
+    ]  # fmt: skip
+    found = [identify_policy(dataclasses.replace(base, **change)).fingerprint for change in ({}, *changed)]
+    assert len(set(found)) == len(found) and identify_policy(base).fingerprint == found[0]
+    assert (
+        identify_policy(dataclasses.replace(base, source=both, mode="first_frame")).fingerprint
+        == identify_policy(dataclasses.replace(base, source=both)).fingerprint
+    ), "its first mode, said or not"
+    expert = Path(first) / "expert.safetensors"
+    expert.write_bytes(expert.read_bytes()[:-1] + b"\x01")
+    assert identify_policy(base).fingerprint != found[0], "other weights in the same place"
+    assert identify_policy(base).cameras == ("head",)
+    wide = identify_policy(PolicySettings(source=folder(canvas="robotwin"), execute=8))
+    assert wide.cameras == ("head", "left_wrist", "right_wrist")
+    job = Job(task="click_bell/swaying", seed=100_000)
+    keys = [
+        planned(settings(policy=PolicySettings(source=SWAYING), **change)).key(job)
+        for change in ({}, {"control": "topp"}, {"max_steps": 9}, {"threads": 2}, {"manifest": "none"})
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_baselines_and_the_planner_have_the_keys_of_eval_plan(
+    write_black_episodes: Callable[..., Path], tmp_path: Path
+) -> None:
+    demos = str(write_black_episodes(tmp_path / "demos", (9_998, 9_999)))
+    shared: dict[str, Any] = {"episodes": 2, "threads": 1, "control": "topp", "train_demos": demos}
+    acted = planned(EvalPolicyConfig(policies=[SWAYING, "planner"], **shared))
+    plan = _Plan(EvalPlanConfig(**shared))
+    assert acted.rows == ["swaying", "planner", "noop", "random", "retrieval", "expert"] and not acted.skipped
+    for row, there in (("planner", "model"), ("noop", "noop"), ("random", "random"), ("retrieval", "retrieval")):
+        assert acted.key(Job(task=f"click_bell/{row}", seed=100_001)) == plan.key(
+            Job(task=f"click_bell/{there}", seed=100_001)
+        )
+    assert len(acted.jobs) == 2 * 6 and acted.jobs[0] == Job(task="click_bell/swaying", seed=100_000)
+    assert {row for _, row, _ in acted.films} == {"swaying", "planner", "expert"}
+    without = planned(EvalPolicyConfig(policy=PolicySettings(source="toy_policies:falling"), episodes=1))
+    assert without.rows == ["falling", "noop", "random", "expert"] and "train_demos" in without.skipped[0]
+    assert without.environments["click_bell"]["cameras"] == toy_policies.Falling.cameras
+    assert "cameras" not in acted.environments["click_bell"]
+
+
+def test_a_folder_of_manifests_is_a_set(tmp_path: Path) -> None:
+    for task in ("click_bell", "press_stapler"):
+        load_manifest(f"test_{task}").save(tmp_path / f"{task}.json")
+    scenes = plan_scenes(["click_bell", "press_stapler"], 3, str(tmp_path))
+    assert scenes.manifests == plan_scenes(["click_bell", "press_stapler"], 3, "test").manifests
+    with pytest.raises(UserError, match=r"stack_blocks_two\.json"):
+        plan_scenes(["stack_blocks_two"], 3, str(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------------- comparisons
+
+
+def rows_of(name: str, wins: str, task: str = "click_bell") -> list[dict[str, Any]]:
+    """``wins``: one letter an episode, 1 success, 0 failure, e crash."""
+    status = {"1": "success", "0": "failure", "e": "error"}
+    return [{"task": task, "policy": name, "seed": 100_000 + k, "status": status[w]} for k, w in enumerate(wins)]
+
+
+def test_two_policies_are_paired_by_scene() -> None:
+    rows = [*rows_of("a", "1111111100"), *rows_of("b", "110000001e"), *rows_of("noop", "0000000000")]
+    rows += [*rows_of("retrieval", "1111100000"), *rows_of("expert", "1111111111")]
+    policies = {name: ActingPolicy(recipe=name, training_seed=0) for name in ("a", "b")}
+    found = compare_policies(rows, policies)
+    (pair,) = found.checkpoints.paired
+    assert (pair.a, pair.b, pair.n, pair.dropped, pair.only_a, pair.only_b) == ("a", "b", 9, 1, 6, 1)
+    assert pair.p == pytest.approx(scipy.stats.binomtest(1, 7).pvalue) and pair.difference == pytest.approx(5 / 9)
+    assert found.recipes is None and not found.crossed, "one training seed says nothing about recipes"
+    assert {gap.a for gap in found.checkpoints.gaps} == {"retrieval"}, "the expert is no rival"
+
+
+def test_recipes_over_scenes_and_training_seeds() -> None:
+    wins = {"a0": "111110", "a1": "111000", "b0": "100000", "b1": "000000", "b2": "11000e"}
+    policies = {name: ActingPolicy(recipe=name[0], training_seed=int(name[1])) for name in wins}
+    rows = [row for name, word in wins.items() for row in rows_of(name, word)]
+    found = compare_policies(rows, policies)
+    (row,) = found.crossed
+    assert (row.a, row.b, row.seeds_a, row.seeds_b, row.n, row.dropped) == ("a", "b", 2, 3, 5, 1)
+    assert row.difference == pytest.approx((5 + 3) / 10 - (1 + 0 + 2) / 15) and row.low <= row.difference <= row.high
+    assert len(found.checkpoints.paired) == 10, "every two policies"
+    assert found.recipes is not None and [line.measure for line in found.recipes.seeds] == ["success"]
+    assert found.recipes.seeds[0].difference == pytest.approx((5 / 6 + 3 / 6) / 2 - (1 / 6 + 0 + 2 / 5) / 3)
+    assert compare_policies(rows[::-1], policies).crossed == [dataclasses.replace(row)], "whatever the order of rows"
+    policies["b1"].training_seed = 0
+    with pytest.raises(UserError, match="one checkpoint a recipe and seed"):
+        compare_policies(rows, policies)
+
+
+def test_the_crossed_interval_equals_one_counted_out() -> None:
+    """Two seeds and three scenes have 4 x 4 x 27 equally likely draws: the quantiles of all of them, reached by drawing."""
+    a = np.array([[1, 1, 0], [1, 0, 0]], dtype=bool)
+    b = np.array([[0, 1, 0], [0, 0, 0]], dtype=bool)
+    draws = []
+    for scenes in itertools.product(range(3), repeat=3):
+        means = [
+            [rows[list(seeds)][:, list(scenes)].mean() for seeds in itertools.product(range(2), repeat=2)]
+            for rows in (a, b)
+        ]
+        draws += [x - y for x in means[0] for y in means[1]]
+    difference, low, high = crossed_interval(a, b, np.random.default_rng(0), resamples=40_000)
+    assert difference == pytest.approx(np.mean(draws)) == pytest.approx(2 / 6)
+    assert (low, high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=1e-9)
+    same = crossed_interval(a, a, np.random.default_rng(0), paired_seeds=True)
+    assert same == (0.0, 0.0, 0.0), "the same seeds and the same scenes differ nowhere"
+    assert crossed_interval(a, a, np.random.default_rng(0))[2] > 0
+
+
+# ----------------------------------------------------------------------------------------------------- report, Table 2
+
+
+def test_the_report_of_two_policies(tmp_path: Path) -> None:
+    names = {"swaying": SWAYING, "standing": "toy_policies:standing"}
+    policies = {
+        name: {"source": source, "recipe": "toy", "training_seed": k} for k, (name, source) in enumerate(names.items())
+    }
+    config = settings(policies=policies, tasks=["click_bell", "press_stapler"], episodes=4, output=str(tmp_path))
+    plan = planned(config)
+    rows = []
+    for task, wins in (("click_bell", ("1110", "1000", "0000")), ("press_stapler", ("1111", "11ee", "0000"))):
+        rows += [row for name, word in zip(plan.rows, wins, strict=True) for row in rows_of(name, word, task)]
+    summary = write_summary(config, plan, rows, "physis eval policy policies=...")
+    lines = {line["claim"]: line for line in json.loads((tmp_path / "measurements.json").read_text())}
+    line = lines["policy/swaying/click_bell/success"]
+    assert (line["value"], line["n"], line["low"], line["high"]) == (0.75, 4, *wilson(3, 4))
+    assert line["against"]["recipe"] == "toy" and line["against"]["training_seed"] == 0 and "noop_p" in line["against"]
+    assert line["against"]["scenes"] == plan.scenes.manifests["click_bell"]
+    assert lines["policy/swaying/mean/success"]["value"] == pytest.approx((0.75 + 1) / 2)
+    assert (
+        lines["policy/noop/mean/success"]["value"] == 0 and "recipe" not in lines["policy/noop/mean/success"]["against"]
+    )
+    difference = lines["policy/swaying-minus-standing/press_stapler/success_difference"]
+    assert (difference["value"], difference["n"], difference["against"]["dropped"]) == (0.0, 2, 2)
+    assert lines["policy/swaying-minus-standing/mean/success_difference"]["against"]["p"] == pytest.approx(
+        scipy.stats.binomtest(0, 2).pvalue
+    )
+    text = (tmp_path / "summary.md").read_text()
+    assert "## Mean over tasks" in text and "| swaying | 87.5 % |" in text and "## Paired success" in text
+    assert summary["tasks"]["press_stapler"]["standing"]["errors"] == 2
+
+
+def test_the_protocol_of_table_2(tmp_path: Path) -> None:
+    config = compose("eval_policy", spelled_out(["protocol=table2", f"policy={SWAYING}"]), EvalPolicyConfig)
+    assert (tuple(config.tasks), config.episodes, config.control, config.policy.execute) == (TASKS, 200, "topp", 24)
+    assert config.claims == "table2" and Table2Settings.of(config).deviations() == []
+    config.control = "interpolated"
+    assert config.claims == "table2-interpolated" and Table2Settings.of(config).deviations() == [], "its second run"
+    other = dataclasses.replace(config, tasks=list(TASKS[1:]), episodes=20, manifest="test", output=str(tmp_path))
+    assert Table2Settings.of(other).deviations() == [
+        "without place_empty_cup", "episodes 20, not 200", "scenes of test, not of table2",
+    ]  # fmt: skip
+    assert [round(float(np.mean(values[:-1])), 1) for values in PUBLISHED.values()] == [68.2, 72.8], "as printed"
+    base, forced = published()
+    assert forced["intervals"]["place_empty_cup"] == wilson(126, 200) and base["tasks"]["stack_bowls_two"] == 69.5
+    other.baselines = ["noop"]
+    plan = planned(other)
+    rows = [row for task in other.tasks for name in plan.rows for row in rows_of(name, "10" * 10, task)]
+    write_summary(other, plan, rows, "physis eval policy protocol=table2")
+    text = (tmp_path / "summary.md").read_text()
+    assert (
+        "not measured here, not comparable" in text
+        and "| Fast-WAM on Wan2.2-TI2V-5B + PhysisForcing | 63.0 % |" in text
+    )
+    lines = json.loads((tmp_path / "measurements.json").read_text())
+    claims = {line["claim"] for line in lines}
+    assert "policy/table2-interpolated-swaying/press_stapler/success" in claims and not any(
+        "Fast" in claim for claim in claims
+    )
+    assert all("without place_empty_cup" in line["against"]["deviations"] for line in lines)
+
+
+def test_table_2_has_200_frozen_scenes_a_task_the_test_set_among_them() -> None:
+    scenes = plan_scenes(TASKS, 200, "table2")
+    for task in TASKS:
+        manifest, test = (load_manifest(f"{kind}_{task}") for kind in ("table2", "test"))
+        assert len(scenes.seeds[task]) == 200 == len(set(scenes.seeds[task]))
+        assert manifest.entries[:100] == test.entries and manifest.environment() == test.environment()
