@@ -37,8 +37,10 @@ settings (field=value):
                          paired_seeds=true: equal training seeds of two recipes belong together
   policy.execute=12      rows of a chunk that are executed before the next plan      policy.steps=10   denoising steps of the actions
   policy.mode=           first_frame or idm, for a policy that was trained for both
-  policy.execution=receding   async: the next plan is computed while the last one is executed (then results depend on the machine's speed)
-  policy.device=cpu      policy.server=auto: one process holds the policy for all workers; or HOST:PORT of physis serve policy
+  policy.execution=receding   async: a plan is begun before the last one is executed, and its first policy.delay=4 rows are dropped: the control
+                         steps that it takes (0: as long as it takes by the clock; then results depend on the machine's speed)
+  policy.device=cpu      policy.compute=auto (eager, graph, compile)   policy.autoencoder= (its folder, for large policies)
+  policy.server=auto: one process holds the policy for all workers; or HOST:PORT of physis serve policy
   tasks=[click_bell] (task=NAME for one)   episodes=50   per task
   manifest=auto          frozen scenes, as in physis eval plan; or a folder of manifests, one <task>.json each
   baselines=[noop,random,retrieval,expert]   retrieval needs train_demos=FOLDER (training seeds); expert: the scripted expert's targets of
@@ -163,9 +165,11 @@ def spelled_out(words: Sequence[str]) -> list[str]:
 def evaluate(config: EvalPolicyConfig, *, command: str = "physis eval policy", progress: bool = True) -> dict[str, Any]:
     """Run or continue an evaluation; returns the summary that ``summary.json`` holds."""
     from .episode_jobs import run_jobs
-    from .policies import require_devices
+    from .policies import check_source, require_devices
 
     policies = config.check()
+    for policy in policies.values():
+        check_source(policy.settings)
     require_devices(policies.values(), config.output)
     with contextlib.ExitStack() as stack:
         servers = _servers(config, policies, stack)
@@ -334,12 +338,15 @@ def _notes(config: EvalPolicyConfig, plan: PolicyPlan, rows: Sequence[Mapping[st
             )
             continue
         words = [f"{settings.execute} rows executed a plan", f"{settings.steps} denoising steps", settings.execution]
+        words += [f"delay {settings.delay}"] if settings.execution == "async" else []
         words += [f"mode {settings.mode}"] if settings.mode else []
         words += [f"recipe {policy.recipe}"] if policy.recipe else []
         words += [f"training seed {policy.training_seed}"] if policy.training_seed is not None else []
         notes.append(f"{name}: {', '.join(words)}; {settings.source}")
-    if any(policy.settings.execution == "async" for policy in plan.policies.values()):
-        notes.append("async execution: what is executed depends on how fast this machine plans; another run may differ")
+    if any((p.settings.execution, p.settings.delay) == ("async", 0) for p in plan.policies.values()):
+        notes.append(
+            "async with policy.delay=0: what is executed depends on how fast this machine plans; another run may differ"
+        )
     if EXPERT in plan.rows:
         notes.append(
             f"expert: the scripted expert's drive targets of the same scene, replayed with control {config.control}"

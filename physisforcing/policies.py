@@ -18,6 +18,7 @@ from physisforcing.core.results import config_hash
 
 if TYPE_CHECKING:
     from physisforcing.core.protocols import Policy
+    from physisforcing.core.types import ActionSpec
 
     from .model_process import ServerAddress
 
@@ -39,15 +40,21 @@ SOURCES = "a policy's folder, the name of shipped weights, module:function, or p
 class PolicySettings:
     """Which policy acts, and how. ``source``: see ``SOURCES``. ``execute``: rows of a chunk that are executed before the next plan. ``steps``:
     denoising steps of the actions. ``mode``: one of ``ACTING_MODES`` for an ``optional_idm`` policy, empty: its first. ``execution``:
-    ``receding`` waits for every plan, ``async`` computes the next one while the last is executed. ``server``: ``auto``, or HOST:PORT of
-    ``physis serve policy``."""
+    ``receding`` waits for every plan; ``async`` begins the next one before the last is executed, and drops its rows for the ``delay`` control
+    steps that pass meanwhile (0: as long as it takes by the clock). ``video_steps``: denoising steps of the video, where a mode imagines it.
+    ``compute``: how on a GPU (``policy.planning``). ``autoencoder``: its folder, or the pipeline's, where neither the policy's folder nor the
+    package holds it. ``server``: ``auto``, or HOST:PORT of ``physis serve policy``."""
 
     source: str = ""
     execute: int = 12
     steps: int = 10
+    video_steps: int = 10
     mode: str = ""
     execution: str = "receding"
+    delay: int = 4
     device: str = "cpu"
+    compute: str = "auto"
+    autoencoder: str = ""
     server: str = ""
 
 
@@ -157,11 +164,11 @@ def policy_folder(source: str) -> Path | None:
 
 
 def check_policy(settings: PolicySettings, workers: int = 0) -> None:
-    """``UserError`` for settings that would fail only once the simulator runs; of weights only the settings file is read."""
+    """``UserError`` for settings that no policy can have; nothing on disk is looked at."""
     from physisforcing.planner.model_client import parse_address
     from physisforcing.planner.train import check_device_name
 
-    check_at_least(settings, execute=1, steps=1)
+    check_at_least(settings, execute=1, steps=1, video_steps=1, delay=0)
     if settings.execution not in EXECUTIONS:
         raise unknown_name("policy.execution", settings.execution, EXECUTIONS, see="docs/eval_policy.md")
     if settings.mode and settings.mode not in ACTING_MODES:
@@ -172,6 +179,10 @@ def check_policy(settings: PolicySettings, workers: int = 0) -> None:
     if workers and ":" in settings.device:
         fix = "policy.device=cuda; CUDA_VISIBLE_DEVICES chooses among GPUs, and processes share those in turn"
         raise UserError("policy.device", got=settings.device, wanted="cuda or cpu with workers=", fix=fix)
+
+
+def check_source(settings: PolicySettings) -> None:
+    """``UserError`` for a policy that is not there, and for settings that this one cannot have; of weights only the settings file is read."""
     if settings.source == PLANNER:
         return
     folder = policy_folder(settings.source)
@@ -228,6 +239,8 @@ def identify_policy(settings: PolicySettings) -> PolicyIdentity:
     wants more than the head's pictures."""
     folder = policy_folder(settings.source)
     acting: dict[str, Any] = {name: getattr(settings, name) for name in ("execute", "steps", "execution", "device")}
+    if settings.execution == "async":
+        acting["delay"] = settings.delay
     if folder is None:
         policy = open_policy(settings)
         try:
@@ -235,21 +248,28 @@ def identify_policy(settings: PolicySettings) -> PolicyIdentity:
             return PolicyIdentity(fingerprint=fingerprint, cameras=tuple(getattr(policy, "cameras", ("head",))))
         finally:
             close_policy(policy)
+    from physisforcing.policy.canvas import canvas_layout
     from physisforcing.policy.checkpoint import policy_fingerprint, read_settings
 
     _, info, _ = read_settings(folder)
-    acting |= {"policy": policy_fingerprint(folder), "mode": acting_mode(settings, folder)}
+    mode = acting_mode(settings, folder)
+    acting |= {"policy": policy_fingerprint(folder), "mode": mode}
+    if mode == "idm":
+        acting["video_steps"] = settings.video_steps
+    if settings.compute != "auto":
+        acting["compute"] = settings.compute
     if settings.server:
-        acting["served"] = True  # batches of changing size may round differently
-    cameras = ("head",) if info.canvas == "head" else ("head", "left_wrist", "right_wrist")
-    return PolicyIdentity(fingerprint=f"policy-{config_hash(acting)}", cameras=cameras)
+        acting["served"] = True  # batches of another size may round differently
+    return PolicyIdentity(fingerprint=f"policy-{config_hash(acting)}", cameras=canvas_layout(info.canvas).names)
 
 
 # --------------------------------------------------------------------------------------------------------------- acting
 
 
-def open_policy(settings: PolicySettings, server: ServerAddress | None = None) -> Policy:
-    """The policy of the settings, loaded here or the one that ``server`` holds."""
+def open_policy(
+    settings: PolicySettings, server: ServerAddress | None = None, action_spec: ActionSpec | None = None
+) -> Policy:
+    """The policy of the settings, loaded here or the one that ``server`` holds. ``action_spec``: limits that its targets are clipped to."""
     folder = policy_folder(settings.source)
     if folder is None:
         from .deploy import make_policy
@@ -258,14 +278,22 @@ def open_policy(settings: PolicySettings, server: ServerAddress | None = None) -
             name: value for name, value in dataclasses.asdict(settings).items() if name not in ("source", "server")
         }
         return make_policy({"physis_policy": settings.source, "policy": given})
-    return _open_folder(settings, folder, server)
+    return _open_folder(settings, folder, server, action_spec)
 
 
-def _open_folder(settings: PolicySettings, folder: Path, server: ServerAddress | None) -> Policy:
-    """A policy's folder as something that acts. The one place that knows how acting and its server are called."""
-    raise UserError(
-        "policy", got=str(folder), wanted="a policy that can act in this version", fix="policy=module:factory"
-    )
+def _open_folder(
+    settings: PolicySettings, folder: Path, server: ServerAddress | None, action_spec: ActionSpec | None
+) -> Policy:
+    """A policy's folder as something that acts: its model here, or the one in ``server``, which must be the same."""
+    from physisforcing.planner.train import choose_device
+    from physisforcing.policy.act import ExecutionConfig, WorldActionPolicy
+    from physisforcing.policy.planning import PlanningConfig, load_chunk_model
+
+    execution = ExecutionConfig(execute=settings.execute, execution=settings.execution, delay=settings.delay)
+    own = {name: getattr(settings, name) for name in ("steps", "video_steps", "compute", "autoencoder")}
+    device = choose_device(settings.device, field="policy.device")
+    planning = PlanningConfig(device=device, mode=acting_mode(settings, folder), **own)
+    return WorldActionPolicy(load_chunk_model(folder, planning), execution, action_spec=action_spec)
 
 
 @contextlib.contextmanager

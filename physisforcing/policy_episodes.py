@@ -13,6 +13,7 @@ from .policies import PLANNER, close_policy, open_policy, policy_folder
 
 if TYPE_CHECKING:
     from physisforcing.core.protocols import Policy
+    from physisforcing.core.types import ActionSpec
 
     from .eval_policy import EvalPolicyConfig
     from .model_process import ServerAddress
@@ -41,7 +42,7 @@ class PolicyRunner(EpisodeRunner):
         planned = {(task, seed): stem for (task, row, seed), stem in films.items() if self._plans(policies, row)}
         super().__init__(config, entries, planned, environments, servers.get(PLANNER))  # type: ignore[arg-type]
         self.policies, self.films, self._servers = policies, films, servers
-        self._held: tuple[str, Policy] | None = None
+        self._held: tuple[str, ActionSpec, Policy] | None = None
 
     @staticmethod
     def _plans(policies: Mapping[str, ActingPolicy], row: str) -> bool:
@@ -59,7 +60,7 @@ class PolicyRunner(EpisodeRunner):
         from physisforcing.envs.rollout import run_episode
 
         env, film = self._environment(task), self.films.get((task, policy_name, seed))
-        policy = self._expert(env, seed) if policy_name == EXPERT else self._acting(policy_name)
+        policy = self._expert(env, seed) if policy_name == EXPERT else self._acting(policy_name, env)
         result = run_episode(
             env,
             policy,
@@ -81,22 +82,22 @@ class PolicyRunner(EpisodeRunner):
         targets_TA = expert_targets(env.unwrapped, seed)
         return Replay(targets_TA[1:] if len(targets_TA) > 1 else targets_TA)
 
-    def _acting(self, name: str) -> Policy:
-        """The policy of this row. One is kept, since a policy may fill the memory."""
+    def _acting(self, name: str, env: Any) -> Policy:
+        """The policy of this row, for this robot. One is kept, since a policy may fill the memory."""
         import torch
 
-        settings = self.policies[name].settings
+        settings, limits = self.policies[name].settings, env.unwrapped.action_spec
         if policy_folder(settings.source) is None:
             torch.set_deterministic_debug_mode("warn")  # what others compute with is theirs to choose
-        if self._held is None or self._held[0] != name:
+        if self._held is None or self._held[:2] != (name, limits):
             self._drop_policy()
-            self._held = (name, open_policy(settings, self._servers.get(name)))
-        return self._held[1]
+            self._held = (name, limits, open_policy(settings, self._servers.get(name), limits))
+        return self._held[2]
 
     def _drop_policy(self) -> None:
         opened, self._held = self._held, None
         if opened is not None:
-            close_policy(opened[1])
+            close_policy(opened[2])
 
     def _write_film(self, stem: str, result: Any) -> str:
         from physisforcing.planner.videos import STRIDE, write_labelled

@@ -22,7 +22,7 @@ from physisforcing.envs.seeds import Job
 from physisforcing.eval_plan import EvalPlanConfig, _Plan
 from physisforcing.eval_policy import EvalPolicyConfig, PolicyPlan, evaluate, main, spelled_out, write_summary
 from physisforcing.plan_scenes import plan_scenes
-from physisforcing.policies import ActingPolicy, PolicySettings, acting_policies, check_policy, identify_policy, named
+from physisforcing.policies import ActingPolicy, PolicySettings, acting_policies, check_source, identify_policy, named
 from physisforcing.policy.checkpoint import PolicyInfo, save_policy
 from physisforcing.policy_protocols import PUBLISHED, TASKS, Table2Settings, published
 from physisforcing.policy_report import compare_policies, crossed_interval
@@ -100,9 +100,8 @@ def test_policies_have_names_of_their_own() -> None:
 def test_a_policy_that_is_not_there_is_refused_before_the_simulator(tmp_path: Path, folder: Callable[..., str]) -> None:
     with pytest.raises(UserError, match=r"policy: got 'policy_pcio'.*shipped: "):
         evaluate(settings(policy=PolicySettings(source="policy_pcio"), output=str(tmp_path / "run")), progress=False)
-    assert not (tmp_path / "run").exists()
     first, both = folder(), folder("optional_idm")
-    check_policy(PolicySettings(source=both, mode="idm", execute=8))
+    check_source(PolicySettings(source=both, mode="idm", execute=8))
     for changes, what in (
         ({"source": first, "execute": 9}, r"policy\.execute: got 9.*at most 8"),
         ({"source": first, "execute": 8, "mode": "idm"}, r"policy\.mode.*first_frame, as it was trained"),
@@ -115,7 +114,8 @@ def test_a_policy_that_is_not_there_is_refused_before_the_simulator(tmp_path: Pa
         ({"source": "toy_policies:absent"}, "module:factory"),
     ):
         with pytest.raises(UserError, match=what):
-            planned(settings(policy=PolicySettings(**changes)))
+            evaluate(settings(policy=PolicySettings(**changes), output=str(tmp_path / "run")), progress=False)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="did you mean 'noop'"):
         settings(baselines=["nop"], policy=PolicySettings(source=SWAYING)).check()
     with pytest.raises(UserError, match=r"first_seed: got 5.*start at 100000|first_seed: got 5"):
