@@ -248,8 +248,8 @@ def identify_policy(settings: PolicySettings) -> PolicyIdentity:
             return PolicyIdentity(fingerprint=fingerprint, cameras=tuple(getattr(policy, "cameras", ("head",))))
         finally:
             close_policy(policy)
-    from physisforcing.policy.canvas import canvas_layout
     from physisforcing.policy.checkpoint import policy_fingerprint, read_settings
+    from physisforcing.worldmodel.data.canvas import canvas_layout
 
     _, info, _ = read_settings(folder)
     mode = acting_mode(settings, folder)

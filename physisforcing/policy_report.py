@@ -191,6 +191,9 @@ def comparison_markdown(found: PolicyComparison) -> str:
             for row in found.crossed
         ]  # fmt: skip
         lines += ["## Recipes over scenes and training seeds", "", CROSSED, "", *_table(head, cells), ""]
+    if lines:
+        comparisons = [one for one in (found.checkpoints, found.recipes) if one is not None]
+        lines += [f"- {text}" for one in comparisons for text in (one.family, *one.notes)]
     return "\n".join(lines).rstrip() + "\n" if lines else ""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import toy_policies
+from acting_policy import acting_policy
 from physisforcing.core.errors import IncompleteCoverageError
 from physisforcing.core.video import probe_mp4
 from physisforcing.eval_plan import EvalPlanConfig, PlannerSettings
@@ -114,6 +115,31 @@ def test_errors_are_counted_and_give_exit_code_three(tmp_path: Path, capsys: pyt
     lines = json.loads((tmp_path / "measurements.json").read_text())
     assert [line["claim"] for line in lines] == [f"policy/topp-falling/{TASK}/success"]
     assert "| falling | 0/1 | 0 % |" in capsys.readouterr().out
+
+
+def test_a_world_action_policy_acts_in_each_of_its_ways(tmp_path: Path) -> None:
+    """Random weights: what is tested is that folders load and plan as often as they should."""
+    first, both = (acting_policy(tmp_path / mode / "export", mode=mode) for mode in ("first_frame", "optional_idm"))
+    policies: dict[str, Any] = {
+        "receding": {"source": str(first)},
+        "overlapping": {"source": str(first), "execution": "async", "execute": 8, "delay": 4},
+        "imagining": {"source": str(both), "mode": "idm", "video_steps": 2},
+    }
+    shared: dict[str, Any] = {"episodes": 1, "max_steps": 24, "threads": 1, "videos": 0, "baselines": []}
+    shared |= {"policies": policies, "policy": PolicySettings(steps=3)}
+    summary = evaluate(EvalPolicyConfig(output=str(tmp_path / "a"), **shared), progress=False)
+    rows = summary["tasks"][TASK]
+    assert {name: (row["n"], row["errors"]) for name, row in rows.items()} == dict.fromkeys(policies, (1, 0))
+    telemetry = {name: row["telemetry"] for name, row in rows.items()}
+    assert {name: told["plans"] for name, told in telemetry.items()} == {
+        "receding": 2,
+        "overlapping": 3,
+        "imagining": 2,
+    }
+    assert telemetry["overlapping"]["dropped"] == 8 and telemetry["receding"]["dropped"] == 0
+    acted = stable(tmp_path / "a")
+    assert len({row["fingerprint"] for row in acted.values()}) == 3, "another way to act is another result"
+    assert {row["steps"] for row in acted.values()} == {24}
 
 
 def test_the_planner_is_the_row_that_eval_plan_writes(tmp_path: Path) -> None:
