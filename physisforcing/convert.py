@@ -24,7 +24,7 @@ settings with kind=fastwam (docs/policy_weights.md), where dtype is that of the 
 source=FILE      a released .pt, or the model.safetensors of LeRobot's port
 layout=auto      or robotwin | libero: canvas and control rate, by the widths of actions and states
 statistics=null  the dataset_stats.json beside the weights; a path, or none
-autoencoder=null folder of the converted Wan2.2 autoencoder
+autoencoder=null the converted Wan2.2 pipeline, or its vae: acting needs the fingerprint of its latents
 mode=first_frame chunk=32 action_shift=5.0    with which the weights were trained
 
 Nothing is downloaded. A missing shard, a file that was cut off, and a tensor that is missing, unknown, of another shape or quantised are

@@ -171,7 +171,7 @@ def _find_autoencoder(backbone: Backbone, given: str | Path | None) -> None:
     if given == SHIPPED or (given is None and backbone.name == SHIPPED):
         folder: Path | None = shipped
     elif given is not None:
-        folder = Path(given).expanduser()
+        folder = autoencoder_in(Path(given).expanduser())
     else:
         folder = next((path for path in beside if (path / "config.json").is_file()), None)
         if backbone.latents and folder is not None and latents_fingerprint(folder) != backbone.latents:
@@ -188,6 +188,11 @@ def _find_autoencoder(backbone: Backbone, given: str | Path | None) -> None:
         )
         raise UserError("autoencoder", got=got, wanted=wanted, fix="autoencoder=<the one of that model>")
     backbone.latents, backbone.autoencoder = latents, SHIPPED if folder == shipped else str(folder)
+
+
+def autoencoder_in(folder: Path) -> Path:
+    """``folder`` itself, or ``vae`` in a pipeline's folder."""
+    return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
 
 
 def _tensors(path: Path) -> int:

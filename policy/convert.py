@@ -29,13 +29,13 @@ from physisforcing.worldmodel.convert.writing import check_space, plan_shards, w
 from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint, save_tensors
 
 from . import fastwam, fastwam_statistics
-from .backbone import tail
+from .backbone import autoencoder_in, tail
 from .checkpoint import EXPERT, SETTINGS, TRANSFORMER, PolicyInfo, read_settings, write_settings
 from .config import MODES
 
 KINDS = ("fastwam", "to_fastwam")
-#: Sentence before each instruction, with which the released policies were trained.
-PROMPT = "A video recorded from a robot's point of view executing the following instruction: {task}"
+#: What the released policies read as sentence: their weights know no other beginning.
+TEMPLATE = "A video recorded from a robot's point of view executing the following instruction: {instruction}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class ConvertPolicyConfig:
     ``source``: a released ``.pt``, LeRobot's ``model.safetensors`` or its folder; for the way back a policy's folder. ``output``: folder to
     write. ``layout``: one of ``LAYOUTS``; auto goes by the widths of actions and states. ``statistics``: the released
     ``dataset_stats.json``; null takes the one beside the weights, ``none`` does without. ``autoencoder``: folder of the converted
-    Wan2.2 autoencoder, whose fingerprint is kept. ``mode``, ``chunk``, ``action_shift``: what the weights were trained with, which they do
+    Wan2.2 autoencoder, or the pipeline with it in ``vae``; the fingerprint of its latents is kept, and acting needs it. ``mode``, ``chunk``, ``action_shift``: what the weights were trained with, which they do
     not say. ``config``: JSON with what the video expert's shapes do not say. ``sha256``: file name -> checksum.
     """
 
@@ -115,8 +115,8 @@ def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, 
     report = _report(released, left_out)
     info = PolicyInfo(
         canvas=name, size=layout.size, frames=9, frame_stride=4, control_hz=layout.hz,
-        text={"encoder": "umt5-xxl", "tokens": 128, "prompt": PROMPT},
-        latents=latents_fingerprint(Path(config.autoencoder)) if config.autoencoder else "",
+        text={"encoder": "umt5-xxl", "tokens": 128, "width": released.video["text_dim"], "template": TEMPLATE},
+        latents=latents_fingerprint(autoencoder_in(Path(config.autoencoder))) if config.autoencoder else "",
         autoencoder=config.autoencoder or "", source=report,
     )  # fmt: skip
     report = report | {"canvas": name, "statistics": "none" if sums is None else sums.name}
@@ -220,7 +220,7 @@ def _notes(config: ConvertPolicyConfig, statistics: Path | None) -> list[str]:
             "without statistics the policy cannot act: normalisation is that of the data it is trained on next"
         )
     if not config.autoencoder:
-        notes.append("autoencoder= was not given: a backbone with other latents cannot be told from one with the same")
+        notes.append("autoencoder= was not given: acting needs the fingerprint of its latents, convert again with it")
     return notes
 
 

@@ -58,12 +58,17 @@ def skeleton(action_dim: int, state_dim: int, video: dict[str, int], action: dic
 
 
 def release(
-    action_dim: int = 14, state_dim: int = 14, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **more: Any
+    action_dim: int = 14,
+    state_dim: int = 14,
+    dtype: torch.dtype = torch.bfloat16,
+    video: dict[str, int] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    """What a released ``.pt`` holds, in tiny size. ``more``: sections beside the usual ones."""
+    """What a released ``.pt`` holds, in tiny size. ``video``: sizes other than ``VIDEO``. ``more``: sections beside the usual ones."""
+    sizes = VIDEO | (video or {})
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = skeleton(action_dim, state_dim, VIDEO, ACTION)
+        torch.manual_seed(0)
+        model = skeleton(action_dim, state_dim, sizes, ACTION | {"text_dim": sizes["text_dim"]})
         for value in model.parameters():
             nn.init.normal_(value, std=0.2)
     sections = {name: {k: v.to(dtype) for k, v in part.state_dict().items()} for name, part in model.items()}

@@ -22,7 +22,11 @@ from physisforcing.policy.convert import ConvertPolicyConfig, run
 from physisforcing.policy.fastwam_statistics import read_released
 from physisforcing.policy.model import WorldActionModel
 from physisforcing.policy.normalization import ActionStatistics
+from physisforcing.policy.planning import PlanningConfig, load_chunk_model
+from physisforcing.policy.requests import PlanRequest
+from physisforcing.worldmodel.storage import latents_fingerprint
 from released_fastwam import flat, release, skeleton, statistics, write_release
+from tests.helpers.tiny_paper import ti2v
 from tests.helpers.tiny_policy import tiny_transformer
 
 
@@ -250,6 +254,26 @@ def test_an_optimizer_is_counted_and_left_out(tmp_path: Path) -> None:
     path = write_release(tmp_path, release(optimizer={"state": {0: {"m": torch.zeros(2), "v": torch.zeros(2)}}}))
     report = run(settings(path, tmp_path / "policy"))
     assert report["left_out"] == {"state of the optimizer": 2}
+
+
+def test_a_converted_policy_acts(tmp_path: Path) -> None:
+    """With a pipeline whose latents it has: chunks in the robot's units, from its canvas and the sentence it was trained with."""
+    pipeline = ti2v(tmp_path / "wan")
+    payload = release(video={"in_dim": 8, "out_dim": 8, "text_dim": 16})
+    run(settings(write_release(tmp_path, payload), tmp_path / "policy", autoencoder=str(pipeline)))
+    model = load_chunk_model(tmp_path / "policy", PlanningConfig(autoencoder=str(pipeline), steps=2))
+    assert model.info.latents == latents_fingerprint(pipeline / "vae")
+    canvas = np.zeros((1, *model.spec.size, 3), np.uint8)
+    asked = {"canvas_BHWC": canvas, "state_BKA": np.zeros((1, 1, 14), np.float32), "seeds_B": np.array([3])}
+    answers = [
+        model.plan(PlanRequest(instructions=[text], **asked)).actions_BPA for text in ("press the bell", "lift it")
+    ]
+    assert answers[0].shape == (1, 8, 14) and np.isfinite(answers[0]).all()
+    assert not np.array_equal(*answers)
+    row = statistics(14, 14)["action"]["default"]
+    normalised = (answers[0] - np.array(row["global_mean"])) / np.array(row["global_std"])
+    found, _ = model.normalised(PlanRequest(instructions=["press the bell"], **asked))
+    np.testing.assert_allclose(normalised, found, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("field", ["head", "positions", "proprioception"])

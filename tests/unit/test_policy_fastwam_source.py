@@ -6,6 +6,7 @@ FASTWAM_SOURCE=/path/to/FastWAM pytest tests/unit/test_policy_fastwam_source.py
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -27,6 +28,7 @@ from physisforcing.policy.convert import ConvertPolicyConfig, run
 from physisforcing.policy.initial import interpolate
 from physisforcing.policy.model import Copy, WorldActionModel
 from physisforcing.policy.objective import level_weights
+from physisforcing.policy.sampling import Sampler, SamplingConfig
 from physisforcing.worldmodel.flow_matching import sampling_sigmas
 
 SOURCE = os.environ.get("FASTWAM_SOURCE")
@@ -152,6 +154,25 @@ def test_actions_over_kept_keys(pair: tuple[Any, WorldActionModel, Path]) -> Non
     wanted = model._predict_action_noise(first, given["actions"], given["action_times"], seen, mask, True)
     kept = ours.prefill(first, torch.zeros(2), seen)
     close(ours.act(given["actions"], ours.action_times(given["action_times"] / 1000), kept), wanted)
+
+
+@torch.no_grad()
+def test_ten_steps_from_noise(pair: tuple[Any, WorldActionModel, Path]) -> None:
+    """Their loop in float32 with exact times, ours with times that are not rounded."""
+    model, _, folder = pair
+    ours, _ = load_policy(folder)
+    ours.config = dataclasses.replace(ours.config, coarse_times=False)
+    given = inputs()
+    seen, mask = context(model, given)
+    first, actions = given["latents"][:, :, :1], given["actions"]
+    times, deltas = model.infer_action_scheduler.build_inference_schedule(10, torch.device("cpu"), torch.float32)
+    for time, delta in zip(times, deltas, strict=True):
+        velocity = model._predict_action_noise(first, actions, time.expand(2), seen, mask, True)
+        actions = model.infer_action_scheduler.step(velocity, delta, actions)
+    sampler = Sampler(ours, SamplingConfig(steps=10), frames=3)
+    began = sampler.begin(first, given["text"], given["state"], None)
+    found = sampler.steps(began, given["actions"])
+    assert (found - actions).abs().max() <= 10 * TOLERANCE * actions.abs().max()
 
 
 @torch.no_grad()
