@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from physisforcing.worldmodel.flow_matching import add_noise, sample_train_sigma, shift_sigma
+from physisforcing.worldmodel.flow_matching import TIMESTEP_SCALE, add_noise, sample_train_sigma, shift_sigma
 
 from .config import PolicyModelConfig
 from .model import Copy, WorldActionModel
@@ -34,18 +34,24 @@ def draw(shape: tuple[int, ...], config: PolicyModelConfig, generator: torch.Gen
     """For latents [B,C,F,h,w] of this ``shape``, on the generator's device."""
     batch, device = shape[0], generator.device
     noise = torch.randn(shape, generator=generator, device=device)
-    sigma = sample_train_sigma(batch, config.video_shift, generator)
+    sigma = _levels(batch, config.video_shift, config, generator)
     actions = torch.randn(batch, config.chunk, config.action_dim, generator=generator, device=device)
-    action_sigma = sample_train_sigma(batch, config.action_shift, generator)
+    action_sigma = _levels(batch, config.action_shift, config, generator)
     if config.mode not in ("idm", "optional_idm"):
         return Drawn(noise, sigma, actions, action_sigma, None, None, None)
     copied = torch.randn(shape, generator=generator, device=device)
-    level = sample_train_sigma(batch, config.video_shift, generator)
+    level = _levels(batch, config.video_shift, config, generator)
     noised = torch.rand(batch, generator=generator, device=device) < config.condition_noise
     seen = None
     if config.mode == "optional_idm":
         seen = torch.rand(batch, generator=generator, device=device) < config.idm_share
     return Drawn(noise, sigma, actions, action_sigma, copied, torch.where(noised, level, torch.zeros_like(level)), seen)
+
+
+def _levels(count: int, shift: float, config: PolicyModelConfig, generator: torch.Generator) -> Tensor:
+    """Noise levels [count]. With ``coarse_times`` those whose timesteps bfloat16 holds: what is mixed is what the model is told, as published."""
+    sigma = sample_train_sigma(count, shift, generator)
+    return (TIMESTEP_SCALE * sigma).bfloat16().float() / TIMESTEP_SCALE if config.coarse_times else sigma
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,6 +22,7 @@ from physisforcing.policy.convert import ConvertPolicyConfig, run
 from physisforcing.policy.fastwam_statistics import read_released
 from physisforcing.policy.model import WorldActionModel
 from physisforcing.policy.normalization import ActionStatistics
+from physisforcing.policy.objective import draw
 from physisforcing.policy.planning import PlanningConfig, load_chunk_model
 from physisforcing.policy.requests import PlanRequest
 from physisforcing.worldmodel.storage import latents_fingerprint
@@ -290,6 +291,19 @@ def test_designs_that_a_release_cannot_express(field: str, tmp_path: Path) -> No
     save_policy(tmp_path / "p", WorldActionModel(tiny_transformer(), config, conditioner=conditioner), PolicyInfo())
     with pytest.raises(UserError, match=f"{field}.*{other[field]}"):
         run(ConvertPolicyConfig(source=str(tmp_path / "p"), output=str(tmp_path / "out"), kind="to_fastwam"))
+
+
+def test_levels_are_mixed_as_the_model_is_told_them() -> None:
+    """Published: the timestep is rounded once, before it is embedded and before noise is mixed in."""
+    for coarse in (True, False):
+        config = PolicyModelConfig(mode="idm", condition_noise=1.0, coarse_times=coarse)
+        drawn = draw((64, 1, 2, 1, 1), config, torch.Generator().manual_seed(0))
+        for sigma in (drawn.sigma_B, drawn.action_sigma_B, drawn.copy_sigma_B):
+            assert sigma is not None
+            told = (1000 * sigma).bfloat16().float()
+            apart = (told - 1000 * sigma).abs().max()
+            assert (apart < 1e-3) == coarse and sigma.min() >= 0 and sigma.max() <= 1
+            assert torch.equal(told, (told / 1000 * 1000).bfloat16().float())
 
 
 def test_full_size_counts_and_names() -> None:
