@@ -30,7 +30,7 @@ from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint, s
 
 from . import fastwam, fastwam_statistics
 from .backbone import autoencoder_in, tail
-from .checkpoint import EXPERT, SETTINGS, TRANSFORMER, PolicyInfo, read_settings, write_settings
+from .checkpoint import EXPERT, SETTINGS, TRANSFORMER, PolicyInfo, read_settings, transformer_folder, write_settings
 from .config import MODES
 
 KINDS = ("fastwam", "to_fastwam")
@@ -286,16 +286,17 @@ def released_part(folder: Path) -> ReleasedPart:
     are damaged or do not fit."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
-    config, _, _ = read_settings(folder)
+    config, _, extra = read_settings(folder)
     for name, value in fastwam.EXPRESSED.items():  # before anything is built: other designs have other tensors
         if getattr(config, name) != value:
             fix = "only policies of the published design have this layout: policy.config.fastwam_compat"
             raise UserError(f"{folder / SETTINGS}: {name}", got=getattr(config, name), wanted=value, fix=fix)
-    video = read_transformer(folder / TRANSFORMER, WanTransformer3DModel)
+    transformer = transformer_folder(folder, extra["packaged"])
+    video = read_transformer(transformer, WanTransformer3DModel)
     model = fastwam.hollow(config, video)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     prefix = "transformer."
-    entries = {False: folder_entries(folder / TRANSFORMER), True: file_entries(folder / EXPERT)}
+    entries = {False: folder_entries(transformer), True: file_entries(folder / EXPERT)}
     read_from: dict[str, tuple[Source, str]] = {}
     for is_expert, found in entries.items():
         mine = {

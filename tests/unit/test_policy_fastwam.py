@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from physisforcing import cli
 from physisforcing.core.errors import UserError
 from physisforcing.policy import fastwam
-from physisforcing.policy.checkpoint import TRANSFORMER, PolicyInfo, load_policy, save_policy
+from physisforcing.policy.backbone import build_policy
+from physisforcing.policy.checkpoint import TRANSFORMER, PolicyInfo, load_policy, packaged_backbone, save_policy
 from physisforcing.policy.config import PolicyModelConfig, fastwam_compat
 from physisforcing.policy.convert import ConvertPolicyConfig, run
 from physisforcing.policy.fastwam_statistics import read_released
@@ -275,6 +276,17 @@ def test_a_converted_policy_acts(tmp_path: Path) -> None:
     normalised = (answers[0] - np.array(row["global_mean"])) / np.array(row["global_std"])
     found, _ = model.normalised(PlanRequest(instructions=["press the bell"], **asked))
     np.testing.assert_allclose(normalised, found, rtol=1e-3, atol=1e-4)
+
+
+def test_a_policy_without_a_copy_of_its_backbone_goes_back_whole(tmp_path: Path) -> None:
+    config = fastwam_compat(action_dim=3, state_dim=3, width=16, ffn_dim=24, chunk=8)
+    model, _ = build_policy("shipped", config)
+    save_policy(tmp_path / "policy", model, PolicyInfo(), packaged=packaged_backbone())
+    run(ConvertPolicyConfig(source=str(tmp_path / "policy"), output=str(tmp_path / "back"), kind="to_fastwam"))
+    stored = load_file(tmp_path / "back" / "model.safetensors")
+    assert len(stored) == len(model.state_dict()) and not (tmp_path / "policy" / TRANSFORMER).exists()
+    video = stored["model.mot.mixtures.video.blocks.0.ffn.0.weight"]
+    assert torch.equal(video.float(), model.blocks[0].ffn.net[0].proj.weight)
 
 
 @pytest.mark.parametrize("field", ["head", "positions", "proprioception"])
