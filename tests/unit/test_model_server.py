@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from physisforcing.core import message_server
 from physisforcing.core.connection import Connection, RemoteFailureError, hello
 from physisforcing.core.errors import MissingCapabilityError, UserError
 from physisforcing.core.protocols import WorldModel
@@ -32,7 +33,6 @@ from physisforcing.core.types import (
     WorldModelSpec,
 )
 from physisforcing.core.wire import WireError, encode
-from physisforcing.planner import model_server
 from physisforcing.planner.model_client import ModelLostError, SocketWorldModel, parse_address
 from physisforcing.planner.model_messages import (
     MOST_SAMPLES,
@@ -251,7 +251,7 @@ def test_whole_messages_with_the_wrong_content_are_refused_one_by_one() -> None:
 
 
 def test_more_clients_than_places_are_told_so_and_silence_costs_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_server, "HELLO_S", 0.3)
+    monkeypatch.setattr(message_server, "HELLO_S", 0.3)
     with serving(clients=1) as (address, _):
         silent = raw(address)
         with pytest.raises(UserError, match="more than 1 clients"):
