@@ -106,7 +106,7 @@ def prepare_policy_banks(
         bank = load_bank(config, part, table, codec, device)
         banks.append(PolicyBank.of(bank, part, statistics, config.policy.chunk))
     if not quiet:
-        shares = (statistics.action.saturated(torch.from_numpy(episode.states_TA)) for episode in parts[0])
+        shares = (statistics.action.saturated(torch.tensor(episode.states_TA)) for episode in parts[0])
         worst = max(shares)
         if worst > 0:
             print(f"normalisation: up to {100 * worst:.2f} % of an episode's numbers are clamped", flush=True)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_training
+from physisforcing.core.config import compose
 from physisforcing.core.errors import UserError
 from physisforcing.core.paths import weights_root
 from physisforcing.policy.checkpoint import load_policy
@@ -369,3 +370,31 @@ def test_a_policy_on_the_frozen_packaged_backbone_is_written_without_it(tmp_path
     (folder / "policy.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="000000000000, on which it was trained"):
         load_policy(folder)
+
+
+def test_the_recipes_compose_and_have_what_they_say() -> None:
+    made = {
+        name: compose("train_policy", [f"experiment=policy_{name}", "model=somewhere"], TrainPolicyConfig)
+        for name in ("pico", "nano", "robotwin", "six_tasks", "libero")
+    }
+    assert made["six_tasks"].data.tasks == [
+        "place_empty_cup", "press_stapler", "grab_roller", "shake_bottle", "adjust_bottle", "stack_bowls_two",
+    ]  # fmt: skip
+    for name in ("robotwin", "six_tasks", "libero"):
+        some = made[name]
+        assert (some.policy.width, some.policy.ffn_dim, some.policy.chunk, some.policy.steps_per_latent) == (
+            1024,
+            4096,
+            32,
+            16,
+        )
+        assert (some.optim.lr, some.optim.final_lr, some.optim.warmup) == (1e-4, 0.01, some.run.steps // 20)
+        assert (some.policy.video_shift, some.policy.action_shift, some.video_weight) == (5.0, 1.0, 1.0)
+    assert (made["libero"].policy.action_dim, made["libero"].policy.state_dim) == (7, 8)
+    assert [made[name].normalization for name in ("robotwin", "libero")] == ["zscore", "minmax"]
+    with pytest.raises(UserError, match=r"policy\.steps_per_latent"):
+        compose("train_policy", ["experiment=policy_six_tasks"], TrainPolicyConfig)
+    cell = ["experiment=policy_nano", "freeze_video=true"]
+    with pytest.raises(UserError, match="freeze_video"):
+        compose("train_policy", cell, TrainPolicyConfig)
+    assert compose("train_policy", [*cell, "video_weight=0"], TrainPolicyConfig).freeze_video
