@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from physisforcing.worldmodel.training.trainer import Trainer
 from physisforcing.worldmodel.training.worldmodel import run_training
 
 from .checkpoint import PolicyInfo, save_policy
+from .flops import step_flops
 from .initial import TABLE
 from .model import WorldActionModel
 from .normalization import ActionStatistics
@@ -202,6 +203,10 @@ class PolicyTrainer(Trainer):
             tasks=tuple(config.data.tasks),
         )
 
-    def flops(self, shape: Any) -> float:
-        """Not counted yet: 0 leaves the share of the peak out of the log."""
-        return 0.0
+    def flops(self, shape: Sequence[int]) -> float:
+        """Floating-point operations of an update of a batch [B,C,F,h,w] (``flops.step_flops``)."""
+        one = tuple(shape[1:])
+        if one not in self._sample_flops:
+            video = self.config.video_weight > 0 or self.forcing is not None
+            self._sample_flops[one] = step_flops(self.policy, shape, self.bank.text_tokens, video=video)
+        return shape[0] * self._sample_flops[one]

@@ -398,3 +398,20 @@ def test_the_recipes_compose_and_have_what_they_say() -> None:
     with pytest.raises(UserError, match="freeze_video"):
         compose("train_policy", cell, TrainPolicyConfig)
     assert compose("train_policy", [*cell, "video_weight=0"], TrainPolicyConfig).freeze_video
+
+
+@pytest.mark.parametrize(("mode", "video"), [("first_frame", 1.0), ("first_frame", 0.0), ("joint", 1.0), ("idm", 1.0)])
+def test_operations_are_those_that_pytorch_counts(tmp_path: Path, mode: str, video: float) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    made = config(tmp_path, "run")
+    made.policy.mode, made.video_weight = mode, video
+    found = trainer(made)
+    batch = found.batch(0)
+    drawn = found.draw(batch, step_generator(7, 0))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        found._backward(batch, drawn)
+    counted = found.flops(batch["latents_BCFhw"].shape)
+    # what the last block's video would need backward is counted though nothing reads it without the video's loss
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.02 if video else 0.08)
