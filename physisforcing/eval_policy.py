@@ -223,7 +223,8 @@ class PolicyPlan:
         from physisforcing.envs.seeds import Job
 
         self.config, self.policies, self._servers = config, policies, dict(servers or {})
-        self.skipped: list[str] = []
+        #: What the report says of this plan: rows that were left out, tasks that a policy does not know.
+        self.notes: list[str] = []
         self.scenes: Scenes = plan_scenes(config.tasks, config.episodes, config.manifest, config.first_seed)
         self.rows = [*policies, *self._baselines()]
         self.cameras: tuple[str, ...] = ("head",)
@@ -258,7 +259,7 @@ class PolicyPlan:
         found = []
         for name in self.config.baselines:
             if name == "retrieval" and not self.config.train_demos:
-                self.skipped.append("retrieval skipped: needs train_demos=FOLDER (demonstrations with training seeds)")
+                self.notes.append("retrieval skipped: needs train_demos=FOLDER (demonstrations with training seeds)")
             else:
                 found.append(name)
         return found
@@ -276,6 +277,9 @@ class PolicyPlan:
 
         identity = identify_policy(self.policies[name].settings)
         self.cameras = tuple(dict.fromkeys((*self.cameras, *identity.cameras)))
+        foreign = [task for task in self.config.tasks if identity.tasks and task not in identity.tasks]
+        if foreign:
+            self.notes.append(f"{name} was not trained on {', '.join(foreign)}, but on {', '.join(identity.tasks)}")
         return identity.fingerprint
 
 
@@ -351,7 +355,7 @@ def _notes(config: EvalPolicyConfig, plan: PolicyPlan, rows: Sequence[Mapping[st
         notes.append(
             f"expert: the scripted expert's drive targets of the same scene, replayed with control {config.control}"
         )
-    return notes + plan.skipped
+    return notes + plan.notes
 
 
 __all__ = ["EvalPolicyConfig", "PolicyPlan", "evaluate", "main", "spelled_out", "write_summary"]

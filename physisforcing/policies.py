@@ -19,12 +19,12 @@ from physisforcing.core.results import config_hash
 if TYPE_CHECKING:
     from physisforcing.core.protocols import Policy
     from physisforcing.core.types import ActionSpec
+    from physisforcing.policy.act import ExecutionConfig
 
     from .model_process import ServerAddress
 
 #: What stands for the planner of the same command in the place of a policy.
 PLANNER = "planner"
-EXECUTIONS = ("receding", "async")
 #: How an ``optional_idm`` policy may act; every other one has the mode that it was trained in.
 ACTING_MODES = ("first_frame", "idm")
 #: Names that rows of other kinds have.
@@ -167,6 +167,7 @@ def check_policy(settings: PolicySettings, workers: int = 0) -> None:
     """``UserError`` for settings that no policy can have; nothing on disk is looked at."""
     from physisforcing.planner.model_client import parse_address
     from physisforcing.planner.train import check_device_name
+    from physisforcing.policy.act import EXECUTIONS
 
     check_at_least(settings, execute=1, steps=1, video_steps=1, delay=0)
     if settings.execution not in EXECUTIONS:
@@ -198,13 +199,11 @@ def check_source(settings: PolicySettings) -> None:
 
 
 def acting_mode(settings: PolicySettings, folder: Path) -> str:
-    """How the policy of this folder acts. ``UserError`` for a mode that it was not trained in, and for more rows than a chunk has."""
+    """How the policy of this folder acts. ``UserError`` for a mode that it was not trained in, and for rows that its chunk does not have."""
     from physisforcing.policy.checkpoint import read_settings
 
     config, _, _ = read_settings(folder)
-    if settings.execute > config.chunk:
-        wanted = f"at most {config.chunk}, the rows of this policy's chunk"
-        raise UserError("policy.execute", got=settings.execute, wanted=wanted, fix=f"policy.execute={config.chunk}")
+    _execution(settings).check(config.chunk)
     if config.mode == "optional_idm":
         return settings.mode or ACTING_MODES[0]
     if settings.mode not in ("", config.mode):
@@ -228,10 +227,12 @@ def require_devices(policies: Iterable[ActingPolicy], output: str) -> None:
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class PolicyIdentity:
-    """``fingerprint``: of weights and settings, that of a result's key. ``cameras``: whose pictures the policy wants."""
+    """``fingerprint``: of weights and settings, that of a result's key. ``cameras``: whose pictures the policy wants. ``tasks``: what it was
+    trained on, as far as it says."""
 
     fingerprint: str
     cameras: tuple[str, ...] = ("head",)
+    tasks: tuple[str, ...] = ()
 
 
 def identify_policy(settings: PolicySettings) -> PolicyIdentity:
@@ -260,7 +261,8 @@ def identify_policy(settings: PolicySettings) -> PolicyIdentity:
         acting["compute"] = settings.compute
     if settings.server:
         acting["served"] = True  # batches of another size may round differently
-    return PolicyIdentity(fingerprint=f"policy-{config_hash(acting)}", cameras=canvas_layout(info.canvas).names)
+    cameras = canvas_layout(info.canvas).names
+    return PolicyIdentity(fingerprint=f"policy-{config_hash(acting)}", cameras=cameras, tasks=info.tasks)
 
 
 # --------------------------------------------------------------------------------------------------------------- acting
@@ -286,14 +288,19 @@ def _open_folder(
 ) -> Policy:
     """A policy's folder as something that acts: its model here, or the one in ``server``, which must be the same."""
     from physisforcing.planner.train import choose_device
-    from physisforcing.policy.act import ExecutionConfig, WorldActionPolicy
+    from physisforcing.policy.act import WorldActionPolicy
     from physisforcing.policy.planning import PlanningConfig, load_chunk_model
 
-    execution = ExecutionConfig(execute=settings.execute, execution=settings.execution, delay=settings.delay)
     own = {name: getattr(settings, name) for name in ("steps", "video_steps", "compute", "autoencoder")}
     device = choose_device(settings.device, field="policy.device")
     planning = PlanningConfig(device=device, mode=acting_mode(settings, folder), **own)
-    return WorldActionPolicy(load_chunk_model(folder, planning), execution, action_spec=action_spec)
+    return WorldActionPolicy(load_chunk_model(folder, planning), _execution(settings), action_spec=action_spec)
+
+
+def _execution(settings: PolicySettings) -> ExecutionConfig:
+    from physisforcing.policy.act import ExecutionConfig
+
+    return ExecutionConfig(execute=settings.execute, execution=settings.execution, delay=settings.delay)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Callable[..., str]:
     def write(mode: str = "first_frame", *, seed: int = 0, canvas: str = "head") -> str:
         place = tmp_path / f"{mode}_{seed}_{canvas}" / "export"
         place.mkdir(parents=True)
-        save_policy(place, tiny_policy(mode, seed=seed), PolicyInfo(canvas=canvas))
+        save_policy(place, tiny_policy(mode, seed=seed), PolicyInfo(canvas=canvas, tasks=("click_bell",)))
         return str(place)
 
     return write
@@ -103,9 +103,10 @@ def test_a_policy_that_is_not_there_is_refused_before_the_simulator(tmp_path: Pa
     first, both = folder(), folder("optional_idm")
     check_source(PolicySettings(source=both, mode="idm", execute=8))
     for changes, what in (
-        ({"source": first, "execute": 9}, r"policy\.execute: got 9.*at most 8"),
+        ({"source": first, "execute": 9}, r"policy\.execute: got 9, wanted 1 to 8"),
         ({"source": first, "execute": 8, "mode": "idm"}, r"policy\.mode.*first_frame, as it was trained"),
         ({"source": first, "execute": 8, "mode": "joint"}, r"policy\.mode"),
+        ({"source": first, "execute": 6, "execution": "async", "delay": 3}, r"policy\.delay: got 3, wanted 0 to 2"),
         ({"source": first, "execute": 8, "execution": "asinc"}, "did you mean 'async'"),
         ({"source": first, "execute": 8, "server": "nowhere"}, r"policy\.server.*HOST:PORT"),
         ({"source": first, "execute": 8, "device": "gpu"}, r"policy\.device"),
@@ -129,7 +130,7 @@ def test_keys_hold_weights_and_everything_that_may_change_an_episode(folder: Cal
     first, other, both = folder(), folder(seed=1), folder("optional_idm")
     base = PolicySettings(source=first, execute=8)
     changed = [
-        {"source": other}, {"execute": 4}, {"steps": 3}, {"execution": "async"}, {"device": "cuda"}, {"server": "auto"},
+        {"source": other}, {"execute": 4}, {"steps": 3}, {"execute": 4, "execution": "async"}, {"execute": 4, "execution": "async", "delay": 2}, {"device": "cuda"}, {"server": "auto"},
         {"source": both}, {"source": both, "mode": "idm"},
     ]  # fmt: skip
     found = [identify_policy(dataclasses.replace(base, **change)).fingerprint for change in ({}, *changed)]
@@ -144,6 +145,8 @@ def test_keys_hold_weights_and_everything_that_may_change_an_episode(folder: Cal
     assert identify_policy(base).cameras == ("head",)
     wide = identify_policy(PolicySettings(source=folder(canvas="robotwin"), execute=8))
     assert wide.cameras == ("head", "left_wrist", "right_wrist")
+    elsewhere = planned(settings(policy=base, tasks=["click_bell", "press_stapler"]))
+    assert elsewhere.notes == ["first_frame_0_head was not trained on press_stapler, but on click_bell"]
     job = Job(task="click_bell/swaying", seed=100_000)
     keys = [
         planned(settings(policy=PolicySettings(source=SWAYING), **change)).key(job)
@@ -159,7 +162,7 @@ def test_baselines_and_the_planner_have_the_keys_of_eval_plan(
     shared: dict[str, Any] = {"episodes": 2, "threads": 1, "control": "topp", "train_demos": demos}
     acted = planned(EvalPolicyConfig(policies=[SWAYING, "planner"], **shared))
     plan = _Plan(EvalPlanConfig(**shared))
-    assert acted.rows == ["swaying", "planner", "noop", "random", "retrieval", "expert"] and not acted.skipped
+    assert acted.rows == ["swaying", "planner", "noop", "random", "retrieval", "expert"] and not acted.notes
     for row, there in (("planner", "model"), ("noop", "noop"), ("random", "random"), ("retrieval", "retrieval")):
         assert acted.key(Job(task=f"click_bell/{row}", seed=100_001)) == plan.key(
             Job(task=f"click_bell/{there}", seed=100_001)
@@ -167,7 +170,7 @@ def test_baselines_and_the_planner_have_the_keys_of_eval_plan(
     assert len(acted.jobs) == 2 * 6 and acted.jobs[0] == Job(task="click_bell/swaying", seed=100_000)
     assert {row for _, row, _ in acted.films} == {"swaying", "planner", "expert"}
     without = planned(EvalPolicyConfig(policy=PolicySettings(source="toy_policies:falling"), episodes=1))
-    assert without.rows == ["falling", "noop", "random", "expert"] and "train_demos" in without.skipped[0]
+    assert without.rows == ["falling", "noop", "random", "expert"] and "train_demos" in without.notes[0]
     assert without.environments["click_bell"]["cameras"] == toy_policies.Falling.cameras
     assert "cameras" not in acted.environments["click_bell"]
 
