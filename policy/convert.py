@@ -34,8 +34,8 @@ from .checkpoint import EXPERT, SETTINGS, TRANSFORMER, PolicyInfo, read_settings
 from .config import MODES
 
 KINDS = ("fastwam", "to_fastwam")
-#: What the released policies read as sentence: their weights know no other beginning.
-TEMPLATE = "A video recorded from a robot's point of view executing the following instruction: {instruction}"
+#: Stands for the sentence of an episode in a template.
+INSTRUCTION = "{instruction}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,8 @@ class ConvertPolicyConfig:
     ``source``: a released ``.pt``, LeRobot's ``model.safetensors`` or its folder; for the way back a policy's folder. ``output``: folder to
     write. ``layout``: one of ``LAYOUTS``; auto goes by the widths of actions and states. ``statistics``: the released
     ``dataset_stats.json``; null takes the one beside the weights, ``none`` does without. ``autoencoder``: folder of the converted
-    Wan2.2 autoencoder, or the pipeline with it in ``vae``; the fingerprint of its latents is kept, and acting needs it. ``mode``, ``chunk``, ``action_shift``: what the weights were trained with, which they do
+    Wan2.2 autoencoder, or the pipeline with it in ``vae``; the fingerprint of its latents is kept, and acting needs it. ``template``: what is put round the instruction, with
+    ``{instruction}`` in it: released weights know the sentence that their training data begins with. ``mode``, ``chunk``, ``action_shift``: what the weights were trained with, which they do
     not say. ``config``: JSON with what the video expert's shapes do not say. ``sha256``: file name -> checksum.
     """
 
@@ -73,6 +74,7 @@ class ConvertPolicyConfig:
     layout: str = "auto"
     statistics: str | None = None
     autoencoder: str | None = None
+    template: str = INSTRUCTION
     mode: str = "first_frame"
     chunk: int = 32
     action_shift: float = 5.0
@@ -84,6 +86,10 @@ class ConvertPolicyConfig:
         for name, known in (("kind", KINDS), ("layout", ("auto", *LAYOUTS)), ("mode", MODES)):
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known, see="docs/policy_weights.md")
+        if INSTRUCTION not in self.template:
+            raise UserError(
+                "template", got=self.template, wanted=f"{INSTRUCTION} in it", fix=f"template='... {INSTRUCTION}'"
+            )
         for name in ("source", "output"):
             if not getattr(self, name):
                 raise UserError(name, got="", wanted="a path", fix=f"{name}=PATH; see docs/policy_weights.md")
@@ -115,9 +121,9 @@ def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, 
     report = _report(released, left_out)
     info = PolicyInfo(
         canvas=name, size=layout.size, frames=9, frame_stride=4, control_hz=layout.hz,
-        text={"encoder": "umt5-xxl", "tokens": 128, "width": released.video["text_dim"], "template": TEMPLATE},
+        text={"encoder": "umt5-xxl", "tokens": 128, "width": released.video["text_dim"], "template": config.template},
         latents=latents_fingerprint(autoencoder_in(Path(config.autoencoder))) if config.autoencoder else "",
-        autoencoder=config.autoencoder or "", source=report,
+        autoencoder=Path(config.autoencoder).name if config.autoencoder else "", source=report,
     )  # fmt: skip
     report = report | {"canvas": name, "statistics": "none" if sums is None else sums.name}
     report["notes"] = _notes(config, sums)
@@ -221,6 +227,10 @@ def _notes(config: ConvertPolicyConfig, statistics: Path | None) -> list[str]:
         )
     if not config.autoencoder:
         notes.append("autoencoder= was not given: acting needs the fingerprint of its latents, convert again with it")
+    if config.template == INSTRUCTION:
+        notes.append(
+            "template= was not given: released weights were trained with a sentence before the instruction (DEFAULT_PROMPT in Fast-WAM's dataset)"
+        )
     return notes
 
 
