@@ -55,6 +55,7 @@ VERBS: dict[str, Verb] = {
     "compare": Verb("physisforcing.compare", "world models under one planner in the same scenes, with controls"),
     "serve env": Verb("physisforcing.envs.serve", "serve one environment to another process or machine"),
     "serve model": Verb("physisforcing.serve_model", "hold one world model for many simulators"),
+    "serve policy": Verb("physisforcing.serve_policy", "hold one policy for many simulators or a robot"),
     "serve worldmodel": Verb("physisforcing.serve_worldmodel", "serve a world model by WorldArena 2.0's v1 contract"),
     "check service": Verb(
         "physisforcing.planner.service.conformance", "whether a world-model server keeps the contract"

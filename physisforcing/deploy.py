@@ -1,8 +1,9 @@
 """Our policies for other people's runners: RoboTwin's ``policy_name: physisforcing.deploy``, XPolicyLab's ``Model``.
 
-Settings come from the runner's ``usr_args`` or ``deploy.yml``: ``physis_policy`` is ``planner`` (default), ``noop``, or
+Settings come from the runner's ``usr_args`` or ``deploy.yml``: ``physis_policy`` is ``planner`` (default), ``world_action``, ``noop``, or
 ``module:factory`` with ``factory(settings) -> core.protocols.Policy``; ``planner`` holds fields of
-``eval_plan.PlannerSettings``, for instance ``{device: cuda, execute_horizon: 32}``.
+``eval_plan.PlannerSettings``, for instance ``{device: cuda, execute_horizon: 32}``, and ``policy`` fields of
+``policy.settings.PolicySettings``, for instance ``{folder: runs/policy/export, device: cuda}`` or ``{server: "127.0.0.1:7100"}``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.protocols import Policy
 from physisforcing.envs.deploy import XPolicyModel, deploy_interface
 
-POLICIES = ("planner", "noop")
+POLICIES = ("planner", "world_action", "noop")
 
 
 def make_policy(settings: Mapping[str, Any]) -> Policy:
@@ -29,6 +30,8 @@ def make_policy(settings: Mapping[str, Any]) -> Policy:
         return NoOp()
     if name == "planner":
         return _planner(settings.get("planner") or {})
+    if name == "world_action":
+        return _world_action(settings.get("policy") or {})
     module, colon, factory = name.partition(":")
     if not colon:
         raise unknown_name("physis_policy", name, POLICIES, see="or module:factory")
@@ -42,6 +45,13 @@ def make_policy(settings: Mapping[str, Any]) -> Policy:
         fix = "see physisforcing.core.protocols.Policy"
         raise UserError("physis_policy", got=type(policy).__name__, wanted="a Policy", fix=fix)
     return policy
+
+
+def _world_action(values: Mapping[str, Any]) -> Policy:
+    from physisforcing.core.connection import TOKEN_VARIABLE
+    from physisforcing.policy.settings import PolicySettings, open_policy
+
+    return open_policy(PolicySettings.of(values), token=os.environ.get(TOKEN_VARIABLE, ""))
 
 
 def _planner(values: Mapping[str, Any]) -> Policy:

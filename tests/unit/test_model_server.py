@@ -408,7 +408,7 @@ def test_a_server_that_hangs_or_dies(served: Any) -> None:
     os.kill(served.pid, signal.SIGKILL)  # it is not started a second time
     model.connect_s, began = 1.0, time.monotonic()
     result = run_episode(StillEnv(), planner, seed=3)
-    assert result.status == "error" and "ModelLostError" in result.error
+    assert result.status == "error" and "ServerLostError" in result.error
     assert time.monotonic() - began < 10
 
 
