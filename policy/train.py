@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-HELP = """usage: physis train policy [key=value ...]
+HELP = """usage: physis train policy [experiment=policy_pico] [key=value ...]
 
   physis train policy run.init=runs/worldmodel/export codec=runs/vae/codec data.roots=[runs/bell] run.out=runs/policy
   physis train policy run.resume=true ...                    continue from the last complete checkpoint
+  physis train policy experiment=policy_nano run.init=random:runs/worldmodel/export ...    its architecture with drawn weights
   physis train policy video_weight=0 ...                     the same model without the video's loss
+  physis train policy run.init=shipped freeze_video=true video_weight=0 ...    the action expert alone
   physis train policy physics=recommended ...                the physics losses stay on
   physis train policy policy.mode=optional_idm ...           actions that may also see an imagined future
   physis train policy run.init=runs/policy/export ...        a policy is trained further
 
-run.init is a world model's export, whose transformer becomes the video backbone, or a policy; without it everything is drawn. Statistics of
+run.init is a world model's export (or shipped), whose transformer becomes the video backbone, or a policy; without it all is drawn. Statistics of
 states and actions are those of the training episodes and lie beside the weights. Fields and defaults: policy/training_config.py,
 policy/config.py (docs/policy.md). A run folder holds config.yaml, provenance.json, metrics.jsonl, checkpoints and the policy (export/)."""
 
