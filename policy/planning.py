@@ -23,7 +23,7 @@ from .graphs import KINDS, Eager, Graphs, compile_blocks
 from .model import WorldActionModel, precision, to_inference
 from .normalization import ActionStatistics
 from .requests import PlanAnswer, PlanRequest, PolicySpec, check_plan, rows_of
-from .sampling import Sampler, SamplingConfig, draw_noise
+from .sampling import WAYS, Sampler, SamplingConfig, draw_noise
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,6 +55,16 @@ class PlanningConfig:
         return SamplingConfig(steps=self.steps, video_steps=self.video_steps, mode=self.mode)
 
 
+def plans_fingerprint(trained: str, sampling: SamplingConfig, weights: str) -> str:
+    """What plans depend on: weights and how they are sampled, without what is not used. ``trained``: the mode of the policy's training."""
+    way = sampling.mode or WAYS[trained][0]
+    said = dataclasses.asdict(sampling) | {"way": way, "weights": weights}
+    if way in ("first_frame", "joint"):
+        del said["video_steps"]  # they are not made
+    del said["mode"]
+    return config_hash(said)
+
+
 class ChunkModel:
     """Plans of one policy on one device; safe in several threads, one call at a time.
 
@@ -84,14 +94,10 @@ class ChunkModel:
         self.info, self.statistics, self._first_frame, self._sentences = info, statistics, first_frame, sentences
         self.sampler = Sampler(model, self.config.sampling(), frames=1 + (info.frames - 1) // 4)
         own, conditioner = model.config, getattr(model.proprioception, "config", None)
-        said = dataclasses.asdict(self.config.sampling()) | {"way": self.sampler.way, "weights": fingerprint}
-        if not self.sampler.imagines or self.sampler.way == "joint":
-            del said["video_steps"]  # they are not made
-        del said["mode"]
         self._spec = PolicySpec(
             name=name, canvas=info.canvas, size=info.size, lags=(0,) if conditioner is None else tuple(conditioner.lags),
             state_dim=own.state_dim, action_dim=own.action_dim, chunk=own.chunk, control_hz=info.control_hz,
-            fingerprint=config_hash(said),
+            fingerprint=plans_fingerprint(own.mode, self.config.sampling(), fingerprint),
         )  # fmt: skip
         self._future = self._future_shape() if self.sampler.imagines else None
         self._lock = threading.Lock()
