@@ -275,7 +275,8 @@ class PolicyPlan:
             return model_fingerprint(parts, model_settings(config, server))  # type: ignore[arg-type]
         from .policies import identify_policy
 
-        identity = identify_policy(self.policies[name].settings)
+        server, threads = self._servers.get(name), self.config.threads
+        identity = identify_policy(self.policies[name].settings, server, threads)
         self.cameras = tuple(dict.fromkeys((*self.cameras, *identity.cameras)))
         foreign = [task for task in self.config.tasks if identity.tasks and task not in identity.tasks]
         if foreign:

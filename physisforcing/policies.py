@@ -32,6 +32,10 @@ TAKEN = (
     "noop", "random", "retrieval", "retrieval_video", "expert", "model", "perfect", "oracle", "frozen", "noise", "other",
     "objects_erased", "recorded", "black", "mean", "all", "interpolated", "topp", "table2",
 )  # fmt: skip
+#: Plans that a server on a GPU computes together, always exactly so many; on a CPU one by one.
+GPU_BATCH = 16
+#: Settings that a server is started with.
+SERVED = ("steps", "video_steps", "mode", "device", "compute", "autoencoder")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 SOURCES = "a policy's folder, the name of shipped weights, module:function, or planner"
 
@@ -39,7 +43,7 @@ SOURCES = "a policy's folder, the name of shipped weights, module:function, or p
 @dataclass(slots=True, kw_only=True)
 class PolicySettings:
     """Which policy acts, and how. ``source``: see ``SOURCES``. ``execute``: rows of a chunk that are executed before the next plan. ``steps``:
-    denoising steps of the actions. ``mode``: one of ``ACTING_MODES`` for an ``optional_idm`` policy, empty: its first. ``execution``:
+    denoising steps of the actions. ``mode``: one of ``ACTING_MODES`` for an ``optional_idm`` policy, empty: ``idm``. ``execution``:
     ``receding`` waits for every plan; ``async`` begins the next one before the last is executed, and drops its rows for the ``delay`` control
     steps that pass meanwhile (0: as long as it takes by the clock). ``video_steps``: denoising steps of the video, where a mode imagines it.
     ``compute``: how on a GPU (``policy.planning``). ``autoencoder``: its folder, or the pipeline's, where neither the policy's folder nor the
@@ -201,15 +205,15 @@ def check_source(settings: PolicySettings) -> None:
 def acting_mode(settings: PolicySettings, folder: Path) -> str:
     """How the policy of this folder acts. ``UserError`` for a mode that it was not trained in, and for rows that its chunk does not have."""
     from physisforcing.policy.checkpoint import read_settings
+    from physisforcing.policy.sampling import WAYS
 
     config, _, _ = read_settings(folder)
     _execution(settings).check(config.chunk)
-    if config.mode == "optional_idm":
-        return settings.mode or ACTING_MODES[0]
-    if settings.mode not in ("", config.mode):
-        wanted = f"{config.mode}, as it was trained, or nothing"
+    ways = WAYS[config.mode]
+    if settings.mode and settings.mode not in ways:
+        wanted = f"{' or '.join(ways)}, as it was trained"
         raise UserError("policy.mode", got=settings.mode, wanted=wanted, fix="leave policy.mode out")
-    return config.mode
+    return settings.mode or ways[0]
 
 
 def require_devices(policies: Iterable[ActingPolicy], output: str) -> None:
@@ -235,34 +239,65 @@ class PolicyIdentity:
     tasks: tuple[str, ...] = ()
 
 
-def identify_policy(settings: PolicySettings) -> PolicyIdentity:
+def identify_policy(settings: PolicySettings, server: ServerAddress | None = None, threads: int = 0) -> PolicyIdentity:
     """What a policy is, without its weights in memory. A factory is called once: its policy says what it is, and has ``cameras`` where it
-    wants more than the head's pictures."""
+    wants more than the head's pictures. ``threads``: of this evaluation; a server may have others."""
     folder = policy_folder(settings.source)
-    acting: dict[str, Any] = {name: getattr(settings, name) for name in ("execute", "steps", "execution", "device")}
+    acting: dict[str, Any] = {name: getattr(settings, name) for name in ("execute", "execution", "device")}
     if settings.execution == "async":
         acting["delay"] = settings.delay
     if folder is None:
         policy = open_policy(settings)
         try:
-            fingerprint = f"{policy.fingerprint}-{config_hash(acting)[:8]}"
+            fingerprint = f"{policy.fingerprint}-{config_hash(acting | {'steps': settings.steps})[:8]}"
             return PolicyIdentity(fingerprint=fingerprint, cameras=tuple(getattr(policy, "cameras", ("head",))))
         finally:
             close_policy(policy)
-    from physisforcing.policy.checkpoint import policy_fingerprint, read_settings
+    from physisforcing.policy.checkpoint import read_settings
     from physisforcing.worldmodel.data.canvas import canvas_layout
 
     _, info, _ = read_settings(folder)
-    mode = acting_mode(settings, folder)
-    acting |= {"policy": policy_fingerprint(folder), "mode": mode}
-    if mode == "idm":
-        acting["video_steps"] = settings.video_steps
+    acting["plans"] = _plans(settings, folder)
     if settings.compute != "auto":
         acting["compute"] = settings.compute
-    if settings.server:
-        acting["served"] = True  # batches of another size may round differently
+    if served := _served_on(settings, server, threads):
+        acting["served"] = served
     cameras = canvas_layout(info.canvas).names
     return PolicyIdentity(fingerprint=f"policy-{config_hash(acting)}", cameras=cameras, tasks=info.tasks)
+
+
+def _plans(settings: PolicySettings, folder: Path) -> str:
+    """Fingerprint of the weights and of how plans are sampled, as the model itself gives it once it is loaded."""
+    from physisforcing.policy.checkpoint import policy_fingerprint, read_settings
+    from physisforcing.policy.planning import plans_fingerprint
+    from physisforcing.policy.sampling import SamplingConfig
+
+    config, _, _ = read_settings(folder)
+    sampling = SamplingConfig(
+        steps=settings.steps, video_steps=settings.video_steps, mode=acting_mode(settings, folder)
+    )
+    return plans_fingerprint(config.mode, sampling, policy_fingerprint(folder))
+
+
+def _served_on(settings: PolicySettings, server: ServerAddress | None, threads: int) -> str:
+    """How a server computes plans where that is not how this process would; empty where it is the same: on a CPU, one by one."""
+    if not settings.server:
+        return ""
+    if settings.server == "auto" or server is None:
+        from physisforcing.planner.train import choose_device
+
+        # A named device is taken at its word: results of a GPU can be read, and reported, where there is none.
+        device = choose_device("auto") if settings.device == "auto" else settings.device
+        batch, others = GPU_BATCH, threads
+    else:
+        from physisforcing.policy.remote import SocketChunks
+
+        with SocketChunks(server.address, token=server.token, connect_s=server.connect_s) as chunks:
+            device, batch = str(chunks.about.get("device")), int(chunks.about.get("batch") or 0)
+            others = int(chunks.about.get("threads") or 0)
+    if device == "cpu":
+        return "" if (settings.device, threads) == ("cpu", others) else f"cpu with {others} threads"
+    return f"{device.partition(':')[0]} in batches of {batch}"
 
 
 # --------------------------------------------------------------------------------------------------------------- acting
@@ -287,14 +322,26 @@ def _open_folder(
     settings: PolicySettings, folder: Path, server: ServerAddress | None, action_spec: ActionSpec | None
 ) -> Policy:
     """A policy's folder as something that acts: its model here, or the one in ``server``, which must be the same."""
-    from physisforcing.planner.train import choose_device
     from physisforcing.policy.act import WorldActionPolicy
-    from physisforcing.policy.planning import PlanningConfig, load_chunk_model
 
-    own = {name: getattr(settings, name) for name in ("steps", "video_steps", "compute", "autoencoder")}
-    device = choose_device(settings.device, field="policy.device")
-    planning = PlanningConfig(device=device, mode=acting_mode(settings, folder), **own)
-    return WorldActionPolicy(load_chunk_model(folder, planning), _execution(settings), action_spec=action_spec)
+    source: Any
+    if server is None:
+        from physisforcing.planner.train import choose_device
+        from physisforcing.policy.planning import PlanningConfig, load_chunk_model
+
+        own = {name: getattr(settings, name) for name in ("steps", "video_steps", "compute", "autoencoder")}
+        device = choose_device(settings.device, field="policy.device")
+        source = load_chunk_model(folder, PlanningConfig(device=device, mode=acting_mode(settings, folder), **own))
+    else:
+        from physisforcing.policy.remote import SocketChunks
+
+        source = SocketChunks(server.address, token=server.token, connect_s=server.connect_s)
+        if source.spec.fingerprint != (wanted := _plans(settings, folder)):
+            source.close()
+            fix = "start the server with the weights, steps and mode that this evaluation names, or policy.server=auto"
+            got = f"plans {source.spec.fingerprint} at {server.address}"
+            raise UserError("policy.server", got=got, wanted=f"plans {wanted}", fix=fix)
+    return WorldActionPolicy(source, _execution(settings), action_spec=action_spec)
 
 
 def _execution(settings: PolicySettings) -> ExecutionConfig:
@@ -321,8 +368,9 @@ def policy_server(settings: PolicySettings, *, threads: int, workers: int) -> It
     process = ModelProcess(
         {
             "policy": str(policy_folder(settings.source)),
-            "device": settings.device,
+            **{name: getattr(settings, name) for name in SERVED},
             "threads": threads,
+            "batch": GPU_BATCH,
             "clients": max(64, workers + 1),
         },
         module="physisforcing.serve_policy",

@@ -130,15 +130,16 @@ def test_keys_hold_weights_and_everything_that_may_change_an_episode(folder: Cal
     first, other, both = folder(), folder(seed=1), folder("optional_idm")
     base = PolicySettings(source=first, execute=8)
     changed = [
-        {"source": other}, {"execute": 4}, {"steps": 3}, {"execute": 4, "execution": "async"}, {"execute": 4, "execution": "async", "delay": 2}, {"device": "cuda"}, {"server": "auto"},
-        {"source": both}, {"source": both, "mode": "idm"},
+        {"source": other}, {"execute": 4}, {"steps": 3}, {"execute": 4, "execution": "async"},
+        {"execute": 4, "execution": "async", "delay": 2}, {"device": "cuda"}, {"device": "cuda", "server": "auto"},
+        {"source": both}, {"source": both, "mode": "first_frame"}, {"source": both, "video_steps": 3}, {"compute": "compile"},
     ]  # fmt: skip
     found = [identify_policy(dataclasses.replace(base, **change)).fingerprint for change in ({}, *changed)]
     assert len(set(found)) == len(found) and identify_policy(base).fingerprint == found[0]
-    assert (
-        identify_policy(dataclasses.replace(base, source=both, mode="first_frame")).fingerprint
-        == identify_policy(dataclasses.replace(base, source=both)).fingerprint
-    ), "its first mode, said or not"
+    said = ({"source": both}, {"source": both, "mode": "idm"})
+    assert len({identify_policy(dataclasses.replace(base, **one)).fingerprint for one in said}) == 1, "said or not"
+    for same in ({"video_steps": 3}, {"delay": 1}, {"server": "auto"}):
+        assert identify_policy(dataclasses.replace(base, **same)).fingerprint == found[0], "changes nothing here"
     expert = Path(first) / "expert.safetensors"
     expert.write_bytes(expert.read_bytes()[:-1] + b"\x01")
     assert identify_policy(base).fingerprint != found[0], "other weights in the same place"
