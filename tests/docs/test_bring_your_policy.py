@@ -1,0 +1,76 @@
+"""docs/bring_your_policy.md: its blocks run, in order, with a freshly drawn policy of the small models' size."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from physisforcing import deploy
+from physisforcing.core.config import compose
+from physisforcing.core.protocols import Policy
+from physisforcing.core.types import Observation
+from physisforcing.serve_policy import ServePolicyConfig, make_server
+from tests.helpers.pico_policy import write_pico_policy
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "bring_your_policy.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a policy in runs/policy/export."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / "runs" / "policy").mkdir(parents=True)
+    write_pico_policy(tmp_path / "runs" / "policy" / "export")
+    return tmp_path
+
+
+def test_the_page_runs_as_written(place, capsys):
+    acts, asynchronous, remote, mine = blocks("python")
+    serve, evaluate = blocks("sh")
+    names: dict[str, Any] = {}
+    exec(compile(acts, "acts", "exec"), names)
+    assert names["rows"].shape == (12, 14) and "'plans': 1.0" in capsys.readouterr().out
+    exec(compile(asynchronous, "asynchronous", "exec"), names)
+
+    words = shlex.split(serve.strip())
+    assert words[:3] == ["physis", "serve", "policy"]
+    config = compose("serve_policy", words[3:], ServePolicyConfig)
+    assert config.port == 7100
+    config.port = 0
+    server = make_server(config)
+    address = f"127.0.0.1:{server.open()}"
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        exec(compile(remote.replace("127.0.0.1:7100", address), "remote", "exec"), names)
+        assert "(12, 14)" in capsys.readouterr().out
+    finally:
+        server.stop()
+        thread.join(20)
+
+    settings = yaml.safe_load(blocks("yaml")[0])
+    assert settings["policy_name"] == "physisforcing.deploy"
+    ours = deploy.make_policy(settings)
+    assert isinstance(ours, Policy) and ours.fingerprint == names["policy"].fingerprint
+
+    (place / "my_policy.py").write_text(mine)
+    source = next(word for word in shlex.split(evaluate) if word.startswith("policy=")).removeprefix("policy=")
+    yours = deploy.make_policy({"physis_policy": source})
+    yours.reset(task="click_bell", seed=0, instruction="")
+    state = np.linspace(0, 1, 14, dtype=np.float32)
+    rows = yours.act(Observation(images={}, state_A=state, measured_A=state, instruction="", step=0))
+    np.testing.assert_allclose(rows[:, 1] - state[1], 0.01 * np.arange(1, 13), atol=1e-6)
+    assert (rows[:, 0] == state[0]).all()
