@@ -29,7 +29,6 @@ import torch
 from physisforcing.core.types import Observation
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
 from physisforcing.policy.act import ExecutionConfig, WorldActionPolicy
-from physisforcing.policy.canvas import CANVASES
 from physisforcing.policy.checkpoint import PolicyInfo
 from physisforcing.policy.config import PolicyModelConfig
 from physisforcing.policy.encoding import first_frame_by
@@ -37,6 +36,7 @@ from physisforcing.policy.model import WorldActionModel
 from physisforcing.policy.normalization import ActionStatistics
 from physisforcing.policy.planning import ChunkModel, PlanningConfig, load_chunk_model
 from physisforcing.policy.requests import PlanRequest
+from physisforcing.worldmodel.data.canvas import CANVASES
 from physisforcing.worldmodel.pipeline_vae import PipelineVae
 
 HELPERS = Path(__file__).resolve().parents[1] / "tests" / "helpers"
