@@ -12,17 +12,29 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
 import toy_policies
+from acting_policy import acting_policy
 from physisforcing.core.config import compose
 from physisforcing.core.errors import UserError
 from physisforcing.core.stats import wilson
+from physisforcing.core.types import Observation
 from physisforcing.envs.manifest import load_manifest
 from physisforcing.envs.seeds import Job
 from physisforcing.eval_plan import EvalPlanConfig, _Plan
 from physisforcing.eval_policy import EvalPolicyConfig, PolicyPlan, evaluate, main, spelled_out, write_summary
 from physisforcing.plan_scenes import plan_scenes
-from physisforcing.policies import ActingPolicy, PolicySettings, acting_policies, check_source, identify_policy, named
+from physisforcing.policies import (
+    ActingPolicy,
+    PolicySettings,
+    acting_policies,
+    check_source,
+    identify_policy,
+    named,
+    open_policy,
+    policy_server,
+)
 from physisforcing.policy.checkpoint import PolicyInfo, save_policy
 from physisforcing.policy_protocols import PUBLISHED, TASKS, Table2Settings, published
 from physisforcing.policy_report import compare_policies, crossed_interval
@@ -311,3 +323,41 @@ def test_table_2_has_200_frozen_scenes_a_task_the_test_set_among_them() -> None:
         manifest, test = (load_manifest(f"{kind}_{task}") for kind in ("table2", "test"))
         assert len(scenes.seeds[task]) == 200 == len(set(scenes.seeds[task]))
         assert manifest.entries[:100] == test.entries and manifest.environment() == test.environment()
+
+
+# -------------------------------------------------------------------------------------------------------------- server
+
+
+def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path) -> None:
+    """Bit-equal on a CPU, under the same key; another number of steps at that address is refused."""
+    folder = acting_policy(tmp_path / "mine" / "export")
+    own = PolicySettings(source=str(folder), steps=2)
+    served = dataclasses.replace(own, server="auto")
+    draw = np.random.default_rng(0)
+    picture, state = draw.integers(0, 256, (240, 320, 3), dtype=np.uint8), draw.normal(size=14).astype(np.float32)
+    seen = Observation(images={"head": picture}, state_A=state, measured_A=state, instruction="", step=0)
+
+    def chunk(policy: Any, seed: int) -> np.ndarray:
+        policy.reset(task="click_bell", seed=seed, instruction="press the bell")
+        return policy.act(seen)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        here = open_policy(own)
+        with policy_server(served, threads=1, workers=1) as address:
+            assert address is not None
+            there = open_policy(served, address)
+            for seed in (100_000, 100_001):
+                assert np.array_equal(chunk(there, seed), chunk(here, seed))
+            assert not np.array_equal(chunk(here, 100_000), chunk(here, 100_001)), "noise of the episode"
+            assert there.fingerprint.rpartition("-")[2] == here.fingerprint.rpartition("-")[2]
+            at = dataclasses.replace(own, server=address.address)
+            assert identify_policy(at, address, threads=1) == identify_policy(own, threads=1)
+            assert identify_policy(at, address, threads=2) != identify_policy(own, threads=2), (
+                "one thread there, two here"
+            )
+            with pytest.raises(UserError, match=r"policy\.server: got 'plans .*steps and mode"):
+                open_policy(dataclasses.replace(at, steps=3), address)
+    finally:
+        torch.set_num_threads(threads)
