@@ -19,6 +19,7 @@ PUBLISHED = {
     "Fast-WAM on Wan2.2-TI2V-5B + PhysisForcing": (63.0, 60.0, 63.0, 94.5, 93.0, 63.0, 72.8),
 }
 ROLLOUTS = 200
+OWN = "the tasks' own"
 SOURCE = "PhysisForcing, arXiv 2606.28128, Table 2"
 NOTE = (
     "One policy trained jointly on the six tasks, 200 rollouts each, as printed. Seeds, scenes, control mode, executed rows a plan, training "
@@ -57,7 +58,7 @@ class Table2Settings:
         for name in ("episodes", "max_steps", "execute", "steps"):
             value, wanted = getattr(self, name), getattr(Table2Settings(), name)
             if value != wanted:
-                found.append(f"{name} {value}, not {'the tasks own' if wanted is None else wanted}")
+                found.append(f"{name} {value}, not {OWN if wanted is None else wanted}")
         if self.manifest != NAME:
             found.append(f"scenes of {self.manifest}, not of {NAME}")
         if self.first_seed is not None:
@@ -119,7 +120,7 @@ def block(config: Any) -> dict[str, Any]:
 def markdown(part: Mapping[str, Any]) -> str:
     """How episodes were run, and the published rows under their own heading."""
     settings = part["protocol"]
-    limit = "the tasks' own" if settings["max_steps"] is None else settings["max_steps"]
+    limit = OWN if settings["max_steps"] is None else settings["max_steps"]
     lines = [
         "## Protocol of Table 2",
         "",
