@@ -51,7 +51,12 @@ def _world_action(values: Mapping[str, Any]) -> Policy:
     from physisforcing.core.connection import TOKEN_VARIABLE
     from physisforcing.policy.settings import PolicySettings, open_policy
 
-    return open_policy(PolicySettings.of(values), token=os.environ.get(TOKEN_VARIABLE, ""))
+    from .policies import policy_folder
+
+    chosen = PolicySettings.of(values)
+    if chosen.folder and (folder := policy_folder(chosen.folder)) is not None:
+        chosen.folder = str(folder)  # shipped weights have a name
+    return open_policy(chosen, token=os.environ.get(TOKEN_VARIABLE, ""))
 
 
 def _planner(values: Mapping[str, Any]) -> Policy:

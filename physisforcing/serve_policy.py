@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from physisforcing.core.connection import TOKEN_VARIABLE, failure
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 HELP = """Serve one policy to many environments: their requests for plans become common batches.
 
 settings (field=value):
-  policy=FOLDER          the export of physis train policy, or a converted checkpoint
+  policy=FOLDER          the export of physis train policy, a converted checkpoint, or the name of shipped weights
   autoencoder=FOLDER     its autoencoder or pipeline folder, where it is not the one beside the weights or the package's
   steps=10               denoising steps of the actions   video_steps=10 (of an imagined future)   mode= (first_frame or idm)
   device=cpu             or cuda   compute=auto (eager, graph, compile)   threads=2 (numeric threads)
@@ -70,9 +69,12 @@ def make_server(config: ServePolicyConfig) -> PolicyServer:
     from physisforcing.policy.planning import PlanningConfig, load_chunk_model
     from physisforcing.policy.remote import PolicyServer
 
-    if not config.policy:
-        fix = "policy=runs/policy/export"
-        raise UserError("policy", got="", wanted="the folder of a policy", fix=fix)
+    from .policies import policy_folder
+
+    folder = policy_folder(config.policy) if config.policy else None
+    if folder is None:
+        wanted = "the folder of a policy, or the name of shipped weights"
+        raise UserError("policy", got=config.policy, wanted=wanted, fix="policy=runs/policy/export")
     device = choose_device(config.device)
     settings = MessageServerConfig(
         host=config.host, port=config.port, token=config.token, clients=config.clients, batch=config.batch,
@@ -84,8 +86,8 @@ def make_server(config: ServePolicyConfig) -> PolicyServer:
         device=device, compute=config.compute, batch=1 if device == "cpu" else max(1, config.batch),
         autoencoder=config.autoencoder, steps=config.steps, video_steps=config.video_steps, mode=config.mode,
     )  # fmt: skip
-    chunks = load_chunk_model(config.policy, planning, store_sentences=False)
-    about = {"device": device, "threads": config.threads, "source": str(Path(config.policy).resolve().name)}
+    chunks = load_chunk_model(folder, planning, store_sentences=False)
+    about = {"device": device, "threads": config.threads, "source": folder.resolve().name}
     return PolicyServer(chunks, settings, about=about)
 
 

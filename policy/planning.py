@@ -68,7 +68,7 @@ def plans_fingerprint(trained: str, sampling: SamplingConfig, weights: str) -> s
 class ChunkModel:
     """Plans of one policy on one device; safe in several threads, one call at a time.
 
-    ``latent_shape``: (C, h, w) of a latent frame. ``backend``: what compiles.
+    ``name``: of the policy in results; ``fingerprint``: of its folder. ``backend``: what compiles.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class ChunkModel:
         return self._spec
 
     def plan(self, request: PlanRequest) -> PlanAnswer:
-        """Chunks in the robot's units, with seconds of ``text``, ``encode``, ``prefill`` and ``steps``. ``UserError``: see ``check_plan``."""
+        """Chunks in the robot's units, with seconds of ``encode``, ``prefill`` and ``steps``. ``UserError``: see ``check_plan``."""
         check_plan(request, self._spec)
         total, size = len(request.seeds_B), self.config.batch
         chunks, seconds = [], dict[str, float]()

@@ -191,7 +191,7 @@ def test_deploy_names_a_server_or_a_folder() -> None:
         deploy.eval(env, model, raw)
         assert len(taken) == 12
         np.testing.assert_allclose(np.diff([row[0] for row in taken]), 0.01, atol=1e-5)
-    for values, field in (({}, "policy"), ({"folder": "a", "server": "b:1"}, "policy"), ({"foldr": "a"}, "folder")):
+    for values, field in (({}, "policy"), ({"folder": "policy_none"}, "policy"), ({"foldr": "a"}, "folder")):
         with pytest.raises(UserError, match=field):
             deploy.make_policy({"physis_policy": "world_action", "policy": values})
 
