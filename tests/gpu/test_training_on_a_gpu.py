@@ -94,7 +94,7 @@ def no_waiting(device: str):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_an_update_does_not_wait_for_the_device(device, resume_case, tmp_path, monkeypatch):
     """``Trainer.step`` with both physics losses on a bank that lies on the device."""
-    from physisforcing.worldmodel.training import worldmodel as module
+    from physisforcing.worldmodel.training import trainer as module
 
     settings, host = resume_case.config(tmp_path, "run", 4), resume_case.bank(0)
     targets = dataclasses.replace(
