@@ -6,51 +6,100 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.data.batches import WindowBank, WindowSampler
-from physisforcing.worldmodel.data.windows import FRAME_STRIDE, WINDOW_STEPS, Episode
+from physisforcing.worldmodel.data.latent_bank import EpochSampler, LatentBank
+from physisforcing.worldmodel.data.windows import Episode
 
 from .normalization import ActionStatistics
+from .recordings import Recordings
 
 #: Pixel frames of a latent frame behind the first.
 FRAMES_PER_LATENT = 4
 
 
 def episode_statistics(episodes: Sequence[Episode], kind: str) -> ActionStatistics:
-    """Of the states and actions of training episodes: the action of step t is the state of step t + 1."""
-    states = [episode.states_TA for episode in episodes]
-    moved = [rows[1:] for rows in states if len(rows) > 1]
-    return ActionStatistics.of(moved, states, kind, episodes=len(states))
+    """Of the states and actions of training episodes."""
+    none = torch.empty(0, dtype=torch.int64)
+    made = Recordings(episode_W=none, start_W=none, stride=1, span=0)
+    for episode in episodes:
+        made.add(f"{episode.root} episode {episode.index}".strip(), episode.states_TA, episode.actions_TA)
+    return made.statistics(kind)
+
+
+def latent_banks(
+    training: LatentBank, heldout: LatentBank | None, kind: str, chunk: int, stored: ActionStatistics | None = None
+) -> tuple[PolicyBank, PolicyBank | None]:
+    """Windows of a large backbone with their actions. Statistics are those of the training windows' episodes, or ``stored``, those of a
+    policy that is trained further. ``DatasetError`` and ``UserError`` as ``Recordings.of_latents`` and ``PolicyBank.of_recordings``."""
+    recordings = Recordings.of_latents(training)
+    statistics = stored if stored is not None else recordings.statistics(kind)
+    made = PolicyBank.of_recordings(training, recordings, statistics, chunk)
+    if heldout is None:
+        return made, None
+    return made, PolicyBank.of_recordings(heldout, Recordings.of_latents(heldout, recordings), statistics, chunk)
 
 
 @dataclass(slots=True, kw_only=True)
 class PolicyBank:
-    """A ``WindowBank`` as the policy's trainer reads it. ``length_E``: control steps of each episode, on the bank's device."""
+    """Windows of a world model's ``bank`` with their actions, states and masks. These lie where the bank's latents do: of a small model on its
+    device, of a large one on the CPU.
 
-    bank: WindowBank
-    length_E: Tensor
+    ``actions_MA``, ``states_MA``: of all episodes, one behind the other, float32, as recorded. Of each window: ``action_W``, ``state_W``: the
+    rows of its first action and state; ``last_W``: that of its episode's last action; ``remaining_W``: recorded steps from its first to its
+    episode's last; int64. ``stride``, ``time``: as in ``Recordings``.
+    """
+
+    bank: WindowBank | LatentBank
     statistics: ActionStatistics
     chunk: int
+    actions_MA: Tensor
+    states_MA: Tensor
+    action_W: Tensor
+    state_W: Tensor
+    last_W: Tensor
+    remaining_W: Tensor
+    stride: int
+    time: int
+    hz: float | None = None
 
     @classmethod
     def of(cls, bank: WindowBank, episodes: Sequence[Episode], statistics: ActionStatistics, chunk: int) -> PolicyBank:
-        """``UserError`` for a chunk that is longer than a window, and for episodes of another robot."""
-        if not 1 <= chunk <= WINDOW_STEPS:
-            raise UserError(
-                "policy.chunk",
-                got=chunk,
-                wanted=f"1 to {WINDOW_STEPS}: what a window shows",
-                fix=f"policy.chunk={WINDOW_STEPS}",
-            )
-        width = episodes[0].states_TA.shape[1]
-        if width != statistics.state.width:
-            fix = "data.roots of one robot"
-            raise UserError("observation.state", got=f"{width} numbers", wanted=f"{statistics.state.width}", fix=fix)
-        lengths = torch.tensor([episode.length for episode in episodes], device=bank.device)
-        return cls(bank=bank, length_E=lengths, statistics=statistics, chunk=chunk)
+        """Of a small model. ``UserError`` and ``DatasetError`` as ``of_recordings``."""
+        return cls.of_recordings(bank, Recordings.of_windows(bank, episodes), statistics, chunk)
+
+    @classmethod
+    def of_recordings(
+        cls, bank: WindowBank | LatentBank, recordings: Recordings, statistics: ActionStatistics, chunk: int
+    ) -> PolicyBank:
+        """``UserError`` for a chunk that is longer than a window, and for episodes of another robot than the statistics."""
+        if not 1 <= chunk <= recordings.span:
+            wanted, fix = f"1 to {recordings.span}: what a window shows", f"policy.chunk={recordings.span}"
+            raise UserError("policy.chunk", got=chunk, wanted=wanted, fix=fix)
+        for name, rows, scale in (
+            ("observation.state", recordings.states_E, statistics.state),
+            ("action", recordings.actions_E, statistics.action),
+        ):
+            if rows[0].shape[1] != scale.width:
+                got, fix = f"{rows[0].shape[1]} numbers", "data of the robot that the statistics are of"
+                raise UserError(name, got=got, wanted=f"{scale.width}", fix=fix)
+        episode, start = recordings.episode_W, recordings.start_W
+        device = torch.device("cpu") if isinstance(bank, LatentBank) else bank.device
+        first_states, lengths = _places(recordings.states_E)
+        first_actions, counts = _places(recordings.actions_E)
+        return cls(
+            bank=bank, statistics=statistics, chunk=chunk, stride=recordings.stride, time=recordings.time, hz=recordings.hz,
+            actions_MA=torch.from_numpy(np.concatenate(recordings.actions_E)).to(device),
+            states_MA=torch.from_numpy(np.concatenate(recordings.states_E)).to(device),
+            action_W=(first_actions[episode] + start).to(device),
+            state_W=(first_states[episode] + start).to(device),
+            last_W=(first_actions + counts - 1)[episode].to(device),
+            remaining_W=(lengths[episode] - 1 - start).to(device),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.bank)
@@ -66,13 +115,19 @@ class PolicyBank:
 
     @property
     def text_tokens(self) -> int:
-        return self.bank.text_tokens
+        """Tokens that the blocks read beside the pictures': a sentence's and those of the state."""
+        return self.bank.text_tokens + isinstance(self.bank, LatentBank)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the windows of a large backbone; None of a small model's, which their settings tell."""
+        return self.bank.fingerprint if isinstance(self.bank, LatentBank) else None
 
     def name(self, row: int) -> str:
         """See ``WindowBank``; as the methods below."""
         return self.bank.name(row)
 
-    def sampler(self, start_fraction: float, end_fraction: float) -> WindowSampler:
+    def sampler(self, start_fraction: float, end_fraction: float) -> WindowSampler | EpochSampler:
         return self.bank.sampler(start_fraction, end_fraction)
 
     def latent_shape(self, rows_B: Tensor) -> tuple[int, ...]:
@@ -81,34 +136,54 @@ class PolicyBank:
     def alike(self, *, physics: bool = True) -> Tensor:
         return self.bank.alike(physics=physics)
 
+    def physics_rows(self) -> Tensor:
+        return self.bank.physics_rows()
+
     def expect(self, rows_B: Tensor) -> None:
         self.bank.expect(rows_B)
 
-    def batch(self, rows_B: Tensor) -> dict[str, Any]:
-        """``latents_BCFhw``, ``text`` [B,L,D], ``proprioception_BKA`` (raw), ``state_BA`` and ``actions_BPA`` (normalised), ``action_valid_BP``
-        and ``frame_valid_BF`` (bool), and ``targets`` of window rows, on the device.
+    def close(self) -> None:
+        """End the threads that read latents."""
+        if isinstance(self.bank, LatentBank):
+            self.bank.close()
 
-        An action is valid where the episode has the state that it brings about; a latent frame unless all its pixel frames lie past the end.
+    def batch(self, rows_B: Tensor) -> dict[str, Any]:
+        """``latents_BCFhw``, ``text`` [B,L,D], ``proprioception_BKA`` (raw; K=1 for a large backbone), ``state_BA`` and ``actions_BPA``
+        (normalised), ``action_valid_BP`` and ``frame_valid_BF`` (bool), and ``targets`` of window rows, on the device.
+
+        An action is valid where its episode has it; a latent frame unless all its pixel frames lie past the end.
         """
         found = self.bank.batch(rows_B)
-        actions = found["actions_BPA"]
-        assert actions is not None, "windows without actions"
-        remaining_B = self._remaining(rows_B)
-        steps = torch.arange(self.chunk, device=self.device) + 1
-        frames = torch.arange(found["latents_BCFhw"].shape[2], device=self.device)
-        shown = ((frames - 1) * FRAMES_PER_LATENT + 1).clamp(min=0) * FRAME_STRIDE
-        return {
-            "latents_BCFhw": found["latents_BCFhw"],
-            "text": found["text_BLD"],
-            "proprioception_BKA": found["proprioception_BKA"],
-            "state_BA": self.statistics.state.normalise(found["proprioception_BKA"][:, 0]),
-            "actions_BPA": self.statistics.action.normalise(actions[:, : self.chunk]),
-            "action_valid_BP": steps <= remaining_B[:, None],
-            "frame_valid_BF": shown <= remaining_B[:, None],
-            "targets": found["targets"],
+        here = self.state_W.device
+        rows_B = _sent(rows_B, here)
+        steps = torch.arange(self.chunk, device=here)
+        place_BP = torch.minimum(self.action_W[rows_B, None] + steps, self.last_W[rows_B, None])
+        remaining_B1 = self.remaining_W[rows_B, None]
+        frames = torch.arange(found["latents_BCFhw"].shape[2], device=here)
+        shown = ((frames - 1) * self.time + 1).clamp(min=0) * self.stride
+        state_BA = self.states_MA[self.state_W[rows_B]]
+        mine = {
+            "proprioception_BKA": state_BA[:, None],
+            "state_BA": self.statistics.state.normalise(state_BA),
+            "actions_BPA": self.statistics.action.normalise(self.actions_MA[place_BP]),
+            "action_valid_BP": steps < remaining_B1,
+            "frame_valid_BF": shown <= remaining_B1,
         }
+        made: dict[str, Any] = {name: _sent(value, self.device) for name, value in mine.items()}
+        if "proprioception_BKA" in found:  # with the states before it
+            made["proprioception_BKA"] = found["proprioception_BKA"]
+        text = found["text"] if "text" in found else found["text_BLD"]
+        return made | {"latents_BCFhw": found["latents_BCFhw"], "text": text, "targets": found["targets"]}
 
-    def _remaining(self, rows_B: Tensor) -> Tensor:
-        """Control steps between a window's first step and the last of its episode, int64 [B]."""
-        table, rows = self.bank.table, rows_B.cpu()
-        return self.length_E[table.episode_W[rows].to(self.device)] - 1 - table.start_W[rows].to(self.device)
+
+def _sent(value: Tensor, device: torch.device) -> Tensor:
+    """On the device; the copy does not hold up the host."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
+def _places(episodes: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """-> (row of each episode's first in all of them one behind the other, rows of each), int64 [E]."""
+    counts = torch.tensor([len(rows) for rows in episodes])
+    return counts.cumsum(0) - counts, counts

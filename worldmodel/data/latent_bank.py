@@ -21,6 +21,7 @@ from physisforcing.core.errors import DatasetError, UserError
 
 from ..physics.config import PhysicsConfig
 from .batches import step_generator
+from .latent_actions import ACTION, STATE, RecordedActions, read_actions
 from .latent_shards import LatentWindow, StoreInfo, read_window
 from .target_shards import EpisodeTargets, TargetRecipe, open_shard
 from .window_targets import check_recipe, reduce_shard
@@ -76,7 +77,7 @@ class StoreTargets:
 class LatentBank:
     """``windows``: (store, window), a row each. ``physics``: None where a run has no physics losses. ``ahead``: threads that read.
 
-    ``close`` ends them.
+    ``close`` ends them. ``sentence_tokens``: what a Wan sentence is padded to.
     """
 
     info: StoreInfo
@@ -84,6 +85,7 @@ class LatentBank:
     device: torch.device
     physics: PhysicsConfig | None = None
     ahead: int = 4
+    sentence_tokens: int = WAN_TOKENS
     targets: StoreTargets | None = None
     #: What to do where targets are missing.
     AGAIN: ClassVar[str] = "physis data latents again, or copy the whole store"
@@ -138,7 +140,7 @@ class LatentBank:
     def text_tokens(self) -> int:
         """Tokens of a sentence as the blocks read it; of Cosmos3 those of the first window's."""
         if self.info.kind == "wan":
-            return WAN_TOKENS
+            return self.sentence_tokens
         return len(self._read(0)["text_L"])
 
     def latent_shape(self, rows_B: Tensor) -> tuple[int, ...]:
@@ -181,6 +183,19 @@ class LatentBank:
             made["targets"] = {name: self._stack([sample["targets"][name][0] for sample in samples]) for name in names}
         return made
 
+    def recorded(self, row: int) -> RecordedActions:
+        """States and actions of the episode of a window. ``DatasetError`` where there are none."""
+        store, window = self.windows[row]
+        if not window.actions:
+            raise self._without_actions(row)
+        return read_actions(store / window.actions, f"{window.source} episode {window.episode}")
+
+    def _without_actions(self, row: int) -> DatasetError:
+        window = self.windows[row][1]
+        fix = "physis data latents again adds them where the dataset has them; else leave that dataset out"
+        wanted = f"the columns {STATE} and {ACTION}"
+        return DatasetError(f"actions of {window.source} episode {window.episode}", got="none", wanted=wanted, fix=fix)
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
@@ -195,12 +210,16 @@ class LatentBank:
         return whole.pin_memory().to(self.device, non_blocking=True)
 
     def _text(self, samples: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Embeddings [B,512,D] with zeros behind the sentence, or ids [B,L] with -1 behind it."""
+        """Embeddings [B,512,D] with zeros behind the sentence (``sentence_tokens``), or ids [B,L] with -1 behind it."""
         if self.info.kind == "cosmos3":
             ids = [sample["text_L"] for sample in samples]
             return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1).to(self.device)
         first = samples[0]["text_LD"]
-        text = torch.zeros(len(samples), WAN_TOKENS, first.shape[1], dtype=first.dtype, device=self.device)
+        longest = max(len(sample["text_LD"]) for sample in samples)
+        if longest > self.sentence_tokens:
+            wanted = f"at most {self.sentence_tokens}"
+            raise UserError("data.latents", got=f"a sentence of {longest} tokens", wanted=wanted, fix="a shorter one")
+        text = torch.zeros(len(samples), self.sentence_tokens, first.shape[1], dtype=first.dtype, device=self.device)
         for row, sample in enumerate(samples):
             text[row, : len(sample["text_LD"])] = sample["text_LD"].to(self.device, non_blocking=True)
         return text

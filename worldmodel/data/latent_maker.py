@@ -49,12 +49,13 @@ class LatentMaker:
         self.latents = latents_fingerprint(model / "vae")
         self.seconds = {"pictures": 0.0, "latents": 0.0, "text": 0.0}
 
-    def info(self, fps: float, teachers: dict[str, Any] | None) -> StoreInfo:
+    def info(self, fps: float, teachers: dict[str, Any] | None, canvas: str = "") -> StoreInfo:
         """What the store says of its windows."""
         found = self.described
         return StoreInfo(
             kind="cosmos3" if found.cosmos else "wan", latents=self.latents, text=self._text_fingerprint(),
             channels=found.channels, stride=found.stride, conditioned=found.conditioned, fps=fps, teachers=teachers,
+            canvas=canvas,
         )  # fmt: skip
 
     def shard_name(
@@ -144,8 +145,10 @@ class LatentMaker:
 
 
 def window_frames(source: EpisodeSource, index: int, bucket: Bucket, start: int, stride: int) -> NDArray[np.uint8]:
-    """The pictures [T,H,W,3] of the window of an episode that starts at the recorded frame ``start``."""
-    return source.frames(index, range(start, start + bucket.frames * stride, stride))
+    """The pictures [T,H,W,3] of the window of an episode that starts at the recorded frame ``start``; past the end the last one repeats."""
+    steps = np.minimum(start + stride * np.arange(bucket.frames), source.episode(index).length - 1)
+    shown, places = np.unique(steps, return_inverse=True)
+    return source.frames(index, shown.tolist())[places]
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

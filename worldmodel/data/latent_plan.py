@@ -95,11 +95,14 @@ def _job(
 
     episode = source.episode(index)
     frames = (episode.length - 1) // settings.stride + 1
+    if settings.past_end:
+        frames = max(frames, min(bucket.frames for bucket in buckets))
     bucket = choose(buckets, frames, recorded_size(source, index, camera))
     if bucket is None:
         return None
-    span = (bucket.frames - 1) * settings.stride
-    starts = list(range(0, episode.length - span, window_step(settings, bucket)))[: settings.limit]
+    # past the end: as long as a window shows a second picture, the first one in any case
+    span = settings.stride if settings.past_end else (bucket.frames - 1) * settings.stride
+    starts = list(range(0, max(episode.length - span, 1), window_step(settings, bucket)))[: settings.limit]
     content = hashlib.sha256(f"{source.content_hash(index)} {camera}".encode()).hexdigest()
     return Job(
         source=source, index=index, bucket=bucket, starts=starts, camera=camera, content=content,
@@ -107,8 +110,8 @@ def _job(
     )  # fmt: skip
 
 
-def job_windows(job: Job, info: StoreInfo, targets: str) -> list[LatentWindow]:
-    """The windows of a job as a store lists them. ``targets``: the file of its physics targets, "" for none."""
+def job_windows(job: Job, info: StoreInfo, targets: str, actions: str = "") -> list[LatentWindow]:
+    """The windows of a job as a store lists them. ``targets``, ``actions``: the files of its physics targets and of its actions, "" for none."""
     from .latent_shards import LatentWindow
 
     (time, high, wide), bucket = info.stride, job.bucket
@@ -118,6 +121,7 @@ def job_windows(job: Job, info: StoreInfo, targets: str) -> list[LatentWindow]:
             shard=job.shard, row=row, shape=shape, caption=job.source.episode(job.index).instruction,
             source=Path(job.source.root).name, episode=job.index, start=start, targets=targets,
             target_row=row if targets else -1, content=job.content[:32],
+            actions=actions,
         )
         for row, start in enumerate(job.starts)
     ]  # fmt: skip

@@ -14,7 +14,8 @@ class WindowSettings:
     """Fields of ``physis data latents``, whose ``--help`` describes them, and of ``data.live`` in a run that encodes while it trains.
 
     ``buckets``: FRAMESxROWSxCOLUMNS of pixels. ``stride``, ``start_stride``: recorded frames from one picture and from one window to the
-    next, ``start_stride`` 0 is one window behind the other. ``canvas``: several cameras as one picture (``canvas.py``). ``limit``: windows an episode. ``fps``: of clips. ``grid_rows``,
+    next, ``start_stride`` 0 is one window behind the other. ``canvas``: several cameras as one picture (``canvas.py``). ``past_end``: also windows
+    that reach past the end of their episode, where the last picture repeats. ``limit``: windows an episode. ``fps``: of clips. ``grid_rows``,
     ``grid_columns``: points that are followed. ``dtype``: bf16 or fp32, in which latents and sentences are kept.
     """
 
@@ -25,6 +26,7 @@ class WindowSettings:
     fps: float = 16.0
     camera: str | None = None
     canvas: str = ""
+    past_end: bool = False
     success_only: bool = True
     grid_rows: int = 25
     grid_columns: int = 25

@@ -6,6 +6,7 @@ A store is a folder::
     windows.jsonl                      one line a window, in the order of datasets, episodes and starts
     81x480x640/<content>.safetensors   the windows of one episode or clip, of that many frames, rows and columns of pixels
     targets/<recipe>/<content>.safetensors    physics targets of the same windows, as ``data.target_shards`` writes them
+    actions/<content>.safetensors      states and actions of the episodes that have them (``latent_actions.py``)
 
 It needs none of the datasets it was made of, and may be moved. A shard holds ``latents_WCFhw`` (normalised, the mode of the
 autoencoder), of a backbone with conditioning channels also ``condition_WCFhw`` (the first picture and grey behind it), and the sentence:
@@ -42,7 +43,8 @@ class StoreInfo:
 
     ``kind``: one of ``KINDS``. ``latents``, ``text``: fingerprints of the autoencoder (``storage.latents_fingerprint``) and of what read
     the sentences. ``channels``, ``stride``: of the latents. ``conditioned``: whether there are latents of the first picture and grey.
-    ``fps``: frames a second of the videos. ``teachers``: who made the targets, by kind, or None where there are none.
+    ``fps``: frames a second of the videos. ``teachers``: who made the targets, by kind, or None where there are none. ``canvas``: how several
+    cameras became one picture (``canvas.py``), "" where one camera is seen.
     """
 
     kind: str
@@ -53,6 +55,7 @@ class StoreInfo:
     conditioned: bool
     fps: float
     teachers: dict[str, Any] | None = None
+    canvas: str = ""
 
     def __post_init__(self) -> None:
         self.stride = (int(self.stride[0]), int(self.stride[1]), int(self.stride[2]))
@@ -64,7 +67,8 @@ class LatentWindow:
 
     ``shard``, ``row``: where its latents are; ``targets``, ``target_row``: its physics targets, "" and -1 where it has none; paths are
     relative to the store. ``shape``: [C,F,h,w] of its latents. ``source``, ``episode``, ``start``: what it was cut out of, for messages;
-    ``content``: digest of the episode, which with ``start`` and ``shape`` tells one window from another.
+    ``content``: digest of the episode, which with ``start`` and ``shape`` tells one window from another. ``actions``: the file of its episode's
+    states and actions, "" where there are none.
     """
 
     shard: str
@@ -77,6 +81,7 @@ class LatentWindow:
     targets: str = ""
     target_row: int = -1
     content: str = ""
+    actions: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -151,8 +156,7 @@ def read_window(folder: Path, window: LatentWindow) -> dict[str, Tensor]:
     if not path.is_file():
         raise DatasetError(f"latents of {window.name}", got="none", wanted=str(path), fix=fix.split(" and ")[1])
     try:
-        state = path.stat()
-        _verify(path, state.st_mtime_ns, state.st_size)
+        check_shard(path)
         found = {}
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
@@ -168,6 +172,12 @@ def read_window(folder: Path, window: LatentWindow) -> dict[str, Tensor]:
             f"latents of {window.name}", got=f"{path}: {error}", wanted="a whole shard", fix=fix
         ) from error
     return found
+
+
+def check_shard(path: Path) -> None:
+    """``ValueError`` where the tensors of a file of ``write_shard`` do not match its checksum. They are read once a process."""
+    state = path.stat()
+    _verify(path, state.st_mtime_ns, state.st_size)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -196,9 +206,9 @@ def check_same(stores: Mapping[Path, StoreInfo]) -> StoreInfo:
     """What several stores share. ``UserError`` names the first that differs in what a run needs to be one."""
     (first, info), *others = stores.items()
     for folder, other in others:
-        for name in ("kind", "latents", "text", "channels", "stride", "conditioned", "fps", "teachers"):
+        for name in ("kind", "latents", "text", "channels", "stride", "conditioned", "fps", "teachers", "canvas"):
             if getattr(other, name) != getattr(info, name):
-                fix = "make them with the same model=, fps= and teacher="
+                fix = "make them with the same model=, fps=, teacher= and canvas="
                 wanted = f"{getattr(info, name)!r}, as in {first}"
                 raise UserError(f"data.latents: {name} of {folder}", got=getattr(other, name), wanted=wanted, fix=fix)
     return info

@@ -42,6 +42,7 @@ fields:
   fps=16          of clips; datasets have their own (fps of the dataset over stride), and all data of a store must agree
   camera          its name, where a dataset has several and none is called head
   canvas          several cameras as one picture: robotwin (384x320), libero (224x448); no simulator's truth (docs/policy.md)
+  past_end=false  also windows that reach past the end of an episode, where the last picture repeats: what policies are trained on
   success_only    leave out episodes that are marked as failures (true)
   targets=true    physics targets by teacher= (as in physis data targets); false: for flow matching alone
   grid_rows, grid_columns=25    points that are followed from each window's first frame
@@ -92,7 +93,7 @@ def make_latents(command: LatentsCommand, *, progress: bool = False) -> dict[str
     plan = make_plan(command, command.data, maker, out)
     cached = out / "targets"
     recipes = bucket_recipes(command, command.teacher, maker, plan.jobs, cached) if command.targets else {}
-    info = maker.info(plan.fps, teachers_of(recipes))
+    info = maker.info(plan.fps, teachers_of(recipes), command.canvas)
     _check_store(out, info)
     mine = [job for place, job in enumerate(plan.jobs) if place % part[1] == part[0]]
     computed = 0
@@ -102,6 +103,7 @@ def make_latents(command: LatentsCommand, *, progress: bool = False) -> dict[str
             sized = SizedEpisodes(job.source, job.bucket.size, job.camera)
             write_shard(path, maker.make(sized, job.index, job.bucket, job.starts, command.stride, plan.fps))
             computed += len(job.starts)
+        _keep_actions(out, job)
     seconds = {what: round(value / max(computed, 1), 4) for what, value in maker.seconds.items()}
     if recipes:
         options = {"device": str(device), "workers": command.workers, "progress": progress}
@@ -153,6 +155,7 @@ def _windows(
     out: Path, info: StoreInfo, jobs: Sequence[Job], recipes: Mapping[Bucket, TargetRecipe]
 ) -> list[LatentWindow]:
     """The windows of ``jobs`` whose latents are there."""
+    from .latent_actions import actions_path
     from .latent_plan import job_windows
     from .latent_targets import targets_of
 
@@ -163,13 +166,23 @@ def _windows(
         recipe, targets = recipes.get(job.bucket), ""
         if recipe is not None and (path := targets_of(job, recipe, out / "targets")).is_file():
             targets = path.relative_to(out).as_posix()
-        found += job_windows(job, info, targets)
+        actions = actions_path(job.content)
+        found += job_windows(job, info, targets, actions if (out / actions).is_file() else "")
     return found
+
+
+def _keep_actions(out: Path, job: Job) -> None:
+    """The states and actions of an episode that has them, unless they are there."""
+    from .latent_actions import actions_path, recorded_actions, write_actions
+
+    path = out / actions_path(job.content)
+    if not path.is_file() and (found := recorded_actions(job.source, job.index)) is not None:
+        write_actions(path, found)
 
 
 def _summary(out: Path, plan: Plan, windows: Sequence[LatentWindow], targets: bool) -> dict[str, Any]:
     """``windows`` of this command's data in all and by bucket; ``missing``: not there yet, of them; ``without_targets``: there without the
-    targets that they are to have; ``left_out``: reason -> episodes; ``repeating``: clips slower than the store; bytes of the windows;
+    targets that they are to have; ``without_actions``: there, of which no policy learns; ``left_out``: reason -> episodes; ``repeating``: clips slower than the store; bytes of the windows;
     ``unlisted``: shards in the store that no window names, such as those of another ``limit``."""
     from .latent_shards import read_store
 
@@ -185,6 +198,7 @@ def _summary(out: Path, plan: Plan, windows: Sequence[LatentWindow], targets: bo
         "windows": len(windows),
         "missing": sum(len(job.starts) for job in plan.jobs) - len(windows),
         "without_targets": sum(not window.targets for window in windows) if targets else 0,
+        "without_actions": sum(not window.actions for window in windows),
         "buckets": counts,
         "left_out": {why: names for why, names in plan.left_out.items() if names},
         "repeating": plan.repeating,
@@ -225,6 +239,8 @@ def _print(summary: dict[str, Any]) -> None:
         print(
             f"  targets of {summary['without_targets']} windows are made by other shards, or not yet", file=sys.stderr
         )
+    if summary["without_actions"]:
+        print(f"  {summary['without_actions']} windows have no states and actions, which a policy would need")
     print(f"  {summary['latent_bytes'] / 1e6:.1f} MB latents, {summary['target_bytes'] / 1e6:.1f} MB targets")
     if summary["unlisted"]:
         print(f"  {len(summary['unlisted'])} shards belong to no window any more (--json names them)")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..teachers.selection import Teachers, TeachersConfig
 from .buckets import Bucket
+from .latent_actions import RecordedActions, recorded_actions
 from .latent_bank import LatentBank
 from .latent_maker import DTYPES, LatentMaker, as_in_commands, window_frames
 from .latent_plan import Job, Plan, job_windows, make_plan
@@ -61,7 +62,7 @@ class LiveWindows:
         maker = LatentMaker(model, device=device, dtype=DTYPES[settings.dtype], text_cache=text_cache)
         plan = make_plan(settings, data, maker)
         recipes = bucket_recipes(settings, teachers, maker, plan.jobs, cache) if teachers is not None else {}
-        info, jobs = maker.info(plan.fps, teachers_of(recipes)), {job.shard: job for job in plan.jobs}
+        info, jobs = maker.info(plan.fps, teachers_of(recipes), settings.canvas), {job.shard: job for job in plan.jobs}
         return cls(settings=settings, maker=maker, plan=plan, info=info, jobs=jobs, recipes=recipes, cache=cache)
 
     def make(self, teachers: TeachersConfig, *, online: bool, workers: int) -> None:
@@ -124,6 +125,13 @@ class LiveBank(LatentBank):
                 found = reduce_shard(shard, [start], start + 1, maker.recipe, self._physics())
                 made["targets"] = found.batch(torch.zeros(1, dtype=torch.int64))
         return sample | made
+
+    def recorded(self, row: int) -> RecordedActions:
+        job = self._job(row)
+        found = recorded_actions(job.source, job.index)
+        if found is None:
+            raise self._without_actions(row)
+        return found
 
     def _target_maker(self, row: int) -> TargetMaker:
         recipe, teachers = self.live.recipes[self._job(row).bucket], self.live.online

@@ -63,7 +63,8 @@ def window_actions(states_TA: NDArray[np.float32], start: int) -> NDArray[np.flo
 
 @dataclass(slots=True, kw_only=True)
 class Episode:
-    """A demonstration as the stores keep it. ``frames``: kept pictures uint8 [kept,120,160,3]; ``states_TA``: drive targets."""
+    """A demonstration as the stores keep it. ``frames``: kept pictures uint8 [kept,120,160,3]; ``states_TA``: drive targets;
+    ``actions_TA``: the dataset's column ``action``, None where only states are known."""
 
     frames: NDArray[np.uint8]
     states_TA: NDArray[np.float32]
@@ -73,6 +74,7 @@ class Episode:
     seed: int
     success: bool
     root: str = ""
+    actions_TA: NDArray[np.float32] | None = None
 
     @property
     def length(self) -> int:
@@ -201,9 +203,11 @@ def _read_episode(job: tuple) -> Episode:
             wanted="240x320 or 120x160",
             fix="record the head camera at 240x320",
         )
+    columns = dataset.columns(info.index)
     return Episode(
         frames=frames,
-        states_TA=np.asarray(dataset.columns(info.index)["observation.state"], dtype=np.float32),
+        states_TA=np.asarray(columns["observation.state"], dtype=np.float32),
+        actions_TA=np.asarray(columns["action"], dtype=np.float32) if "action" in columns else None,
         instruction=info.instruction,
         task=info.task_name,
         index=info.index,
