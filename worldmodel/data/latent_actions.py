@@ -61,7 +61,7 @@ def write_actions(path: Path, recorded: RecordedActions) -> None:
     """Write them aside, with their checksum, and rename the file."""
     from .latent_shards import write_shard
 
-    states, actions = (torch.from_numpy(np.ascontiguousarray(x)) for x in (recorded.states_TA, recorded.actions_TA))
+    states, actions = (torch.from_numpy(np.array(x)) for x in (recorded.states_TA, recorded.actions_TA))
     write_shard(
         path, {"states_TA": states, "actions_TA": actions, "hz": torch.tensor(recorded.hz, dtype=torch.float64)}
     )
