@@ -117,7 +117,7 @@ class Recordings:
     def saturated(self, statistics: ActionStatistics) -> float:
         """The largest share of an episode's numbers, states or actions, that ``statistics`` clamp."""
         pairs = (statistics.state, self.states_E), (statistics.action, self.actions_E)
-        return max(scale.saturated(torch.from_numpy(rows)) for scale, episodes in pairs for rows in episodes)
+        return max(scale.saturated(torch.tensor(rows)) for scale, episodes in pairs for rows in episodes)
 
 
 def _episodes(bank: LatentBank) -> tuple[Tensor, list[int]]:

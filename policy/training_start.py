@@ -23,6 +23,7 @@ from .backbone import RANDOM, SHIPPED, build_policy, tail
 from .checkpoint import SETTINGS, TRANSFORMER, load_policy, packaged_backbone, read_settings
 from .model import WorldActionModel
 from .normalization import ActionStatistics
+from .recordings import Recordings
 from .training_config import TrainPolicyConfig
 from .windows import PolicyBank, episode_statistics
 
@@ -106,8 +107,7 @@ def prepare_policy_banks(
         bank = load_bank(config, part, table, codec, device)
         banks.append(PolicyBank.of(bank, part, statistics, config.policy.chunk))
     if not quiet:
-        shares = (statistics.action.saturated(torch.tensor(episode.states_TA)) for episode in parts[0])
-        worst = max(shares)
+        worst = Recordings.of_windows(banks[0].bank, parts[0]).saturated(statistics)
         if worst > 0:
             print(f"normalisation: up to {100 * worst:.2f} % of an episode's numbers are clamped", flush=True)
     return banks[0], banks[1]

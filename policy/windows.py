@@ -12,6 +12,7 @@ from torch import Tensor
 
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.data.batches import WindowBank, WindowSampler
+from physisforcing.worldmodel.data.canvas import canvas_layout
 from physisforcing.worldmodel.data.latent_bank import EpochSampler, LatentBank
 from physisforcing.worldmodel.data.windows import Episode
 
@@ -35,7 +36,9 @@ def latent_banks(
     training: LatentBank, heldout: LatentBank | None, kind: str, chunk: int, stored: ActionStatistics | None = None
 ) -> tuple[PolicyBank, PolicyBank | None]:
     """Windows of a large backbone with their actions. Statistics are those of the training windows' episodes, or ``stored``, those of a
-    policy that is trained further. ``DatasetError`` and ``UserError`` as ``Recordings.of_latents`` and ``PolicyBank.of_recordings``."""
+    policy that is trained further. ``UserError`` for latents of another picture than the policy will see; ``DatasetError`` and ``UserError`` as
+    ``Recordings.of_latents`` and ``PolicyBank.of_recordings``."""
+    _check_canvas(training)
     recordings = Recordings.of_latents(training)
     statistics = stored if stored is not None else recordings.statistics(kind)
     made = PolicyBank.of_recordings(training, recordings, statistics, chunk)
@@ -174,6 +177,20 @@ class PolicyBank:
             made["proprioception_BKA"] = found["proprioception_BKA"]
         text = found["text"] if "text" in found else found["text_BLD"]
         return made | {"latents_BCFhw": found["latents_BCFhw"], "text": text, "targets": found["targets"]}
+
+
+def _check_canvas(bank: LatentBank) -> None:
+    """``UserError`` unless the windows show a whole canvas, as the policy does when it acts."""
+    info = bank.info
+    fix = "physis data latents canvas=robotwin buckets=[9x384x320], or canvas=libero buckets=[9x224x448]"
+    if not info.canvas:
+        raise UserError("data.latents", got="pictures of one camera", wanted="a canvas", fix=fix)
+    layout = canvas_layout(info.canvas)
+    for high, wide in sorted({window.shape[2:] for _, window in bank.windows}):
+        size = high * info.stride[1], wide * info.stride[2]
+        if size != (layout.height, layout.width):
+            wanted = f"{layout.height}x{layout.width}, as canvas={info.canvas} has"
+            raise UserError("data.latents", got=f"pictures of {size[0]}x{size[1]}", wanted=wanted, fix=fix)
 
 
 def _sent(value: Tensor, device: torch.device) -> Tensor:
