@@ -214,6 +214,7 @@ def kill_itself(config: TrainWorldModelConfig) -> None:
         return made
 
     try:
+        torch.set_num_threads(torch.get_num_threads())  # before there are other threads, as in ``ranks.fork``
         Trainer.step = dies  # type: ignore[method-assign]
         train_world_model(config)
     finally:
