@@ -18,6 +18,9 @@ from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.lerobot import LeRobotDataset, LeRobotWriter
 from physisforcing.core.lerobot_format import robot_features
 from physisforcing.envs.recording import EpisodeRecorder
+from physisforcing.policy.backbone import build_policy
+from physisforcing.policy.config import PolicyModelConfig
+from physisforcing.policy.objective import draw, policy_losses
 from physisforcing.policy.recordings import Recordings
 from physisforcing.policy.windows import PolicyBank, episode_statistics, latent_banks
 from physisforcing.worldmodel.data.batches import WindowBank
@@ -171,6 +174,34 @@ def test_a_run_without_a_store_has_the_same_batches(model: Path, dataset: Path, 
     ours, theirs = live.batch(rows), kept.batch(rows)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name != "targets")
     assert live.fingerprint == kept.fingerprint
+
+
+def test_a_large_policy_learns_of_a_batch_what_its_masks_allow(model: Path, store: Path) -> None:
+    """Losses of the last two windows, 20 and 12 of whose 33 rows exist: what is masked may be anything, what is not may not."""
+    config = PolicyModelConfig(
+        action_dim=JOINTS, state_dim=JOINTS, width=16, ffn_dim=24, steps_per_latent=16.0, proprioception="linear"
+    )
+    policy, _ = build_policy(model, config, seed=0)
+    bank = policy_bank(opened(store)[0])
+    rows = torch.tensor([10, 11])
+    noise = draw(bank.latent_shape(rows), config, torch.Generator().manual_seed(1))
+
+    def losses(change: str, valid: bool) -> tuple[float, float]:
+        batch = bank.batch(rows)
+        if change:
+            mask = batch["action_valid_BP" if change == "actions_BPA" else "frame_valid_BF"]
+            mask = (mask if valid else ~mask).double()
+            shape = (2, -1, 1) if change == "actions_BPA" else (2, 1, -1, 1, 1)
+            batch[change] = batch[change] + mask.view(shape).float()
+        terms, _ = policy_losses(policy, batch, noise)
+        return float(terms["action"]), float(terms["video"])
+
+    policy.expert.proj_out.weight.data.zero_()
+    policy.transformer.proj_out.weight.data.zero_()
+    before = losses("", True)
+    assert all(np.isfinite(before)) and min(before) > 0
+    assert losses("actions_BPA", False) == before and losses("latents_BCFhw", False) == before
+    assert losses("actions_BPA", True)[0] != before[0] and losses("latents_BCFhw", True)[1] != before[1]
 
 
 def test_sentences_may_be_shorter_than_the_backbone_takes(store: Path) -> None:
