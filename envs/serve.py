@@ -6,10 +6,8 @@ or one who says nothing gets an answer, or is dropped, without disturbing the ep
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import os
 import queue
 import socket
 import sys
@@ -19,9 +17,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from physisforcing.core.connection import HELLO_LIMITS, TOKEN_VARIABLE, Connection, check_hello, check_token, failure
+from physisforcing.core.connection import HELLO_LIMITS, Connection, check_hello, check_token, failure
 from physisforcing.core.errors import UserError, VulkanUnavailableError
-from physisforcing.core.serving import own_output, stopped_by_signals, stopped_with_parent
+from physisforcing.core.serving import own_output, serve_command, stopped_by_signals, stopped_with_parent
 from physisforcing.core.wire import WireError
 
 from .host import EnvHost, make_robotwin
@@ -224,25 +222,8 @@ def _part(connection: Connection) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """``physis serve env [field=value ...] [--json]``. Runs until interrupted or terminated, then returns 0."""
-    parser = argparse.ArgumentParser(
-        prog="physis serve env", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="field=value")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready")
-    options = parser.parse_intermixed_args(argv)
-    from physisforcing.core.config import compose
-
-    config = compose("serve_env", options.overrides, ServeConfig)
-    config.token = config.token or os.environ.get(TOKEN_VARIABLE, "")
-    output = own_output()
-    server = EnvServer(config)
-    with stopped_by_signals(server.stop):
-        ready = {"host": config.host, "port": server.open(), "task": config.task, "pid": os.getpid()}
-        text = "serving {task} at {host}:{port} (pid {pid}; Ctrl-C ends it)".format(**ready)
-        print(json.dumps({"ok": True, **ready}) if options.json else text, file=output, flush=True)
-        server.run()
-    return 0
+    """``physis serve env [field=value ...] [--json]``; see ``serve_command``."""
+    return serve_command(argv, verb="env", text=HELP, schema=ServeConfig, make=EnvServer, what="task")
 
 
 def serve_parent() -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from physisforcing.core.connection import TOKEN_VARIABLE, failure
-from physisforcing.core.errors import UserError
-from physisforcing.core.serving import own_output, stopped_by_signals, stopped_with_parent
+from physisforcing.core.serving import serve_command, serve_for_parent
 
 from .planners import GPU_BATCH, source_name
 
@@ -105,53 +101,9 @@ def _about(config: ServeModelConfig, device: str, model: Any) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``physis serve model [field=value ...] [--json]``. Runs until interrupted or terminated, then returns 0."""
-    parser = argparse.ArgumentParser(
-        prog="physis serve model", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="field=value")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready")
-    options = parser.parse_intermixed_args(list(argv))
-    from physisforcing.core.config import compose
-
-    config = compose("serve_model", options.overrides, ServeModelConfig)
-    config.token = config.token or os.environ.get(TOKEN_VARIABLE, "")
-    output = own_output()
-    server = make_server(config)
-    with stopped_by_signals(server.stop):
-        ready = {"host": config.host, "port": server.open(), "model": config.model, "pid": os.getpid()}
-        text = "serving {model} at {host}:{port} (pid {pid}; Ctrl-C ends it)".format(**ready)
-        print(json.dumps({"ok": True, **ready}) if options.json else text, file=output, flush=True)
-        ended = server.run()
-    if not ended:
-        end_now()
-    return 0
+    """``physis serve model [field=value ...] [--json]``; see ``serve_command``."""
+    return serve_command(argv, verb="model", text=HELP, schema=ServeModelConfig, make=make_server, what="model")
 
 
-def end_now() -> None:
-    """End this process though a rollout computes on: its thread would hold up, or crash, an interpreter that goes down in order."""
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def serve_parent() -> int:
-    """The server that ``model_process.ModelProcess`` starts: settings on standard input, which is its lifeline."""
-    output, lifeline = own_output(), sys.stdin.buffer
-    try:
-        settings = json.loads(lifeline.readline())
-        # Before the weights are loaded, so that a parent that is gone is noticed while they are.
-        stopped_with_parent(lifeline.fileno(), lambda: os._exit(0))
-        server = make_server(ServeModelConfig(**settings))
-        with stopped_by_signals(server.stop):
-            print(json.dumps({"ok": True, "port": server.open()}), file=output, flush=True)
-            ended = server.run()
-        if not ended:
-            end_now()
-    except UserError as error:
-        print(json.dumps(failure(error)), file=output, flush=True)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(serve_parent())
+if __name__ == "__main__":  # as model_process.ModelProcess starts it
+    sys.exit(serve_for_parent(lambda settings: make_server(ServeModelConfig(**settings))))

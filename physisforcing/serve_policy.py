@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from physisforcing.core.connection import TOKEN_VARIABLE, failure
 from physisforcing.core.errors import UserError
-from physisforcing.core.serving import own_output, stopped_by_signals, stopped_with_parent
-
-from .serve_model import end_now
+from physisforcing.core.serving import serve_command, serve_for_parent
 
 if TYPE_CHECKING:
     from physisforcing.policy.remote import PolicyServer
@@ -92,47 +86,9 @@ def make_server(config: ServePolicyConfig) -> PolicyServer:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``physis serve policy [field=value ...] [--json]``. Runs until interrupted or terminated, then returns 0."""
-    parser = argparse.ArgumentParser(
-        prog="physis serve policy", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="field=value")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready")
-    options = parser.parse_intermixed_args(list(argv))
-    from physisforcing.core.config import compose
-
-    config = compose("serve_policy", options.overrides, ServePolicyConfig)
-    config.token = config.token or os.environ.get(TOKEN_VARIABLE, "")
-    output = own_output()
-    server = make_server(config)
-    with stopped_by_signals(server.stop):
-        ready = {"host": config.host, "port": server.open(), "policy": config.policy, "pid": os.getpid()}
-        text = "serving {policy} at {host}:{port} (pid {pid}; Ctrl-C ends it)".format(**ready)
-        print(json.dumps({"ok": True, **ready}) if options.json else text, file=output, flush=True)
-        ended = server.run()
-    if not ended:
-        end_now()
-    return 0
+    """``physis serve policy [field=value ...] [--json]``; see ``serve_command``."""
+    return serve_command(argv, verb="policy", text=HELP, schema=ServePolicyConfig, make=make_server, what="policy")
 
 
-def serve_parent() -> int:
-    """The server that ``envs.spawn.SpawnedServer`` starts: settings on standard input, which is its lifeline."""
-    output, lifeline = own_output(), sys.stdin.buffer
-    try:
-        settings = json.loads(lifeline.readline())
-        # Before the weights are loaded, so that a parent that is gone is noticed while they are.
-        stopped_with_parent(lifeline.fileno(), lambda: os._exit(0))
-        server = make_server(ServePolicyConfig(**settings))
-        with stopped_by_signals(server.stop):
-            print(json.dumps({"ok": True, "port": server.open()}), file=output, flush=True)
-            ended = server.run()
-        if not ended:
-            end_now()
-    except UserError as error:
-        print(json.dumps(failure(error)), file=output, flush=True)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(serve_parent())
+if __name__ == "__main__":  # as model_process.ModelProcess starts it
+    sys.exit(serve_for_parent(lambda settings: make_server(ServePolicyConfig(**settings))))

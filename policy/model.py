@@ -182,7 +182,8 @@ class WorldActionModel(nn.Module):
         with torch.autocast(timesteps_BF.device.type, enabled=False):
             waves = embedder.timesteps_proj(self._rounded(timesteps_BF.float()).flatten())
             temb = embedder.time_embedder(waves).unflatten(0, timesteps_BF.shape)
-        modulation = embedder.time_proj(embedder.act_fn(temb)).float()
+        # a sampler makes those of all its steps outside autocast, where a layer does not cast what it reads
+        modulation = embedder.time_proj(embedder.act_fn(temb).to(embedder.time_proj.weight.dtype)).float()
         return temb, modulation.unflatten(2, (6, -1))
 
     def _rounded(self, value: Tensor) -> Tensor:

@@ -1,14 +1,75 @@
-"""What a server's process needs whatever it serves: an output of its own, an end by signal, an end with its parent."""
+"""What a server's process needs whatever it serves: its command, an output of its own, an end by signal, an end with its parent."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import IO
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
+
+from .connection import TOKEN_VARIABLE, failure
+from .errors import UserError
+
+
+def serve_command(
+    argv: Sequence[str], *, verb: str, text: str, schema: type[Any], make: Callable[[Any], Any], what: str
+) -> int:
+    """``physis serve VERB [field=value ...] [--json]``: runs until interrupted or terminated, then returns 0.
+
+    ``text``: its help; ``make``: a server of the settings ``schema``, which ``configs/serve_VERB.yaml`` composes; ``what``: the field that says
+    what is served. A server whose ``run`` gives False leaves work that does not end.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"physis serve {verb}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="field=value")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready")
+    options = parser.parse_intermixed_args(list(argv))
+    from .config import compose
+
+    config = compose(f"serve_{verb}", options.overrides, schema)
+    config.token = config.token or os.environ.get(TOKEN_VARIABLE, "")
+    output = own_output()
+    server = make(config)
+    with stopped_by_signals(server.stop):
+        ready = {"host": config.host, "port": server.open(), what: getattr(config, what), "pid": os.getpid()}
+        line = f"serving {ready[what]} at {ready['host']}:{ready['port']} (pid {ready['pid']}; Ctrl-C ends it)"
+        print(json.dumps({"ok": True, **ready}) if options.json else line, file=output, flush=True)
+        ended = server.run()
+    if ended is False:
+        _end_now()
+    return 0
+
+
+def serve_for_parent(make: Callable[[dict[str, Any]], Any]) -> int:
+    """A server whose settings its parent process writes, as one line of JSON, to standard input, which is its lifeline: the process ends with
+    its parent, also while ``make`` loads. One line with the port, or with what is wrong, goes to standard output."""
+    output, lifeline = own_output(), sys.stdin.buffer
+    try:
+        settings = json.loads(lifeline.readline())
+        # before anything is loaded, so that a parent that is gone is noticed while it is
+        stopped_with_parent(lifeline.fileno(), lambda: os._exit(0))
+        server = make(settings)
+        with stopped_by_signals(server.stop):
+            print(json.dumps({"ok": True, "port": server.open()}), file=output, flush=True)
+            ended = server.run()
+        if ended is False:
+            _end_now()
+    except UserError as error:
+        print(json.dumps(failure(error)), file=output, flush=True)
+        return 1
+    return 0
+
+
+def _end_now() -> None:
+    """End this process though something computes on: its thread would hold up, or crash, an interpreter that goes down in order."""
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextlib.contextmanager

@@ -110,3 +110,15 @@ def test_a_mode_without_its_training_is_refused() -> None:
     with pytest.raises(UserError, match=r"policy\.steps"):
         SamplingConfig(steps=0)
     assert set(WAYS) == set(MODES)
+
+
+def test_times_of_rounded_weights_are_those_of_the_pass_that_they_are_used_in() -> None:
+    """A sampler makes them once, outside the autocast of the steps: with the bfloat16 weights of a GPU the bits must be the same."""
+    from physisforcing.policy.model import to_inference
+
+    model = to_inference(tiny_policy(), torch.device("cpu"), half=True)
+    sampler = Sampler(model, SamplingConfig(steps=3), frames=3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        temb, modulation = model.action_times(torch.tensor(sampler.sigmas[:-1]))
+    assert torch.equal(torch.cat([times[0] for times in sampler.times]), temb)
+    assert torch.equal(torch.cat([times[1] for times in sampler.times]), modulation)
