@@ -109,11 +109,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--more", nargs="*", default=[], help="further overrides")
+    parser.add_argument(
+        "--beside", help="the JSON of an earlier part on the same machine, whose rows on one GPU are compared with"
+    )
     parser.add_argument("--json")
     options = parser.parse_args()
     provenance, lines = machine_provenance(), []
+    before = {line["claim"]: line for line in json.loads(Path(options.beside).read_text())} if options.beside else {}
     for row in options.rows:
-        alone = None
+        alone = before.get(f"training/{options.experiment}/{row}_1_gpus_step_ms", {}).get("value")
         for gpus in options.gpus:
             found = run(row, gpus, options)
             times = [line["step_ms"] for line in found]

@@ -18,6 +18,7 @@ import shlex
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,15 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Arm], int, int]:
             else:  # one model in turn: compiled blocks stay compiled, so `compile` comes last
                 model, info, first_frame, sentences = parts
                 chunks = ChunkModel(model, info, statistics(), first_frame, sentences, config)
-            arms[kind] = measure(chunks, options)
+            try:
+                arms[kind] = measure(chunks, options)
+            except RuntimeError:  # a capture or a compilation that fails must not take the other arms with it
+                print(f"{kind} failed:\n{traceback.format_exc()}", flush=True)
+                continue
             told = {name: f"{np.median(times):.2f}" for name, times in arms[kind].ms.items()}
             print(f"{kind:8} cold {arms[kind].cold_ms:.0f} ms, warm {told}", flush=True)
+    if not arms:
+        raise SystemExit("no arm could be measured")
     expert = sum(p.numel() for _, p in chunks.model.action_parameters())
     return arms, sum(p.numel() for p in chunks.model.parameters()) - expert, expert
 
