@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,10 +12,16 @@ import pytest
 
 from chromium import BROWSER, Chromium
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # workers share the cores; several numeric threads each would wait for one another
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Sums of several numeric threads round differently: this process computes with one, as the forks and servers do that it is compared with.
+# Workers share the cores besides, and several threads each would wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One numeric thread again, before a test and its fixtures of any scope: what computes here sets the number that it is configured with."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 @functools.cache

@@ -380,22 +380,15 @@ def test_policies_by_name_behind_both_interfaces(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_shipped_planner_through_both_interfaces():
-    import torch
-
     from physisforcing import deploy
 
     settings = {"task_name": "click_bell", "planner": {"denoising_steps": 1, "max_resamples": 0}}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        expected = run_episode(Arm(), deploy.make_policy(settings), seed=5, max_steps=4)
-        assert expected.status == "failure" and np.ptp(expected.executed_PA) > 0, expected.error
-        for policy in (DeployPolicy(deploy, settings, step_limit=40), XPolicy(deploy.Model(settings))):
-            result = run_episode(Arm(), policy, seed=5, max_steps=4)
-            np.testing.assert_array_equal(result.executed_PA, expected.executed_PA)
-            assert result.steps == 4, result.error
-    finally:
-        torch.set_num_threads(threads)
+    expected = run_episode(Arm(), deploy.make_policy(settings), seed=5, max_steps=4)
+    assert expected.status == "failure" and np.ptp(expected.executed_PA) > 0, expected.error
+    for policy in (DeployPolicy(deploy, settings, step_limit=40), XPolicy(deploy.Model(settings))):
+        result = run_episode(Arm(), policy, seed=5, max_steps=4)
+        np.testing.assert_array_equal(result.executed_PA, expected.executed_PA)
+        assert result.steps == 4, result.error
 
 
 # ---------------------------------------------------------------------- RoboTwin

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 
 import toy_policies
 from acting_policy import acting_policy
@@ -341,23 +340,16 @@ def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path) -> None:
         policy.reset(task="click_bell", seed=seed, instruction="press the bell")
         return policy.act(seen)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        here = open_policy(own)
-        with policy_server(served, threads=1, workers=1) as address:
-            assert address is not None
-            there = open_policy(served, address)
-            for seed in (100_000, 100_001):
-                assert np.array_equal(chunk(there, seed), chunk(here, seed))
-            assert not np.array_equal(chunk(here, 100_000), chunk(here, 100_001)), "noise of the episode"
-            assert there.fingerprint.rpartition("-")[2] == here.fingerprint.rpartition("-")[2]
-            at = dataclasses.replace(own, server=address.address)
-            assert identify_policy(at, address, threads=1) == identify_policy(own, threads=1)
-            assert identify_policy(at, address, threads=2) != identify_policy(own, threads=2), (
-                "one thread there, two here"
-            )
-            with pytest.raises(UserError, match=r"policy\.server: got 'plans .*steps and mode"):
-                open_policy(dataclasses.replace(at, steps=3), address)
-    finally:
-        torch.set_num_threads(threads)
+    here = open_policy(own)
+    with policy_server(served, threads=1, workers=1) as address:
+        assert address is not None
+        there = open_policy(served, address)
+        for seed in (100_000, 100_001):
+            assert np.array_equal(chunk(there, seed), chunk(here, seed))
+        assert not np.array_equal(chunk(here, 100_000), chunk(here, 100_001)), "noise of the episode"
+        assert there.fingerprint.rpartition("-")[2] == here.fingerprint.rpartition("-")[2]
+        at = dataclasses.replace(own, server=address.address)
+        assert identify_policy(at, address, threads=1) == identify_policy(own, threads=1)
+        assert identify_policy(at, address, threads=2) != identify_policy(own, threads=2), "one thread there, two here"
+        with pytest.raises(UserError, match=r"policy\.server: got 'plans .*steps and mode"):
+            open_policy(dataclasses.replace(at, steps=3), address)

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +38,6 @@ CPU = torch.device("cpu")
 #: Exact tracks with the errors of a learned tracker, whose draws belong to a window, and no encoder.
 DRAWN = {"tracker": "degraded", "encoder": "none"}
 SEEN = {"tracker": "classical", "depth": "none", "encoder": "none"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A fork has no threads of its parent's to wait for, and adds up as it does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
