@@ -3,20 +3,21 @@
 Settings come from the runner's ``usr_args`` or ``deploy.yml``: ``physis_policy`` is ``planner`` (default), ``world_action``, ``noop``, or
 ``module:factory`` with ``factory(settings) -> core.protocols.Policy``; ``planner`` holds fields of
 ``eval_plan.PlannerSettings``, for instance ``{device: cuda, execute_horizon: 32}``, and ``policy`` fields of
-``policy.settings.PolicySettings``, for instance ``{folder: runs/policy/export, device: cuda}`` or ``{server: "127.0.0.1:7100"}``.
+``policies.PolicySettings``, for instance ``{source: runs/policy/export, device: cuda}`` or ``{server: "127.0.0.1:7100"}``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.protocols import Policy
 from physisforcing.envs.deploy import XPolicyModel, deploy_interface
+
+T = TypeVar("T")
 
 POLICIES = ("planner", "world_action", "noop")
 
@@ -48,41 +49,47 @@ def make_policy(settings: Mapping[str, Any]) -> Policy:
 
 
 def _world_action(values: Mapping[str, Any]) -> Policy:
-    from physisforcing.core.connection import TOKEN_VARIABLE
-    from physisforcing.policy.settings import PolicySettings, open_policy
+    from .policies import PLANNER, PolicySettings, check_policy, check_source, refuse_served
+    from .policy_opening import open_policy
 
-    from .policies import policy_folder
-
-    chosen = PolicySettings.of(values)
-    if chosen.folder and (folder := policy_folder(chosen.folder)) is not None:
-        chosen.folder = str(folder)  # shipped weights have a name
-    return open_policy(chosen, token=os.environ.get(TOKEN_VARIABLE, ""))
+    chosen = _settings(PolicySettings, values, "policy", see="docs/bring_your_policy.md")
+    check_policy(chosen)
+    if chosen.source == PLANNER:
+        raise UserError("policy.source", got=PLANNER, wanted="a policy", fix="physis_policy: planner")
+    if chosen.source:
+        check_source(chosen)
+    elif chosen.server:
+        refuse_served(values)  # also where it is what the server would do anyway
+    return open_policy(chosen)
 
 
 def _planner(values: Mapping[str, Any]) -> Policy:
-    from physisforcing.core.connection import TOKEN_VARIABLE
     from physisforcing.eval_plan import PlannerSettings
     from physisforcing.planner.train import choose_device
 
-    from .model_process import ServerAddress
+    from .model_process import given_server
     from .plan_episodes import model_folders
     from .planners import check_planner, make_planner, open_decoder, open_world_model, planner_verifier
 
-    known = [field.name for field in dataclasses.fields(PlannerSettings)]
-    for name in values:
-        if name not in known:
-            raise unknown_name("planner", name, known, see="physis eval plan --help")
-    chosen = PlannerSettings(**values)
+    chosen = _settings(PlannerSettings, values, "planner", see="physis eval plan --help")
     check_planner(chosen)
     if chosen.server == "auto":
         fix = "start one with physis serve model and give its HOST:PORT"
         raise UserError("planner.server", got="auto", wanted="HOST:PORT, or nothing", fix=fix)
     device = choose_device(chosen.device)
-    token = os.environ.get(TOKEN_VARIABLE, "")
-    server = ServerAddress(address=chosen.server, token=token) if chosen.server else None
+    server = given_server(chosen.server) if chosen.server else None
     world_model = open_world_model(chosen, model_folders(chosen), device, server)
     decoder = open_decoder(chosen.decoder, device)
     return make_planner(chosen, world_model, decoder, verifier=planner_verifier(chosen, device))
+
+
+def _settings(kind: type[T], values: Mapping[str, Any], field: str, *, see: str) -> T:
+    """The dataclass ``kind`` of these values; ``UserError`` with the nearest name for one that it does not have."""
+    known = [one.name for one in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise unknown_name(field, str(name), known, see=see)
+    return kind(**values)
 
 
 _interface = deploy_interface(make_policy)

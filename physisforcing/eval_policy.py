@@ -193,7 +193,7 @@ def _servers(
 ) -> dict[str, ServerAddress]:
     """Row -> where its policy is served while the episodes run; rows whose policy every process loads itself are missing."""
     from .model_process import model_server
-    from .policies import policy_server
+    from .policy_opening import policy_server
 
     found: dict[str, ServerAddress] = {}
     for name, policy in policies.items():
@@ -273,7 +273,7 @@ class PolicyPlan:
             server, config = self._servers.get(PLANNER), self.config
             parts = model_parts(config, server)  # type: ignore[arg-type]
             return model_fingerprint(parts, model_settings(config, server))  # type: ignore[arg-type]
-        from .policies import identify_policy
+        from .policy_opening import identify_policy
 
         server, threads = self._servers.get(name), self.config.threads
         identity = identify_policy(self.policies[name].settings, server, threads)

@@ -25,11 +25,16 @@ RESTARTS = 3
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class ServerAddress:
-    """Where a world-model server listens. ``connect_s``: how long a client waits for one that is being started again."""
+    """Where a server listens. ``connect_s``: how long a client waits for one that is being started again."""
 
     address: str
     token: str = field(default="", repr=False)
     connect_s: float = 10.0
+
+
+def given_server(address: str) -> ServerAddress:
+    """A server that somebody else started at HOST:PORT; ``PHYSIS_TOKEN`` holds its token."""
+    return ServerAddress(address=address, token=os.environ.get(TOKEN_VARIABLE, ""))
 
 
 class ModelProcess:
@@ -104,7 +109,7 @@ def model_server(config: EvalPlanConfig) -> Iterator[ServerAddress | None]:
         yield None
         return
     if planner.server != "auto":
-        yield ServerAddress(address=planner.server, token=os.environ.get(TOKEN_VARIABLE, ""))
+        yield given_server(planner.server)
         return
     folders = weight_folders(config)
     process = ModelProcess(

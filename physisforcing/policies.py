@@ -1,27 +1,18 @@
-"""From settings to a policy that acts: a policy's folder, shipped weights, a Python factory; and what identifies its results.
-
-This joins rooms: the policy's model here or in a server, and anyone's policy behind the same protocol.
-"""
+"""Which policies act, and how: their settings and names, where they come from, and what is refused before anything is loaded."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from physisforcing.core.errors import UserError, check_at_least, unknown_name
-from physisforcing.core.results import config_hash
 
 if TYPE_CHECKING:
-    from physisforcing.core.protocols import Policy
-    from physisforcing.core.types import ActionSpec
     from physisforcing.policy.act import ExecutionConfig
-
-    from .model_process import ServerAddress
 
 #: What stands for the planner of the same command in the place of a policy.
 PLANNER = "planner"
@@ -32,9 +23,7 @@ TAKEN = (
     "noop", "random", "retrieval", "retrieval_video", "expert", "model", "perfect", "oracle", "frozen", "noise", "other",
     "objects_erased", "recorded", "black", "mean", "all", "interpolated", "topp", "table2",
 )  # fmt: skip
-#: Plans that a server on a GPU computes together, always exactly so many; on a CPU one by one.
-GPU_BATCH = 16
-#: Settings that a server is started with.
+#: Settings that a server is started with, and that it decides.
 SERVED = ("steps", "video_steps", "mode", "device", "compute", "autoencoder")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 SOURCES = "a policy's folder, the name of shipped weights, module:function, or planner"
@@ -47,7 +36,8 @@ class PolicySettings:
     ``receding`` waits for every plan; ``async`` begins the next one before the last is executed, and drops its rows for the ``delay`` control
     steps that pass meanwhile (0: as long as it takes by the clock). ``video_steps``: denoising steps of the video, where a mode imagines it.
     ``compute``: how on a GPU (``policy.planning``). ``autoencoder``: its folder, or the pipeline's, where neither the policy's folder nor the
-    package holds it. ``server``: ``auto``, or HOST:PORT of ``physis serve policy``."""
+    package holds it. ``server``: ``auto`` (an evaluation starts one), or HOST:PORT of ``physis serve policy``; with a source beside it, its
+    plans must be that source's."""
 
     source: str = ""
     execute: int = 12
@@ -208,12 +198,27 @@ def acting_mode(settings: PolicySettings, folder: Path) -> str:
     from physisforcing.policy.sampling import WAYS
 
     config, _, _ = read_settings(folder)
-    _execution(settings).check(config.chunk)
+    execution(settings).check(config.chunk)
     ways = WAYS[config.mode]
     if settings.mode and settings.mode not in ways:
         wanted = f"{' or '.join(ways)}, as it was trained"
         raise UserError("policy.mode", got=settings.mode, wanted=wanted, fix="leave policy.mode out")
     return settings.mode or ways[0]
+
+
+def execution(settings: PolicySettings) -> ExecutionConfig:
+    """How the rows of its plans are executed."""
+    from physisforcing.policy.act import ExecutionConfig
+
+    return ExecutionConfig(execute=settings.execute, execution=settings.execution, delay=settings.delay)
+
+
+def refuse_served(given: Mapping[str, Any]) -> None:
+    """``UserError`` for a setting beside a server that has no source beside it: what the server decides could not be compared with it."""
+    for name in SERVED:
+        if name in given:
+            fix = f"leave policy.{name} out, and say it to physis serve policy"
+            raise UserError(f"policy.{name}", got=given[name], wanted="nothing: the server decides it", fix=fix)
 
 
 def require_devices(policies: Iterable[ActingPolicy], output: str) -> None:
@@ -224,166 +229,3 @@ def require_devices(policies: Iterable[ActingPolicy], output: str) -> None:
     if not results.exists() or not results.stat().st_size:
         for policy in policies:
             choose_device(policy.settings.device, field="policy.device")
-
-
-# ------------------------------------------------------------------------------------------------------------- identity
-
-
-@dataclass(slots=True, kw_only=True, frozen=True)
-class PolicyIdentity:
-    """``fingerprint``: of weights and settings, that of a result's key. ``cameras``: whose pictures the policy wants. ``tasks``: what it was
-    trained on, as far as it says."""
-
-    fingerprint: str
-    cameras: tuple[str, ...] = ("head",)
-    tasks: tuple[str, ...] = ()
-
-
-def identify_policy(settings: PolicySettings, server: ServerAddress | None = None, threads: int = 0) -> PolicyIdentity:
-    """What a policy is, without its weights in memory. A factory is called once: its policy says what it is, and has ``cameras`` where it
-    wants more than the head's pictures. ``threads``: of this evaluation; a server may have others."""
-    folder = policy_folder(settings.source)
-    acting: dict[str, Any] = {name: getattr(settings, name) for name in ("execute", "execution", "device")}
-    if settings.execution == "async":
-        acting["delay"] = settings.delay
-    if folder is None:
-        policy = open_policy(settings)
-        try:
-            fingerprint = f"{policy.fingerprint}-{config_hash(acting | {'steps': settings.steps})[:8]}"
-            return PolicyIdentity(fingerprint=fingerprint, cameras=tuple(getattr(policy, "cameras", ("head",))))
-        finally:
-            close_policy(policy)
-    from physisforcing.policy.checkpoint import read_settings
-    from physisforcing.worldmodel.data.canvas import canvas_layout
-
-    _, info, _ = read_settings(folder)
-    acting["plans"] = _plans(settings, folder)
-    if settings.compute != "auto":
-        acting["compute"] = settings.compute
-    if served := _served_on(settings, server, threads):
-        acting["served"] = served
-    cameras = canvas_layout(info.canvas).names
-    return PolicyIdentity(fingerprint=f"policy-{config_hash(acting)}", cameras=cameras, tasks=info.tasks)
-
-
-def _plans(settings: PolicySettings, folder: Path) -> str:
-    """Fingerprint of the weights and of how plans are sampled, as the model itself gives it once it is loaded."""
-    from physisforcing.policy.checkpoint import policy_fingerprint, read_settings
-    from physisforcing.policy.planning import plans_fingerprint
-    from physisforcing.policy.sampling import SamplingConfig
-
-    config, _, _ = read_settings(folder)
-    sampling = SamplingConfig(
-        steps=settings.steps, video_steps=settings.video_steps, mode=acting_mode(settings, folder)
-    )
-    return plans_fingerprint(config.mode, sampling, policy_fingerprint(folder))
-
-
-def _served_on(settings: PolicySettings, server: ServerAddress | None, threads: int) -> str:
-    """How a server computes plans where that is not how this process would; empty where it is the same: on a CPU, one by one."""
-    if not settings.server:
-        return ""
-    if settings.server == "auto" or server is None:
-        from physisforcing.planner.train import choose_device
-
-        # A named device is taken at its word: results of a GPU can be read, and reported, where there is none.
-        device = choose_device("auto") if settings.device == "auto" else settings.device
-        batch, others = GPU_BATCH, threads
-    else:
-        from physisforcing.policy.remote import SocketChunks
-
-        with SocketChunks(server.address, token=server.token, connect_s=server.connect_s) as chunks:
-            device, batch = str(chunks.about.get("device")), int(chunks.about.get("batch") or 0)
-            others = int(chunks.about.get("threads") or 0)
-    if device == "cpu":
-        return "" if (settings.device, threads) == ("cpu", others) else f"cpu with {others} threads"
-    return f"{device.partition(':')[0]} in batches of {batch}"
-
-
-# --------------------------------------------------------------------------------------------------------------- acting
-
-
-def open_policy(
-    settings: PolicySettings, server: ServerAddress | None = None, action_spec: ActionSpec | None = None
-) -> Policy:
-    """The policy of the settings, loaded here or the one that ``server`` holds. ``action_spec``: limits that its targets are clipped to."""
-    folder = policy_folder(settings.source)
-    if folder is None:
-        from .deploy import make_policy
-
-        given = {
-            name: value for name, value in dataclasses.asdict(settings).items() if name not in ("source", "server")
-        }
-        return make_policy({"physis_policy": settings.source, "policy": given})
-    return _open_folder(settings, folder, server, action_spec)
-
-
-def _open_folder(
-    settings: PolicySettings, folder: Path, server: ServerAddress | None, action_spec: ActionSpec | None
-) -> Policy:
-    """A policy's folder as something that acts: its model here, or the one in ``server``, which must be the same."""
-    from physisforcing.policy.act import WorldActionPolicy
-
-    source: Any
-    if server is None:
-        from physisforcing.planner.train import choose_device
-        from physisforcing.policy.planning import PlanningConfig, load_chunk_model
-
-        own = {name: getattr(settings, name) for name in ("steps", "video_steps", "compute", "autoencoder")}
-        device = choose_device(settings.device, field="policy.device")
-        source = load_chunk_model(folder, PlanningConfig(device=device, mode=acting_mode(settings, folder), **own))
-    else:
-        from physisforcing.policy.remote import SocketChunks
-
-        source = SocketChunks(server.address, token=server.token, connect_s=server.connect_s)
-        if source.spec.fingerprint != (wanted := _plans(settings, folder)):
-            source.close()
-            fix = "start the server with the weights, steps and mode that this evaluation names, or policy.server=auto"
-            got = f"plans {source.spec.fingerprint} at {server.address}"
-            raise UserError("policy.server", got=got, wanted=f"plans {wanted}", fix=fix)
-    return WorldActionPolicy(source, _execution(settings), action_spec=action_spec)
-
-
-def _execution(settings: PolicySettings) -> ExecutionConfig:
-    from physisforcing.policy.act import ExecutionConfig
-
-    return ExecutionConfig(execute=settings.execute, execution=settings.execution, delay=settings.delay)
-
-
-@contextlib.contextmanager
-def policy_server(settings: PolicySettings, *, threads: int, workers: int) -> Iterator[ServerAddress | None]:
-    """Where a policy is served while an evaluation runs: None where every process loads its own."""
-    import os
-
-    from physisforcing.core.connection import TOKEN_VARIABLE
-
-    from .model_process import ModelProcess, ServerAddress
-
-    if not settings.server or settings.source == PLANNER:
-        yield None
-        return
-    if settings.server != "auto":
-        yield ServerAddress(address=settings.server, token=os.environ.get(TOKEN_VARIABLE, ""))
-        return
-    process = ModelProcess(
-        {
-            "policy": str(policy_folder(settings.source)),
-            **{name: getattr(settings, name) for name in SERVED},
-            "threads": threads,
-            "batch": GPU_BATCH,
-            "clients": max(64, workers + 1),
-        },
-        module="physisforcing.serve_policy",
-        what="the policy server",
-    )
-    try:
-        yield process.address
-    finally:
-        process.stop()
-
-
-def close_policy(policy: Policy) -> None:
-    """Give back what a policy holds, where it has something to give back."""
-    close = getattr(policy, "close", None)
-    if close is not None:
-        close()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from physisforcing.planner.summary import MODEL
 
 from .plan_episodes import EpisodeRunner
-from .policies import PLANNER, close_policy, open_policy, policy_folder
+from .policies import PLANNER, policy_folder
+from .policy_opening import close_policy, open_policy
 
 if TYPE_CHECKING:
     from physisforcing.core.protocols import Policy

@@ -19,6 +19,7 @@ from physisforcing.core.config import compose
 from physisforcing.core.errors import UserError
 from physisforcing.core.stats import wilson
 from physisforcing.core.types import Observation
+from physisforcing.deploy import make_policy
 from physisforcing.envs.manifest import load_manifest
 from physisforcing.envs.seeds import Job
 from physisforcing.eval_plan import EvalPlanConfig, _Plan
@@ -29,12 +30,10 @@ from physisforcing.policies import (
     PolicySettings,
     acting_policies,
     check_source,
-    identify_policy,
     named,
-    open_policy,
-    policy_server,
 )
 from physisforcing.policy.checkpoint import PolicyInfo, save_policy
+from physisforcing.policy_opening import identify_policy, open_policy, policy_server
 from physisforcing.policy_protocols import PUBLISHED, TASKS, Table2Settings, published
 from physisforcing.policy_report import compare_policies, crossed_interval
 from tiny_policy import tiny_policy
@@ -327,8 +326,8 @@ def test_table_2_has_200_frozen_scenes_a_task_the_test_set_among_them() -> None:
 # -------------------------------------------------------------------------------------------------------------- server
 
 
-def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path) -> None:
-    """Bit-equal on a CPU, under the same key; another number of steps at that address is refused."""
+def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit-equal on a CPU, under the same key; another number of steps at that address is refused, also to a runner that is deployed."""
     folder = acting_policy(tmp_path / "mine" / "export")
     own = PolicySettings(source=str(folder), steps=2)
     served = dataclasses.replace(own, server="auto")
@@ -353,3 +352,10 @@ def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path) -> None:
         assert identify_policy(at, address, threads=2) != identify_policy(own, threads=2), "one thread there, two here"
         with pytest.raises(UserError, match=r"policy\.server: got 'plans .*steps and mode"):
             open_policy(dataclasses.replace(at, steps=3), address)
+        monkeypatch.setenv("PHYSIS_TOKEN", address.token)
+        for given in ({}, {"source": str(folder), "steps": 2}):
+            deployed = make_policy({"physis_policy": "world_action", "policy": {"server": address.address, **given}})
+            assert deployed.fingerprint == there.fingerprint
+            assert np.array_equal(chunk(deployed, 100_000), chunk(here, 100_000))
+        with pytest.raises(UserError, match=r"policy\.server: got 'plans .*steps and mode"):
+            make_policy({"physis_policy": "world_action", "policy": {"server": address.address, "source": str(folder)}})

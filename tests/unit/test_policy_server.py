@@ -23,10 +23,11 @@ from physisforcing.core.message_server import MessageServerConfig
 from physisforcing.core.protocols import Policy
 from physisforcing.core.types import Observation
 from physisforcing.core.wire import WireError
+from physisforcing.policies import PolicySettings
 from physisforcing.policy.act import ExecutionConfig, WorldActionPolicy
 from physisforcing.policy.remote import LIMITS, SERVICE, PlanBatcher, PolicyServer, SocketChunks, remote_policy
 from physisforcing.policy.requests import PlanAnswer, PlanRequest, PolicySpec
-from physisforcing.policy.settings import PolicySettings, open_policy
+from physisforcing.policy_opening import open_policy
 from tests.helpers.pico_policy import write_pico_policy
 
 SPEC = PolicySpec(
@@ -191,9 +192,31 @@ def test_deploy_names_a_server_or_a_folder() -> None:
         deploy.eval(env, model, raw)
         assert len(taken) == 12
         np.testing.assert_allclose(np.diff([row[0] for row in taken]), 0.01, atol=1e-5)
-    for values, field in (({}, "policy"), ({"folder": "policy_none"}, "policy"), ({"foldr": "a"}, "folder")):
-        with pytest.raises(UserError, match=field):
-            deploy.make_policy({"physis_policy": "world_action", "policy": values})
+
+
+def test_what_a_deployed_policy_cannot_be_is_refused_by_name() -> None:
+    def make(**values: Any) -> Any:
+        return deploy.make_policy({"physis_policy": "world_action", "policy": values})
+
+    for given, what in (
+        ({}, "policy: got '', wanted a source or a server"),
+        ({"source": "policy_none"}, "policy: got 'policy_none'"),
+        ({"sourse": "a"}, "did you mean 'source'"),
+        ({"threads": 2, "server": "127.0.0.1:1"}, "policy: got 'threads'"),
+        ({"server": "auto"}, r"policy\.server: got 'auto'.*physis serve policy"),
+        ({"server": "here"}, r"policy\.server: got 'here', wanted HOST:PORT"),
+        ({"source": "planner"}, "physis_policy: planner"),
+        ({"source": "toy_policies:swaying", "server": "127.0.0.1:1"}, r"policy\.server.*no policy's folder"),
+        ({"source": "toy_policies:swaying", "execution": "asinc"}, "did you mean 'async'"),
+    ):
+        with pytest.raises(UserError, match=what):
+            make(**given)
+    # what the server decides, also as it decides it: nothing here can say that it does
+    usual = PolicySettings()
+    for name in ("steps", "video_steps", "mode", "device", "compute", "autoencoder"):
+        with pytest.raises(UserError, match=rf"policy\.{name}: .*the server decides it"):
+            make(server="127.0.0.1:1", **{name: getattr(usual, name)})
+    assert make(source="toy_policies:swaying", execute=3).rows == 3
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -207,7 +230,7 @@ def test_the_command_serves_a_folder_and_its_rows_are_those_of_the_folder(tmp_pa
         ready = json.loads(process.stdout.readline())
         assert ready["ok"] is True
         there = remote_policy(f"127.0.0.1:{ready['port']}")
-        here = open_policy(PolicySettings(folder=str(folder), steps=2))
+        here = open_policy(PolicySettings(source=str(folder), steps=2))
         assert there.fingerprint == here.fingerprint and there.spec.lags == (0, 8, 16)
         draw = [np.random.default_rng(0), np.random.default_rng(0)]
         for policy in (here, there):

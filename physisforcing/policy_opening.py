@@ -1,0 +1,202 @@
+"""A policy of the settings as something that acts: loaded here, in a server, or anyone's; and what identifies its results.
+
+This joins rooms: the policy's model here or in a server, and anyone's policy behind the same protocol.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from physisforcing.core.errors import UserError
+from physisforcing.core.results import config_hash
+
+from .model_process import ModelProcess, ServerAddress, given_server
+from .policies import PLANNER, SERVED, PolicySettings, acting_mode, execution, policy_folder, refuse_served
+
+if TYPE_CHECKING:
+    from physisforcing.core.protocols import Policy
+    from physisforcing.core.types import ActionSpec
+    from physisforcing.policy.planning import ChunkModel
+    from physisforcing.policy.remote import SocketChunks
+
+#: Plans that a server on a GPU computes together, always exactly so many; on a CPU one by one.
+GPU_BATCH = 16
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class PolicyIdentity:
+    """``fingerprint``: of weights and settings, that of a result's key. ``cameras``: whose pictures the policy wants. ``tasks``: what it was
+    trained on, as far as it says."""
+
+    fingerprint: str
+    cameras: tuple[str, ...] = ("head",)
+    tasks: tuple[str, ...] = ()
+
+
+def identify_policy(settings: PolicySettings, server: ServerAddress | None = None, threads: int = 0) -> PolicyIdentity:
+    """What a policy is, without its weights in memory. A factory is called once: its policy says what it is, and has ``cameras`` where it
+    wants more than the head's pictures. ``threads``: of this evaluation; a server may have others."""
+    folder = policy_folder(settings.source)
+    acting: dict[str, Any] = {name: getattr(settings, name) for name in ("execute", "execution", "device")}
+    if settings.execution == "async":
+        acting["delay"] = settings.delay
+    if folder is None:
+        policy = open_policy(settings)
+        try:
+            fingerprint = f"{policy.fingerprint}-{config_hash(acting | {'steps': settings.steps})[:8]}"
+            return PolicyIdentity(fingerprint=fingerprint, cameras=tuple(getattr(policy, "cameras", ("head",))))
+        finally:
+            close_policy(policy)
+    from physisforcing.policy.checkpoint import read_settings
+    from physisforcing.worldmodel.data.canvas import canvas_layout
+
+    _, info, _ = read_settings(folder)
+    acting["plans"] = _plans(settings, folder)
+    if settings.compute != "auto":
+        acting["compute"] = settings.compute
+    if served := _served_on(settings, server, threads):
+        acting["served"] = served
+    cameras = canvas_layout(info.canvas).names
+    return PolicyIdentity(fingerprint=f"policy-{config_hash(acting)}", cameras=cameras, tasks=info.tasks)
+
+
+def _plans(settings: PolicySettings, folder: Path) -> str:
+    """Fingerprint of the weights and of how plans are sampled, as the model itself gives it once it is loaded."""
+    from physisforcing.policy.checkpoint import policy_fingerprint, read_settings
+    from physisforcing.policy.planning import plans_fingerprint
+    from physisforcing.policy.sampling import SamplingConfig
+
+    config, _, _ = read_settings(folder)
+    sampling = SamplingConfig(
+        steps=settings.steps, video_steps=settings.video_steps, mode=acting_mode(settings, folder)
+    )
+    return plans_fingerprint(config.mode, sampling, policy_fingerprint(folder))
+
+
+def _served_on(settings: PolicySettings, server: ServerAddress | None, threads: int) -> str:
+    """How a server computes plans where that is not how this process would; empty where it is the same: on a CPU, one by one."""
+    if not settings.server:
+        return ""
+    if settings.server == "auto" or server is None:
+        from physisforcing.planner.train import choose_device
+
+        # A named device is taken at its word: results of a GPU can be read, and reported, where there is none.
+        device = choose_device("auto") if settings.device == "auto" else settings.device
+        batch, others = GPU_BATCH, threads
+    else:
+        from physisforcing.policy.remote import SocketChunks
+
+        with SocketChunks(server.address, token=server.token, connect_s=server.connect_s) as chunks:
+            device, batch = str(chunks.about.get("device")), int(chunks.about.get("batch") or 0)
+            others = int(chunks.about.get("threads") or 0)
+    if device == "cpu":
+        return "" if (settings.device, threads) == ("cpu", others) else f"cpu with {others} threads"
+    return f"{device.partition(':')[0]} in batches of {batch}"
+
+
+# --------------------------------------------------------------------------------------------------------------- acting
+
+
+def open_policy(
+    settings: PolicySettings, server: ServerAddress | None = None, action_spec: ActionSpec | None = None
+) -> Policy:
+    """The policy of the settings: loaded here, or the one that ``server`` holds (None: at the settings' HOST:PORT, where they have one).
+
+    A server must hold the policy of the source; without a source its own is taken. ``action_spec``: limits that targets are clipped to.
+    ``UserError`` for neither source nor server, for another policy there, and for settings that only the server decides.
+    """
+    from physisforcing.policy.act import WorldActionPolicy
+
+    if server is None and settings.server:
+        server = _address(settings.server)
+    if not settings.source and server is None:
+        fix = "policy.source=runs/policy/export, or policy.server=127.0.0.1:7100"
+        raise UserError("policy", got="", wanted="a source or a server", fix=fix)
+    folder = policy_folder(settings.source) if settings.source else None
+    if settings.source and folder is None:
+        return _made(settings)
+    chunks: Any  # a ChunkSource
+    if server is not None:
+        chunks = _served(settings, folder, server)
+    else:
+        assert folder is not None
+        chunks = _loaded(settings, folder)
+    return WorldActionPolicy(chunks, execution(settings), action_spec=action_spec)
+
+
+def _address(server: str) -> ServerAddress:
+    if server == "auto":
+        fix = "start one with physis serve policy and give its HOST:PORT"
+        raise UserError("policy.server", got="auto", wanted="HOST:PORT, or nothing", fix=fix)
+    return given_server(server)
+
+
+def _made(settings: PolicySettings) -> Policy:
+    """Of a Python factory, which is given the settings."""
+    from .deploy import make_policy
+
+    given = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("source", "server")}
+    return make_policy({"physis_policy": settings.source, "policy": given})
+
+
+def _loaded(settings: PolicySettings, folder: Path) -> ChunkModel:
+    from physisforcing.planner.train import choose_device
+    from physisforcing.policy.planning import PlanningConfig, load_chunk_model
+
+    own = {name: getattr(settings, name) for name in ("steps", "video_steps", "compute", "autoencoder")}
+    device = choose_device(settings.device, field="policy.device")
+    return load_chunk_model(folder, PlanningConfig(device=device, mode=acting_mode(settings, folder), **own))
+
+
+def _served(settings: PolicySettings, folder: Path | None, server: ServerAddress) -> SocketChunks:
+    """The plans of a server, which must be those of ``folder`` (None: whatever it has)."""
+    from physisforcing.policy.remote import SocketChunks
+
+    if folder is None:
+        values, usual = dataclasses.asdict(settings), dataclasses.asdict(PolicySettings())
+        refuse_served({name: value for name, value in values.items() if value != usual[name]})
+    source = SocketChunks(server.address, token=server.token, connect_s=server.connect_s)
+    if folder is not None and source.spec.fingerprint != (wanted := _plans(settings, folder)):
+        source.close()
+        fix = "start the server with the weights, steps and mode that this evaluation names, or policy.server=auto"
+        got = f"plans {source.spec.fingerprint} at {server.address}"
+        raise UserError("policy.server", got=got, wanted=f"plans {wanted}", fix=fix)
+    return source
+
+
+@contextlib.contextmanager
+def policy_server(settings: PolicySettings, *, threads: int, workers: int) -> Iterator[ServerAddress | None]:
+    """Where a policy is served while an evaluation runs: None where every process loads its own."""
+    if not settings.server or settings.source == PLANNER:
+        yield None
+        return
+    if settings.server != "auto":
+        yield given_server(settings.server)
+        return
+    process = ModelProcess(
+        {
+            "policy": str(policy_folder(settings.source)),
+            **{name: getattr(settings, name) for name in SERVED},
+            "threads": threads,
+            "batch": GPU_BATCH,
+            "clients": max(64, workers + 1),
+        },
+        module="physisforcing.serve_policy",
+        what="the policy server",
+    )
+    try:
+        yield process.address
+    finally:
+        process.stop()
+
+
+def close_policy(policy: Policy) -> None:
+    """Give back what a policy holds, where it has something to give back."""
+    close = getattr(policy, "close", None)
+    if close is not None:
+        close()
