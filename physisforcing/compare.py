@@ -16,7 +16,7 @@ from physisforcing.core.results import ResultKey, config_hash
 
 from .compare_controls import VIDEOS, check_demonstrations
 from .compare_episodes import POLICIES, ComparisonRunner, identify
-from .eval_plan import PlannerSettings
+from .episode_settings import PlannerSettings
 from .plan_scenes import FIRST_SEED, Scenes, plan_scenes
 
 if TYPE_CHECKING:

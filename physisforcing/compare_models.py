@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from physisforcing.core.protocols import InverseDynamics, WorldModel
 
     from .compare import CompareConfig, ComparedModel
-    from .eval_plan import PlannerSettings
+    from .episode_settings import PlannerSettings
 
 #: What the control that decodes a retrieved video is called: it reads windows of its own, without a planner.
 RETRIEVED = "retrieval_video"

@@ -14,7 +14,7 @@ import numpy as np
 
 from physisforcing.core.errors import UserError, check_at_least, unknown_name
 
-from .eval_plan import PlannerSettings
+from .episode_settings import PlannerSettings
 
 HELP = """usage: physis data export input=FOLDER output=FOLDER [field=value ...] [--json]
 

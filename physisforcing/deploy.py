@@ -2,7 +2,7 @@
 
 Settings come from the runner's ``usr_args`` or ``deploy.yml``: ``physis_policy`` is ``planner`` (default), ``world_action``, ``noop``, or
 ``module:factory`` with ``factory(settings) -> core.protocols.Policy``; ``planner`` holds fields of
-``eval_plan.PlannerSettings``, for instance ``{device: cuda, execute_horizon: 32}``, and ``policy`` fields of
+``episode_settings.PlannerSettings``, for instance ``{device: cuda, execute_horizon: 32}``, and ``policy`` fields of
 ``policies.PolicySettings``, for instance ``{source: runs/policy/export, device: cuda}`` or ``{server: "127.0.0.1:7100"}``.
 """
 
@@ -64,9 +64,9 @@ def _world_action(values: Mapping[str, Any]) -> Policy:
 
 
 def _planner(values: Mapping[str, Any]) -> Policy:
-    from physisforcing.eval_plan import PlannerSettings
     from physisforcing.planner.train import choose_device
 
+    from .episode_settings import PlannerSettings
     from .model_process import given_server
     from .plan_episodes import model_folders
     from .planners import check_planner, make_planner, open_decoder, open_world_model, planner_verifier

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from physisforcing.core.results import ResultKey, ResultsFile
+
+if TYPE_CHECKING:
+    from .plan_scenes import Scenes
+
+
+def job_key(job: Any, scenes: Scenes, fingerprints: Mapping[str, str], config: str) -> ResultKey:
+    """The key of a job's result. ``fingerprints``: of the policies by name; ``config``: a hash of what else may change an episode."""
+    task, policy = job.task.split("/")
+    return ResultKey(
+        manifest=scenes.manifests[task],
+        episode=f"{task}/{job.seed}",
+        fingerprint=fingerprints[policy],
+        config=config,
+    )
 
 
 def run_jobs(

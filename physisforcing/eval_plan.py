@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from physisforcing.core.errors import IncompleteCoverageError, UserError, unknown_name
-from physisforcing.core.files import replace_text
-from physisforcing.core.lerobot_format import write_json
+from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.results import ResultKey, config_hash
 
+from .episode_jobs import job_key, run_jobs
+from .episode_report import RETRIEVAL_SKIPPED, print_summary, scene_notes, write_report
+from .episode_settings import EpisodeSettings, PlannerSettings, as_lists
 from .plan_episodes import (
     MODEL,
     PERFECT,
@@ -24,7 +24,7 @@ from .plan_episodes import (
     model_settings,
     settings_hash,
 )
-from .plan_scenes import FIRST_SEED, Scenes, plan_scenes, refuse_first_seed, scene_source, training_demonstrations
+from .plan_scenes import Scenes, plan_scenes, refuse_first_seed, scene_source, training_demonstrations
 
 if TYPE_CHECKING:
     from physisforcing.planner.worldarena import ProtocolSettings
@@ -70,47 +70,12 @@ BASELINES = ("noop", "random", "retrieval", "perfect")
 
 
 @dataclass(slots=True, kw_only=True)
-class PlannerSettings:
-    """Weights and settings of the planner; ``planner=NAME`` selects ``configs/planner/NAME.yaml``."""
-
-    world_model: str = "shipped"
-    codec: str = "shipped"
-    decoder: str = "shipped"
-    picture_decoder: str = "shipped"
-    oracle: str = "none"
-    execute_horizon: int = 32
-    min_motion: float = 0.02
-    max_resamples: int = 3
-    denoising_steps: int = 0
-    device: str = "cpu"
-    prompt_template: str = "{instruction}"
-    candidates: int = 1
-    verifier: str = ""
-    success: str = ""
-    rollout_chunks: int = 1
-    server: str = ""
-
-
-@dataclass(slots=True, kw_only=True)
-class EvalPlanConfig:
+class EvalPlanConfig(EpisodeSettings):
     """Settings of ``physis eval plan`` (see ``HELP``)."""
 
-    protocol: str = "standard"
-    tasks: list[str] = field(default_factory=lambda: ["click_bell"])
-    episodes: int = 50
-    first_seed: int | None = None
-    manifest: str = "auto"
-    planner: PlannerSettings = field(default_factory=PlannerSettings)
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
-    train_demos: str = ""
     demos: str = ""
     output: str = "runs/plan"
-    control: str = "interpolated"
-    max_steps: int | None = None
-    workers: int = 0
-    threads: int = 2
-    videos: int = 3
-    retry_errors: bool = False
 
     @property
     def oracle(self) -> bool:
@@ -132,13 +97,9 @@ class EvalPlanConfig:
 
     def check(self) -> None:
         """``UserError`` for what would fail only after the simulator has started."""
-        from physisforcing.envs.robotwin.tasks import task_info
         from physisforcing.planner.worldarena import PROTOCOLS
 
-        from .planners import check_control, check_device, check_planner
-
-        check_control(self.control)
-        check_planner(self.planner)
+        self.check_run()
         if self.protocol not in PROTOCOLS:
             raise unknown_name("protocol", self.protocol, PROTOCOLS, see="physis eval plan --help")
         if self.protocol == "worldarena":
@@ -146,20 +107,12 @@ class EvalPlanConfig:
             if self.oracle:
                 fix = "leave protocol=worldarena out"
                 raise UserError("planner.oracle", got=self.planner.oracle, wanted="none in this protocol", fix=fix)
-
-        check_device(self.planner.device, self.workers)
-        for task in self.tasks:
-            task_info(task)
+        self.check_scenes(BASELINES, see="physis eval plan --help")
         if self.planner.oracle not in ORACLES:
             raise unknown_name("planner.oracle", self.planner.oracle, ORACLES, see="physis eval plan --help")
-        for name in self.baselines:
-            if name not in BASELINES:
-                raise unknown_name("baselines", name, BASELINES, see="physis eval plan --help")
-        lowest = {"episodes": 1, "workers": 0, "threads": 1, "videos": 0, "max_steps": 1, "first_seed": FIRST_SEED}
-        for name, low in lowest.items():
+        for name, low in {"episodes": 1, "workers": 0, "threads": 1, "videos": 0, "max_steps": 1}.items():
             if (value := getattr(self, name)) is not None and value < low:
-                fix = f"evaluation seeds start at {low}" if name == "first_seed" else f"{name}={low}"
-                raise UserError(name, got=value, wanted=f"at least {low}", fix=fix)
+                raise UserError(name, got=value, wanted=f"at least {low}", fix=f"{name}={low}")
         if self.oracle and not self.demos:
             fix = f"physis data collect tasks=[{self.tasks[0]}] start_seed=100000 episodes=20 output=F, then demos=F"
             raise UserError("demos", got=None, wanted="demonstrations with evaluation seeds", fix=fix)
@@ -172,22 +125,14 @@ def main(argv: Sequence[str]) -> int:
         print(HELP)
         return 0
     from physisforcing.core.config import compose
-    from physisforcing.envs.collect import expand_lists
 
-    lists = {"task": "tasks", "tasks": "tasks", "baselines": "baselines"}
-    config = compose("eval_plan", expand_lists(words, lists), EvalPlanConfig)
+    config = compose("eval_plan", as_lists(words), EvalPlanConfig)
     summary = evaluate(config, command=" ".join(["physis eval plan", *argv]))
-    text = json.dumps(summary, indent=2) if len(words) < len(argv) else (Path(config.output) / "summary.md").read_text()
-    print(text)
-    errors = sum(entry["errors"] for task in summary["tasks"].values() for entry in task.values())
-    if errors:
-        raise IncompleteCoverageError(f"{errors} episodes ended in errors; retry_errors=true runs them again")
-    return 0
+    return print_summary(summary, config.output, as_json=len(words) < len(argv))
 
 
 def evaluate(config: EvalPlanConfig, *, command: str = "physis eval plan", progress: bool = True) -> dict[str, Any]:
     """Run or continue an evaluation; returns the summary that ``summary.json`` holds."""
-    from .episode_jobs import run_jobs
     from .model_process import model_server
     from .planners import require_device
 
@@ -234,13 +179,7 @@ class _Plan:
         self.jobs = [Job(task=f"{t}/{p}", seed=s) for t in config.tasks for p in self.policies for s in seeds[t]]
 
     def key(self, job: Any) -> ResultKey:
-        task, policy = job.task.split("/")
-        return ResultKey(
-            manifest=self.scenes.manifests[task],
-            episode=f"{task}/{job.seed}",
-            fingerprint=self._fingerprints[policy],
-            config=self._config_hash,
-        )
+        return job_key(job, self.scenes, self._fingerprints, self._config_hash)
 
     def _scenes(self) -> Scenes:
         config = self.config
@@ -276,7 +215,7 @@ class _Plan:
             self.skipped.append(f"retrieval_video skipped: needs {needed}")
         for name in config.baselines:
             if name == "retrieval" and not config.train_demos:
-                self.skipped.append("retrieval skipped: needs train_demos=FOLDER (demonstrations with training seeds)")
+                self.skipped.append(RETRIEVAL_SKIPPED)
             elif name in refused:
                 self.skipped.append(f"{name} skipped: needs {refused[name]}")
             else:
@@ -325,14 +264,7 @@ def _write_summary(
 
     summary = summarise(rows)
     provenance = measurements.machine_provenance()
-    scene = {name: rows[0].get(name) for name in ("assets", "embodiment", "renderer", "runtime")} if rows else {}
-    notes = [
-        f"scenes: {', '.join(f'{task} {name}' for task, name in plan.scenes.manifests.items())}; control {config.control}; "
-        + ", ".join(f"{name} {value}" for name, value in scene.items() if value),
-        "interval: 95 % Wilson; p: two-sided Fisher exact test; errors stand in no denominator",
-        f"{config.threads} numeric threads; another number may round differently",
-        *plan.skipped,
-    ]
+    notes = [*scene_notes(config, plan.scenes, rows), *plan.skipped]
     title = "Oracle check" if config.oracle else "Planning in closed loop"
     summary |= {
         "title": title,
@@ -347,8 +279,8 @@ def _write_summary(
         summary["worldarena"] = worldarena.block(summary["tasks"], config.worldarena())
         text += "\n" + worldarena.markdown(summary["worldarena"])
         lines += worldarena.measurements(summary["worldarena"], command=command, provenance=provenance)
-    replace_text(output / "summary.md", text)
-    write_json(output / "summary.json", summary)
-    write_json(output / "provenance.json", provenance | {"command": command})
-    write_json(output / "measurements.json", lines)
+    write_report(output, summary, text, lines)
     return summary
+
+
+__all__ = ["EvalPlanConfig", "PlannerSettings", "evaluate", "main"]

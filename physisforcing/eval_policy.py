@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from physisforcing.core.errors import IncompleteCoverageError, UserError, check_at_least, unknown_name
-from physisforcing.core.files import replace_text
-from physisforcing.core.lerobot_format import write_json
+from physisforcing.core.errors import UserError, check_at_least, unknown_name
 from physisforcing.core.results import ResultKey, config_hash
 
-from .eval_plan import PlannerSettings
+from .episode_jobs import job_key, run_jobs
+from .episode_report import RETRIEVAL_SKIPPED, print_summary, scene_notes, write_report
+from .episode_settings import EpisodeSettings, as_lists
 from .plan_episodes import model_fingerprint, model_parts, model_settings, settings_hash
-from .plan_scenes import FIRST_SEED, Scenes, plan_scenes, training_demonstrations
+from .plan_scenes import Scenes, plan_scenes, training_demonstrations
 from .policies import PLANNER, ActingPolicy, PolicySettings, acting_policies
 from .policy_episodes import EXPERT, PolicyRunner
 
@@ -61,32 +60,14 @@ BASELINES = ("noop", "random", "retrieval", EXPERT)
 
 
 @dataclass(slots=True, kw_only=True)
-class EvalPolicyConfig:
+class EvalPolicyConfig(EpisodeSettings):
     """Settings of ``physis eval policy`` (see ``HELP``)."""
 
-    protocol: str = "standard"
     policy: PolicySettings = field(default_factory=PolicySettings)
     policies: Any = None
     paired_seeds: bool = False
-    tasks: list[str] = field(default_factory=lambda: ["click_bell"])
-    episodes: int = 50
-    first_seed: int | None = None
-    manifest: str = "auto"
-    planner: PlannerSettings = field(default_factory=PlannerSettings)
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
-    train_demos: str = ""
     output: str = "runs/policy_eval"
-    control: str = "interpolated"
-    max_steps: int | None = None
-    workers: int = 0
-    threads: int = 2
-    videos: int = 3
-    retry_errors: bool = False
-
-    @property
-    def oracle(self) -> bool:
-        """Read by what ``physis eval plan`` shares with this command."""
-        return False
 
     @property
     def claims(self) -> str:
@@ -101,34 +82,22 @@ class EvalPolicyConfig:
 
     def check(self) -> dict[str, ActingPolicy]:
         """The policies by name. ``UserError`` for what would fail only after the simulator has started."""
-        from physisforcing.envs.robotwin.tasks import task_info
-
-        from .planners import check_control, check_device, check_planner
         from .policies import check_policy
         from .policy_protocols import PROTOCOLS
 
         if self.protocol not in PROTOCOLS:
             raise unknown_name("protocol", self.protocol, PROTOCOLS, see="physis eval policy --help")
-        check_control(self.control)
-        check_planner(self.planner)
-        check_device(self.planner.device, self.workers)
+        self.check_run()
         if self.planner.oracle != "none":
             fix = "leave it out; physis eval plan has it"
             raise UserError("planner.oracle", got=self.planner.oracle, wanted="none here", fix=fix)
-        for task in self.tasks:
-            task_info(task)
-        for name in self.baselines:
-            if name not in BASELINES:
-                raise unknown_name("baselines", name, BASELINES, see="physis eval policy --help")
+        self.check_scenes(BASELINES, see="physis eval policy --help")
         for named, values in (("tasks", self.tasks), ("baselines", self.baselines)):
             if twice := sorted({value for value in values if values.count(value) > 1}):
                 raise UserError(named, got=f"{twice[0]} twice", wanted="each once", fix="leave one out")
         check_at_least(self, episodes=1, workers=0, threads=1, videos=0)
         if self.max_steps is not None:
             check_at_least(self, max_steps=1)
-        if self.first_seed is not None and self.first_seed < FIRST_SEED:
-            fix = f"evaluation seeds start at {FIRST_SEED}"
-            raise UserError("first_seed", got=self.first_seed, wanted=f"at least {FIRST_SEED}", fix=fix)
         policies = acting_policies(self.policy, self.policies)
         for policy in policies.values():
             check_policy(policy.settings, self.workers)
@@ -145,26 +114,17 @@ def main(argv: Sequence[str]) -> int:
 
     config = compose("eval_policy", spelled_out(words), EvalPolicyConfig)
     summary = evaluate(config, command=" ".join(["physis eval policy", *argv]))
-    text = json.dumps(summary, indent=2) if len(words) < len(argv) else (Path(config.output) / "summary.md").read_text()
-    print(text)
-    errors = sum(entry["errors"] for task in summary["tasks"].values() for entry in task.values())
-    if errors:
-        raise IncompleteCoverageError(f"{errors} episodes ended in errors; retry_errors=true runs them again")
-    return 0
+    return print_summary(summary, config.output, as_json=len(words) < len(argv))
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
-    """``policy=NAME`` as ``policy.source=NAME``, ``task=NAME`` and single names as lists: what people type."""
-    from physisforcing.envs.collect import expand_lists
-
-    lists = {"task": "tasks", "tasks": "tasks", "baselines": "baselines"}
+    """``policy=NAME`` as ``policy.source=NAME``, and what ``as_lists`` spells out."""
     given = [word.replace("policy=", "policy.source=", 1) if word.startswith("policy=") else word for word in words]
-    return expand_lists(given, lists)
+    return as_lists(given)
 
 
 def evaluate(config: EvalPolicyConfig, *, command: str = "physis eval policy", progress: bool = True) -> dict[str, Any]:
     """Run or continue an evaluation; returns the summary that ``summary.json`` holds."""
-    from .episode_jobs import run_jobs
     from .policies import check_source, require_devices
 
     policies = config.check()
@@ -199,7 +159,7 @@ def _servers(
     for name, policy in policies.items():
         served: Any
         if policy.is_planner:
-            name, served = PLANNER, model_server(config)  # type: ignore[arg-type]
+            name, served = PLANNER, model_server(config)
         else:
             served = policy_server(policy.settings, threads=config.threads, workers=config.workers)
         if (address := stack.enter_context(served)) is not None:
@@ -229,7 +189,7 @@ class PolicyPlan:
         self.rows = [*policies, *self._baselines()]
         self.cameras: tuple[str, ...] = ("head",)
         self.fingerprints = {name: self._identify(name) for name in self.rows}
-        self._config_hash = settings_hash(config)  # type: ignore[arg-type]
+        self._config_hash = settings_hash(config)
         seeds = self.scenes.seeds
         self.jobs = [Job(task=f"{t}/{row}", seed=s) for t in config.tasks for row in self.rows for s in seeds[t]]
         filmed = (*policies, EXPERT)
@@ -247,19 +207,13 @@ class PolicyPlan:
         }
 
     def key(self, job: Any) -> ResultKey:
-        task, row = job.task.split("/")
-        return ResultKey(
-            manifest=self.scenes.manifests[task],
-            episode=f"{task}/{job.seed}",
-            fingerprint=self.fingerprints[row],
-            config=self._config_hash,
-        )
+        return job_key(job, self.scenes, self.fingerprints, self._config_hash)
 
     def _baselines(self) -> list[str]:
         found = []
         for name in self.config.baselines:
             if name == "retrieval" and not self.config.train_demos:
-                self.notes.append("retrieval skipped: needs train_demos=FOLDER (demonstrations with training seeds)")
+                self.notes.append(RETRIEVAL_SKIPPED)
             else:
                 found.append(name)
         return found
@@ -271,8 +225,8 @@ class PolicyPlan:
             return name
         if self.policies[name].is_planner:
             server, config = self._servers.get(PLANNER), self.config
-            parts = model_parts(config, server)  # type: ignore[arg-type]
-            return model_fingerprint(parts, model_settings(config, server))  # type: ignore[arg-type]
+            parts = model_parts(config, server)
+            return model_fingerprint(parts, model_settings(config, server))
         from .policy_opening import identify_policy
 
         server, threads = self._servers.get(name), self.config.threads
@@ -293,7 +247,7 @@ def write_summary(
 
     from . import policy_protocols, policy_report
 
-    output, policies = Path(config.output), plan.policies
+    policies = plan.policies
     summary, provenance = summarise(rows), measurements.machine_provenance()
     found = policy_report.compare_policies(rows, policies, paired_seeds=config.paired_seeds)
     notes, title = _notes(config, plan, rows), "Policies in closed loop"
@@ -319,21 +273,12 @@ def write_summary(
         parts.append(policy_protocols.markdown(summary[policy_protocols.NAME]))
         deviations = "; ".join(summary[policy_protocols.NAME]["deviations"]) or "none"
         lines = [line | {"against": line["against"] | {"deviations": deviations}} for line in lines]
-    replace_text(output / "summary.md", "\n".join(part for part in parts if part))
-    write_json(output / "summary.json", summary)
-    write_json(output / "provenance.json", provenance | {"command": command})
-    write_json(output / "measurements.json", lines)
+    write_report(Path(config.output), summary, "\n".join(part for part in parts if part), lines)
     return summary
 
 
 def _notes(config: EvalPolicyConfig, plan: PolicyPlan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    scene = {name: rows[0].get(name) for name in ("assets", "embodiment", "renderer", "runtime")} if rows else {}
-    notes = [
-        f"scenes: {', '.join(f'{task} {name}' for task, name in plan.scenes.manifests.items())}; control {config.control}; "
-        + ", ".join(f"{name} {value}" for name, value in scene.items() if value),
-        "interval: 95 % Wilson; p: two-sided Fisher exact test; errors stand in no denominator",
-        f"{config.threads} numeric threads; another number may round differently",
-    ]
+    notes = scene_notes(config, plan.scenes, rows)
     for name, policy in plan.policies.items():
         settings = policy.settings
         if policy.is_planner:

@@ -15,7 +15,7 @@ from physisforcing.core.connection import TOKEN_VARIABLE
 if TYPE_CHECKING:
     from physisforcing.envs.spawn import SpawnedServer
 
-    from .eval_plan import EvalPlanConfig
+    from .episode_settings import EpisodeSettings
 
 #: Loading a large model from a slow disk takes its time.
 START_S = 600.0
@@ -100,7 +100,7 @@ class ModelProcess:
 
 
 @contextlib.contextmanager
-def model_server(config: EvalPlanConfig) -> Iterator[ServerAddress | None]:
+def model_server(config: EpisodeSettings) -> Iterator[ServerAddress | None]:
     """Where the world model of an evaluation is served while it runs: None where every process loads its own."""
     from .plan_episodes import weight_folders
 

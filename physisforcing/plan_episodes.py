@@ -13,14 +13,14 @@ from physisforcing.core.results import config_hash
 from physisforcing.planner.summary import MODEL, PERFECT
 
 if TYPE_CHECKING:
-    from .eval_plan import EvalPlanConfig, PlannerSettings
+    from .episode_settings import EpisodeSettings, PlannerSettings
     from .model_process import ServerAddress
 
 #: Control steps an oracle episode goes on after the last target, holding it: the recorded episodes end at rest, too.
 SETTLE = 10
 
 
-def weight_folders(config: EvalPlanConfig) -> dict[str, Path]:
+def weight_folders(config: EpisodeSettings) -> dict[str, Path]:
     """The folders this evaluation reads: decoder, and codec and world model where they are ours; the oracle needs no world model."""
     from physisforcing.planner.train import weights_folder
 
@@ -49,7 +49,7 @@ def model_folders(planner: PlannerSettings) -> dict[str, Path]:
     }
 
 
-def model_parts(config: EvalPlanConfig, server: ServerAddress | None, *, acts: bool = True) -> dict[str, str]:
+def model_parts(config: EpisodeSettings, server: ServerAddress | None, *, acts: bool = True) -> dict[str, str]:
     """Fingerprints of what this evaluation reads. ``acts``: the world model acts, and one that is no folder of ours says itself what it is,
     after a look at whether it can be planned with."""
     from physisforcing.worldmodel.storage import fingerprint
@@ -69,7 +69,7 @@ def model_parts(config: EvalPlanConfig, server: ServerAddress | None, *, acts: b
             model.close()
 
 
-def model_settings(config: EvalPlanConfig, server: ServerAddress | None) -> dict[str, Any]:
+def model_settings(config: EpisodeSettings, server: ServerAddress | None) -> dict[str, Any]:
     """The planner's settings that results depend on; the prompt only where it is another than the sentence."""
     from physisforcing.planner.worldarena import PLAIN_PROMPT, read_template
 
@@ -80,7 +80,7 @@ def model_settings(config: EvalPlanConfig, server: ServerAddress | None) -> dict
     return settings | ({} if template == PLAIN_PROMPT else {"prompt_template": template})
 
 
-def settings_hash(config: EvalPlanConfig) -> str:
+def settings_hash(config: EpisodeSettings) -> str:
     """The ``config`` of a result's key: what may change an episode whoever acts in it."""
     return config_hash(
         {"control": config.control, "max_steps": config.max_steps, "threads": config.threads, "settle": SETTLE}
@@ -97,7 +97,7 @@ class EpisodeRunner:
 
     def __init__(
         self,
-        config: EvalPlanConfig,
+        config: EpisodeSettings,
         entries: dict[tuple[str, int], Any],
         filmed: dict[tuple[str, int], str],
         environments: dict[str, dict[str, Any]],

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from physisforcing.planner.action_planner import ActionPlannerConfig
     from physisforcing.planner.verifiers import Verifier
 
-    from .eval_plan import PlannerSettings
+    from .episode_settings import PlannerSettings
     from .model_process import ServerAddress
 
 #: Samples that a server on a GPU computes together, always exactly so many.

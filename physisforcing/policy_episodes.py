@@ -41,7 +41,7 @@ class PolicyRunner(EpisodeRunner):
         servers: Mapping[str, ServerAddress],
     ) -> None:
         planned = {(task, seed): stem for (task, row, seed), stem in films.items() if self._plans(policies, row)}
-        super().__init__(config, entries, planned, environments, servers.get(PLANNER))  # type: ignore[arg-type]
+        super().__init__(config, entries, planned, environments, servers.get(PLANNER))
         self.policies, self.films, self._servers = policies, films, servers
         self._held: tuple[str, ActionSpec, Policy] | None = None
 

@@ -15,7 +15,7 @@ from physisforcing.core.lerobot_format import GROUND_TRUTH_PATH, place
 from physisforcing.core.report.data import LossChange, ReportData, Stage, SuccessRow
 from physisforcing.core.report.runs import read_losses
 from physisforcing.demo import DemoConfig, Stages
-from physisforcing.eval_plan import FIRST_SEED
+from physisforcing.plan_scenes import FIRST_SEED
 
 
 class Counter:
