@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 START_S = 600.0
 #: How often a server that died is started again in one evaluation.
 RESTARTS = 3
+#: Samples or plans that a server on a GPU computes together, always exactly so many; on a CPU one by one.
+GPU_BATCH = 16
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -35,6 +37,26 @@ class ServerAddress:
 def given_server(address: str) -> ServerAddress:
     """A server that somebody else started at HOST:PORT; ``PHYSIS_TOKEN`` holds its token."""
     return ServerAddress(address=address, token=os.environ.get(TOKEN_VARIABLE, ""))
+
+
+def computed_by(server: ServerAddress | None, device: str, threads: int, client: Callable[..., Any]) -> str:
+    """How a server computes where that is not how a process with this ``device`` and these ``threads`` would on a CPU; empty where it is the same.
+
+    ``server``: the one that ``client`` is asked at; None: the one that is going to be started with the same settings.
+    """
+    if server is None:
+        from physisforcing.planner.train import choose_device
+
+        # A named device is taken at its word: results of a GPU can be read, and reported, where there is none.
+        place = choose_device("auto") if device == "auto" else device
+        batch, others = GPU_BATCH, threads
+    else:
+        with client(server.address, token=server.token, connect_s=server.connect_s) as found:
+            place, batch = str(found.about.get("device")), int(found.about.get("batch") or 0)
+            others = int(found.about.get("threads") or 0)
+    if place == "cpu":
+        return "" if (device, threads) == ("cpu", others) else f"cpu with {others} threads"
+    return f"{place.partition(':')[0]} in batches of {batch}"
 
 
 class ModelProcess:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from .episode_settings import PlannerSettings
     from .model_process import ServerAddress
 
-#: Samples that a server on a GPU computes together, always exactly so many.
-GPU_BATCH = 16
-
 
 def check_planner(settings: PlannerSettings) -> None:
     """``UserError`` for settings that would fail only once models are loaded; no weights are looked at."""
@@ -42,23 +39,23 @@ def check_planner(settings: PlannerSettings) -> None:
         make_verifier(settings.verifier, classifier=named)
 
 
-def check_device(device: str, workers: int) -> None:
+def check_device(device: str, workers: int, *, field: str = "planner.device") -> None:
     """``UserError`` for a word that names no device, and for one of several GPUs where processes take them in turn."""
     from physisforcing.planner.train import check_device_name
 
-    check_device_name(device, field="planner.device")
+    check_device_name(device, field=field)
     if workers and ":" in device:
-        fix = "planner.device=cuda; CUDA_VISIBLE_DEVICES chooses among GPUs, and processes share those in turn"
-        raise UserError("planner.device", got=device, wanted="cuda or cpu with workers=", fix=fix)
+        fix = f"{field}=cuda; CUDA_VISIBLE_DEVICES chooses among GPUs, and processes share those in turn"
+        raise UserError(field, got=device, wanted="cuda or cpu with workers=", fix=fix)
 
 
-def require_device(device: str, output: str) -> None:
+def require_device(device: str, output: str, *, field: str = "planner.device") -> None:
     """``UserError`` for a device that is not there. Results that ``output`` holds already can be reported without it."""
     from physisforcing.planner.train import choose_device
 
     results = Path(output) / "results.jsonl"
     if not results.exists() or not results.stat().st_size:
-        choose_device(device, field="planner.device")
+        choose_device(device, field=field)
 
 
 def check_control(control: str) -> None:
@@ -266,22 +263,11 @@ def served_on(settings: PlannerSettings, server: ServerAddress | None, threads: 
     """How a server computes pictures where that is not how this process would on a CPU; empty where it is the same."""
     if not settings.server or (server is None and settings.server != "auto"):
         return ""
-    if settings.server == "auto":
-        from physisforcing.planner.train import choose_device
+    from physisforcing.planner.model_client import SocketWorldModel
 
-        # A named device is taken at its word: results of a GPU can be read, and reported, where there is none.
-        device = choose_device("auto") if settings.device == "auto" else settings.device
-        batch, others = GPU_BATCH, threads
-    else:
-        from physisforcing.planner.model_client import SocketWorldModel
+    from .model_process import computed_by
 
-        assert server is not None  # see above
-        with SocketWorldModel(server.address, token=server.token, connect_s=server.connect_s) as model:
-            device, batch = str(model.about.get("device")), int(model.about.get("batch") or 0)
-            others = int(model.about.get("threads") or 0)
-    if device == "cpu":
-        return "" if (settings.device, threads) == ("cpu", others) else f"cpu with {others} threads"
-    return f"{device.partition(':')[0]} in batches of {batch}"
+    return computed_by(None if settings.server == "auto" else server, settings.device, threads, SocketWorldModel)
 
 
 def result_settings(settings: PlannerSettings, server: ServerAddress | None, threads: int = 0) -> dict[str, Any]:

@@ -160,8 +160,9 @@ def policy_folder(source: str) -> Path | None:
 def check_policy(settings: PolicySettings, workers: int = 0) -> None:
     """``UserError`` for settings that no policy can have; nothing on disk is looked at."""
     from physisforcing.planner.model_client import parse_address
-    from physisforcing.planner.train import check_device_name
     from physisforcing.policy.act import EXECUTIONS
+
+    from .planners import check_device
 
     check_at_least(settings, execute=1, steps=1, video_steps=1, delay=0)
     if settings.execution not in EXECUTIONS:
@@ -170,10 +171,7 @@ def check_policy(settings: PolicySettings, workers: int = 0) -> None:
         raise unknown_name("policy.mode", settings.mode, ACTING_MODES, see="docs/eval_policy.md")
     if settings.server not in ("", "auto"):
         parse_address(settings.server, field="policy.server")
-    check_device_name(settings.device, field="policy.device")
-    if workers and ":" in settings.device:
-        fix = "policy.device=cuda; CUDA_VISIBLE_DEVICES chooses among GPUs, and processes share those in turn"
-        raise UserError("policy.device", got=settings.device, wanted="cuda or cpu with workers=", fix=fix)
+    check_device(settings.device, workers, field="policy.device")
 
 
 def check_source(settings: PolicySettings) -> None:
@@ -223,9 +221,7 @@ def refuse_served(given: Mapping[str, Any]) -> None:
 
 def require_devices(policies: Iterable[ActingPolicy], output: str) -> None:
     """``UserError`` for a device that is not there. Results that ``output`` holds already can be reported without it."""
-    from physisforcing.planner.train import choose_device
+    from .planners import require_device
 
-    results = Path(output) / "results.jsonl"
-    if not results.exists() or not results.stat().st_size:
-        for policy in policies:
-            choose_device(policy.settings.device, field="policy.device")
+    for policy in policies:
+        require_device(policy.settings.device, output, field="policy.device")

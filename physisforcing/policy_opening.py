@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from physisforcing.core.errors import UserError
 from physisforcing.core.results import config_hash
 
-from .model_process import ModelProcess, ServerAddress, given_server
+from .model_process import GPU_BATCH, ModelProcess, ServerAddress, computed_by, given_server
 from .policies import PLANNER, SERVED, PolicySettings, acting_mode, execution, policy_folder, refuse_served
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from physisforcing.core.types import ActionSpec
     from physisforcing.policy.planning import ChunkModel
     from physisforcing.policy.remote import SocketChunks
-
-#: Plans that a server on a GPU computes together, always exactly so many; on a CPU one by one.
-GPU_BATCH = 16
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -82,21 +79,9 @@ def _served_on(settings: PolicySettings, server: ServerAddress | None, threads: 
     """How a server computes plans where that is not how this process would; empty where it is the same: on a CPU, one by one."""
     if not settings.server:
         return ""
-    if settings.server == "auto" or server is None:
-        from physisforcing.planner.train import choose_device
+    from physisforcing.policy.remote import SocketChunks
 
-        # A named device is taken at its word: results of a GPU can be read, and reported, where there is none.
-        device = choose_device("auto") if settings.device == "auto" else settings.device
-        batch, others = GPU_BATCH, threads
-    else:
-        from physisforcing.policy.remote import SocketChunks
-
-        with SocketChunks(server.address, token=server.token, connect_s=server.connect_s) as chunks:
-            device, batch = str(chunks.about.get("device")), int(chunks.about.get("batch") or 0)
-            others = int(chunks.about.get("threads") or 0)
-    if device == "cpu":
-        return "" if (settings.device, threads) == ("cpu", others) else f"cpu with {others} threads"
-    return f"{device.partition(':')[0]} in batches of {batch}"
+    return computed_by(None if settings.server == "auto" else server, settings.device, threads, SocketChunks)
 
 
 # --------------------------------------------------------------------------------------------------------------- acting

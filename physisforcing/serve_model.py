@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from physisforcing.core.serving import serve_command, serve_for_parent
 
-from .planners import GPU_BATCH, source_name
+from .model_process import GPU_BATCH
+from .planners import source_name
 
 if TYPE_CHECKING:
     from physisforcing.planner.model_server import ModelServer
