@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from physisforcing.worldmodel.backbones.protocol import call_block
-from physisforcing.worldmodel.backbones.wan import unembed
+from physisforcing.worldmodel.backbones.wan import OverWan, unembed
 from physisforcing.worldmodel.flow_matching import TIMESTEP_SCALE, frame_timesteps
 
 from .action_expert import build_expert
@@ -43,7 +43,7 @@ class Prefilled(NamedTuple):
     blocks: tuple[Keys, ...]
 
 
-class WorldActionModel(nn.Module):
+class WorldActionModel(OverWan, nn.Module):
     """``transformer``: a stock ``WanTransformer3DModel`` (patches one latent frame deep), whose blocks get the action expert's inside.
 
     ``conditioner``: the small backbones' proprioception tokens, for ``proprioception="backbone"``. ``run_block`` calls a block; a trainer puts
@@ -79,19 +79,6 @@ class WorldActionModel(nn.Module):
         cos, sin = action_rotary(transformer.rope, config.positions, config.chunk, config.steps_per_latent)
         self.register_buffer("action_cos", cos, persistent=False)
         self.register_buffer("action_sin", sin, persistent=False)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.transformer.blocks
-
-    @property
-    def width(self) -> int:
-        """Numbers of a tapped token."""
-        return int(self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim)
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        return tuple(self.transformer.config.patch_size)
 
     def action_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the action expert and the proprioception: what the video backbone does not have."""

@@ -99,7 +99,27 @@ class ProprioceptionConditioner(nn.Module):
         return tokens.unflatten(1, (len(self.config.lags), self.config.width))
 
 
-class WanDenoiser(nn.Module):
+class OverWan:
+    """What a module over a stock diffusers ``WanTransformer3DModel`` says of it."""
+
+    transformer: Any
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.blocks
+
+    @property
+    def width(self) -> int:
+        """Numbers of a tapped token."""
+        return int(self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim)
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a token."""
+        return tuple(self.transformer.config.patch_size)
+
+
+class WanDenoiser(OverWan, nn.Module):
     """Velocity of noisy latents under instruction, proprioception and, in an action model, actions; see the module's docstring."""
 
     lora_targets = WAN_LORA_TARGETS
@@ -115,25 +135,12 @@ class WanDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         assert 1 <= tap <= len(transformer.blocks), f"tap {tap} of {len(transformer.blocks)} blocks"
-        self.transformer = transformer  # a stock diffusers WanTransformer3DModel
+        self.transformer = transformer
         self.conditioner = conditioner
         self.actions = actions
         self.tap = tap
         #: How a block is called, ``block_forward`` or what a trainer puts in its place to compile, shard or recompute it.
         self.run_block: Callable[..., Tensor] = block_forward
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.transformer.blocks
-
-    @property
-    def width(self) -> int:
-        return int(self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim)
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns of a token."""
-        return tuple(self.transformer.config.patch_size)
 
     def whole_parts(self) -> list[nn.Module]:
         """What is too small to be spread over processes."""

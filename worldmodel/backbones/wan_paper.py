@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from physisforcing.core.errors import UserError, unknown_name
 
 from .protocol import FIRST_LATENT, call_block, check_tap, pin, to_timesteps
-from .wan import WAN_LORA_TARGETS, Embedded, block_forward, embed, unembed
+from .wan import WAN_LORA_TARGETS, Embedded, OverWan, block_forward, embed, unembed
 
 #: Channels that say which pixel frames of a latent frame are given: as many as a latent frame has pixel frames.
 MASK_CHANNELS = 4
 
 
-class WanBackbone(nn.Module):
+class WanBackbone(OverWan, nn.Module):
     """A stock ``WanTransformer3DModel`` behind the ``VideoBackbone`` protocol.
 
     ``first_latent``: ``mask`` or ``pinned`` where the transformer has conditioning channels (36 in, 16 out), ``pinned`` where it has
@@ -56,18 +56,10 @@ class WanBackbone(nn.Module):
         self.transformer = transformer
         self.first_latent, self.exact_times = first_latent, exact_times
         self.tap = check_tap(tap, len(transformer.blocks))
-        self.stride, self.patch = stride, tuple(config.patch_size)
+        self.stride = stride
         self.run_block: Callable[..., Tensor] = call_block
         for block in transformer.blocks:
             block.__class__ = frame_block()
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.transformer.blocks
-
-    @property
-    def width(self) -> int:
-        return int(self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim)
 
     def conditions(
         self, first_BC1hw: Tensor, text: Tensor, frames: int, *, condition_BCFhw: Tensor | None = None
