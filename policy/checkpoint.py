@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def load_policy(
             transformer, dataclasses.replace(config, initial="random"), tap=extra["tap"], conditioner=conditioner
         )
     model.config = config
-    _place_expert(model, folder / EXPERT, torch.device(device), dtype)
+    place_expert(model, folder / EXPERT, torch.device(device), dtype)
     return model.eval(), info
 
 
@@ -192,13 +192,23 @@ def _conditioner(values: dict[str, Any]) -> ProprioceptionConditioner:
     return ProprioceptionConditioner(ConditionerConfig(**{**values, "lags": tuple(values["lags"])}))
 
 
-def _place_expert(model: WorldActionModel, path: Path, device: torch.device, dtype: torch.dtype | None) -> None:
+def place_expert(
+    model: WorldActionModel,
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    names: Iterable[str] | None = None,
+) -> None:
+    """Put tensors of ``path``, an action expert's file, into the model, those with ``names`` or all of them after a look that each is there and
+    fits. ``UserError`` names the one that is not."""
     from safetensors import safe_open
 
-    wanted = expert_state(model.state_dict())
-    check_entries(file_entries(path), {name: tuple(value.shape) for name, value in wanted.items()}, path)
+    if names is None:
+        wanted = expert_state(model.state_dict())
+        check_entries(file_entries(path), {name: tuple(value.shape) for name, value in wanted.items()}, path)
+        names = wanted
     with safe_open(path, framework="pt") as opened:
-        for name in wanted:
+        for name in names:
             holder, _, leaf = name.rpartition(".")
             module, value = model.get_submodule(holder), opened.get_tensor(name).to(device, dtype)
             if leaf in module._buffers:

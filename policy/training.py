@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.data.batches import step_generator
+from physisforcing.worldmodel.data.latent_bank import LatentBank
 from physisforcing.worldmodel.data.windows import FRAME_STRIDE, WINDOW_FRAMES
 from physisforcing.worldmodel.physics.relation import token_order
 from physisforcing.worldmodel.storage import latents_fingerprint
@@ -32,8 +33,8 @@ from .model import WorldActionModel
 from .normalization import ActionStatistics
 from .objective import Drawn, draw, policy_losses
 from .training_config import TrainPolicyConfig
-from .training_start import adopt, build_policy_model, heads_from, packaged_source, prepare_policy_banks
-from .windows import PolicyBank
+from .training_start import adopt, build_policy_model, freeze_video, heads_from, packaged_source, prepare_policy_banks
+from .windows import PolicyBank, large_info
 
 #: Windows of a held-out measurement that are computed at once.
 HELDOUT_CHUNK = 8
@@ -61,34 +62,52 @@ class PolicyTrainer(Trainer):
 
     def modules(self) -> nn.ModuleDict:
         config = self.config
+        if config.model:
+            return self._large_modules()
         policy, self.source = build_policy_model(config)
         if not config.run.init and config.policy.proprioception == "backbone":
             policy.proprioception.set_statistics(self.bank.bank.proprioception_WKA.cpu())  # type: ignore[operator]
         if config.freeze_video:
-            expert = {id(parameter) for _, parameter in policy.action_parameters()}
-            for parameter in policy.parameters():
-                parameter.requires_grad_(id(parameter) in expert)
-        modules: dict[str, nn.Module] = {"policy": policy}
-        if (
-            config.physics.wanted
-            and (heads := build_forcing(heads_from(config), self.bank.bank, policy.width)) is not None
-        ):
-            modules["forcing"] = heads
-        made = nn.ModuleDict(modules).to(self.device).train()
+            freeze_video(policy)
+        made = nn.ModuleDict({"policy": policy, **self._heads(policy)}).to(self.device).train()
         self._prepare(policy)
+        if self._spread:
+            for block in policy.blocks:
+                shard_block(block, self.processes)
+            # called outside the model's forward pass, where nothing would put its shards together
+            shard_rest(policy, [policy.proprioception], self.processes)
         return made
 
+    def _large_modules(self) -> nn.ModuleDict:
+        from .large import large_policy
+
+        bank = self.bank.bank
+        assert isinstance(bank, LatentBank)
+        policy, self.source = large_policy(self.config, bank.info, self.processes, self._prepare, spread=self._spread)
+        heads = {name: module.to(self.device) for name, module in self._heads(policy).items()}
+        return nn.ModuleDict({"policy": policy, **heads}).train()
+
+    def _heads(self, policy: WorldActionModel) -> dict[str, nn.Module]:
+        """``forcing`` where there are physics losses."""
+        config = self.config
+        if not config.physics.wanted:
+            return {}
+        heads = build_forcing(heads_from(config), self.bank.bank, policy.width)
+        return {} if heads is None else {"forcing": heads}
+
+    @property
+    def _spread(self) -> bool:
+        """Whether the weights are spread over the processes. Frozen ones have no gradients and states to spread: ``auto`` leaves them whole."""
+        whole = self.config.freeze_video and self.config.run.sharding == "auto"
+        return sharded(self.config, self.processes) and not whole
+
     def _prepare(self, policy: WorldActionModel) -> None:
+        """Blocks that are compiled or computed again; before they have weights where these are read a block at a time."""
         run = self.config.run
         if compiles(run):
             for block in policy.blocks:
                 block.compile(dynamic=False)
         policy.run_block = recomputed(policy.run_block, run.checkpointing, compiles(run))
-        if sharded(self.config, self.processes):
-            for block in policy.blocks:
-                shard_block(block, self.processes)
-            # called outside the model's forward pass, where nothing would put its shards together
-            shard_rest(policy, [policy.proprioception], self.processes)
 
     def rates(self) -> list[tuple[float, Iterable[nn.Parameter]]]:
         expert = [parameter for _, parameter in self.policy.action_parameters()]
@@ -142,7 +161,7 @@ class PolicyTrainer(Trainer):
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
         with self.averaged():
-            for part in torch.arange(len(rows)).split(HELDOUT_CHUNK):
+            for part in torch.arange(len(rows)).split(1 if self.config.model else HELDOUT_CHUNK):
                 some = tuple(value if value is None else value[part].to(self.device) for value in drawn)
                 for name, value, weight in self._measured(bank.batch(rows[part]), some):
                     sums[name] = sums.get(name, 0.0) + value * weight
@@ -179,6 +198,12 @@ class PolicyTrainer(Trainer):
         return super().restore(checkpoint)
 
     def export(self, folder: Path, *, checkpoint: bool = False) -> None:
+        """See ``Trainer``; a policy on a large backbone is stored in bfloat16."""
+        if self.config.model:
+            from .large_export import export_large
+
+            export_large(folder, self.policy, self.info(), self.bank.statistics, self.forcing, self.processes)
+            return
         state = gathered(self.policy, self.processes) if self.processes.many else self.policy.state_dict()
         if not self.processes.first:
             return
@@ -193,13 +218,16 @@ class PolicyTrainer(Trainer):
     def info(self) -> PolicyInfo:
         """What belongs to the policy beside its weights."""
         config = self.config
+        source = {**self.source, "video_weight": config.video_weight, "video_trained": not config.freeze_video}
+        if config.model:
+            return large_info(config, self.bank, source)
         return PolicyInfo(
             frames=WINDOW_FRAMES,
             frame_stride=FRAME_STRIDE,
             text={"encoder": ENCODER, "tokens": MAX_TOKENS, "width": TEXT_WIDTH},
             latents=latents_fingerprint(Path(config.codec)),
             autoencoder=Path(config.codec).name,
-            source={**self.source, "video_weight": config.video_weight, "video_trained": not config.freeze_video},
+            source=source,
             tasks=tuple(config.data.tasks),
         )
 

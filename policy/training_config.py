@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from physisforcing.core.errors import UserError, unknown_name
+from physisforcing.core.errors import UserError, check_at_least, unknown_name
 from physisforcing.worldmodel.data.windows import FRAME_STRIDE
 from physisforcing.worldmodel.physics.config import PhysicsConfig
 from physisforcing.worldmodel.training.config import DataConfig, RunConfig, TrainWorldModelConfig
@@ -17,6 +17,9 @@ from .windows import FRAMES_PER_LATENT
 @dataclass(slots=True, kw_only=True)
 class TrainPolicyConfig(TrainWorldModelConfig):
     """Those of ``physis train worldmodel``, for what both do, and the policy's.
+
+    ``model``: the pipeline folder of a large backbone; the video's weights are its transformer's where ``run.init`` names no others.
+    ``text_tokens``: what its sentences are padded to, in training and in use.
 
     ``run.init``: the export of a world model, whose transformer becomes the video backbone, or a policy's folder, which is trained
     further; without it the backbone is drawn. ``policy``: the model. ``video_weight``: of the video's loss beside the actions'; 0 trains
@@ -33,6 +36,7 @@ class TrainPolicyConfig(TrainWorldModelConfig):
     freeze_video: bool = False
     action_rate: float = 1.0
     normalization: str = "zscore"
+    text_tokens: int = 128
     run: RunConfig = field(default_factory=lambda: RunConfig(out="runs/policy", steps=5000, batch=128))
     data: DataConfig = field(default_factory=lambda: DataConfig(start_fraction=0.1))
     physics: PhysicsConfig = field(default_factory=lambda: PhysicsConfig(lambda_pix=0.0, lambda_sem=0.0))
@@ -41,6 +45,7 @@ class TrainPolicyConfig(TrainWorldModelConfig):
         TrainWorldModelConfig.__post_init__(self)
         if self.video_weight < 0:
             raise UserError("video_weight", got=self.video_weight, wanted="0 or more", fix="video_weight=1")
+        check_at_least(self, text_tokens=1)
         if self.action_rate <= 0:
             raise UserError("action_rate", got=self.action_rate, wanted="more than 0", fix="action_rate=1")
         if self.normalization not in KINDS:

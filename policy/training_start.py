@@ -13,42 +13,47 @@ from physisforcing.core.errors import UserError
 from physisforcing.core.paths import weights_root
 from physisforcing.worldmodel.backbones.wan import build_denoiser
 from physisforcing.worldmodel.codec import load_codec
+from physisforcing.worldmodel.data.latent_bank import LatentBank
 from physisforcing.worldmodel.data.windows import Episode, WindowTable, read_episodes
 from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint
-from physisforcing.worldmodel.training.banks import load_bank
+from physisforcing.worldmodel.training.banks import load_bank, open_datasets, open_stores
 from physisforcing.worldmodel.training.initial import adopt_heads, adopt_model
 from physisforcing.worldmodel.training.runtime import split_heldout
 
 from .backbone import RANDOM, SHIPPED, build_policy, tail
-from .checkpoint import SETTINGS, TRANSFORMER, load_policy, packaged_backbone, read_settings
+from .checkpoint import SETTINGS, TRANSFORMER, PolicyInfo, load_policy, packaged_backbone, read_settings
+from .config import PolicyModelConfig
 from .model import WorldActionModel
 from .normalization import ActionStatistics
 from .recordings import Recordings
 from .training_config import TrainPolicyConfig
-from .windows import PolicyBank, episode_statistics
+from .windows import PolicyBank, episode_statistics, latent_banks
 
 HEADS = "physics_heads.safetensors"
 
 
 def adopt(config: TrainPolicyConfig) -> None:
     """Take what ``run.init`` fixes into the config. ``UserError`` for a setting that was changed to something that its weights do not have."""
-    if config.model:
-        raise UserError(
-            "model",
-            got=config.model,
-            wanted="nothing: large backbones are not trained as policies yet",
-            fix="leave it out",
-        )
     init = initial_folder(config)
-    if init is not None and (init / SETTINGS).is_file():
+    stored = init is not None and (init / SETTINGS).is_file()
+    if stored and not config.model:
+        assert init is not None
         adopt_policy(config, init)
         return
     given = config.run.init
-    config.run.init = str(init) if init is not None else None
+    config.run.init = None if init is None or stored else str(init)
     try:
         adopt_model(config)
     finally:
         config.run.init = given
+    if config.model:
+        from .large import find_start
+
+        find_start(config)
+        if stored:
+            assert init is not None
+            adopt_policy(config, init)
+        return
     config.policy.state_dim = config.policy.action_dim = config.conditioner.state_dim
 
 
@@ -78,6 +83,10 @@ def adopt_policy(config: TrainPolicyConfig, init: Path) -> None:
             raise UserError(f"{prefix}{name}", got=mine, wanted=f"{theirs!r}, with which run.init was trained", fix=fix)
         print(f"{prefix}{name}={theirs} (from run.init; the default is {default})", file=sys.stderr, flush=True)
         setattr(chosen, name, theirs)
+    if config.model:
+        _adopt_text(config, info)
+        adopt_heads(config, init)
+        return
     found = latents_fingerprint(Path(config.codec)) if config.codec else "none"
     if found != info.latents:
         fix = "codec=<the codec of that policy>"
@@ -87,11 +96,23 @@ def adopt_policy(config: TrainPolicyConfig, init: Path) -> None:
     adopt_heads(config, init)
 
 
+def _adopt_text(config: TrainPolicyConfig, info: PolicyInfo) -> None:
+    """The length of sentences that the policy was trained with."""
+    theirs, usual = int(info.text["tokens"]), TrainPolicyConfig().text_tokens
+    if config.text_tokens not in (theirs, usual):
+        fix = f"leave text_tokens out: it is {theirs}"
+        raise UserError("text_tokens", got=config.text_tokens, wanted=f"{theirs}, as run.init has", fix=fix)
+    config.text_tokens = theirs
+
+
 def prepare_policy_banks(
     config: TrainPolicyConfig, device: torch.device, episodes: list[Episode] | None = None, *, quiet: bool = False
-) -> tuple[PolicyBank, PolicyBank]:
-    """-> (training windows, held-out ones); statistics are those of the training episodes, or of the policy that is trained further."""
+) -> tuple[PolicyBank, PolicyBank | None]:
+    """-> (training windows, held-out ones); statistics are those of the training episodes, or of the policy that is trained further. There may be
+    no held-out ones with a large backbone."""
     data = config.data
+    if config.model:
+        return _large_banks(config, device, quiet=quiet)
     if data.heldout < 1:
         raise UserError("data.heldout", got=data.heldout, wanted="at least 1", fix="data.heldout=1")
     if episodes is None:
@@ -107,10 +128,47 @@ def prepare_policy_banks(
         bank = load_bank(config, part, table, codec, device)
         banks.append(PolicyBank.of(bank, part, statistics, config.policy.chunk))
     if not quiet:
-        worst = Recordings.of_windows(banks[0].bank, parts[0]).saturated(statistics)
-        if worst > 0:
-            print(f"normalisation: up to {100 * worst:.2f} % of an episode's numbers are clamped", flush=True)
+        _tell_clamped(Recordings.of_windows(banks[0].bank, parts[0]), statistics)
     return banks[0], banks[1]
+
+
+def _large_banks(
+    config: TrainPolicyConfig, device: torch.device, *, quiet: bool
+) -> tuple[PolicyBank, PolicyBank | None]:
+    """Of latent stores, or of datasets that are encoded while the run trains. ``UserError`` where they are not what ``policy`` says."""
+    data, physics = config.data, config.physics if config.physics.wanted else None
+    if data.latents:
+        banks: tuple[LatentBank, LatentBank | None] = open_stores(
+            data.latents, data.heldout, device, physics, ahead=data.workers, tasks=data.tasks
+        )
+    else:
+        banks = open_datasets(config, device, physics, quiet=quiet)
+    for bank in banks:
+        if bank is not None:
+            bank.sentence_tokens = config.text_tokens
+    stored = initial_statistics(config)
+    made, heldout = latent_banks(*banks, config.normalization, config.policy.chunk, stored)
+    _check_sizes(config.policy, made)
+    if not quiet:
+        _tell_clamped(Recordings.of_latents(banks[0]), made.statistics)
+    return made, heldout
+
+
+def _check_sizes(policy: PolicyModelConfig, bank: PolicyBank) -> None:
+    found = {
+        "action_dim": bank.statistics.action.width,
+        "state_dim": bank.statistics.state.width,
+        "steps_per_latent": float(bank.stride * bank.time),
+    }
+    for name, value in found.items():
+        if getattr(policy, name) != value:
+            wanted, fix = f"{value}, as the windows have", f"policy.{name}={value}"
+            raise UserError(f"policy.{name}", got=getattr(policy, name), wanted=wanted, fix=fix)
+
+
+def _tell_clamped(recordings: Recordings, statistics: ActionStatistics) -> None:
+    if (worst := recordings.saturated(statistics)) > 0:
+        print(f"normalisation: up to {100 * worst:.2f} % of an episode's numbers are clamped", flush=True)
 
 
 def initial_statistics(config: TrainPolicyConfig) -> ActionStatistics | None:
@@ -145,6 +203,13 @@ def build_policy_model(config: TrainPolicyConfig) -> tuple[WorldActionModel, dic
         raise UserError("run.init", got="an action model", wanted=wanted, fix=fix)
     policy, report = build_policy(config.run.init, config.policy, seed=config.run.seed, autoencoder=config.codec)
     return policy.train(), report
+
+
+def freeze_video(model: WorldActionModel) -> None:
+    """Only the action expert and the proprioception are trained."""
+    expert = {name for name, _ in model.action_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in expert)
 
 
 def packaged_source(config: TrainPolicyConfig) -> str:

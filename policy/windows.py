@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,17 @@ from torch import Tensor
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.data.batches import WindowBank, WindowSampler
 from physisforcing.worldmodel.data.canvas import canvas_layout
-from physisforcing.worldmodel.data.latent_bank import EpochSampler, LatentBank
+from physisforcing.worldmodel.data.latent_bank import WAN_TOKENS, EpochSampler, LatentBank
 from physisforcing.worldmodel.data.windows import Episode
 
+from .checkpoint import PolicyInfo
 from .normalization import ActionStatistics
 from .recordings import Recordings
 
 #: Pixel frames of a latent frame behind the first.
 FRAMES_PER_LATENT = 4
+#: What a policy's folder calls the text encoder of a Wan pipeline.
+UMT5 = "umt5-xxl"
 
 
 def episode_statistics(episodes: Sequence[Episode], kind: str) -> ActionStatistics:
@@ -175,8 +179,30 @@ class PolicyBank:
         made: dict[str, Any] = {name: _sent(value, self.device) for name, value in mine.items()}
         if "proprioception_BKA" in found:  # with the states before it
             made["proprioception_BKA"] = found["proprioception_BKA"]
-        text = found["text"] if "text" in found else found["text_BLD"]
+        # as a policy that acts is given them, whatever they are stored in
+        text = found["text"].float() if "text" in found else found["text_BLD"]
         return made | {"latents_BCFhw": found["latents_BCFhw"], "text": text, "targets": found["targets"]}
+
+
+def large_info(config: Any, bank: PolicyBank, source: dict[str, Any]) -> PolicyInfo:
+    """What belongs to a policy on a large backbone beside its weights: what its windows show, and which autoencoder and text encoder read them.
+    ``config``: of its training."""
+    assert isinstance(bank.bank, LatentBank) and bank.hz is not None
+    info, (_, window) = bank.bank.info, bank.bank.windows[0]
+    layout = canvas_layout(info.canvas)
+    text = {"encoder": UMT5, "tokens": bank.bank.sentence_tokens, "padded": WAN_TOKENS, "fingerprint": info.text}
+    return PolicyInfo(
+        canvas=info.canvas,
+        size=(layout.height, layout.width),
+        frames=1 + (window.shape[1] - 1) * bank.time,
+        frame_stride=bank.stride,
+        text=text,
+        latents=info.latents,
+        autoencoder=Path(config.model).name,
+        control_hz=bank.hz,
+        source=source,
+        tasks=tuple(config.data.tasks),
+    )
 
 
 def _check_canvas(bank: LatentBank) -> None:

@@ -121,7 +121,7 @@ def job_windows(job: Job, info: StoreInfo, targets: str, actions: str = "") -> l
             shard=job.shard, row=row, shape=shape, caption=job.source.episode(job.index).instruction,
             source=Path(job.source.root).name, episode=job.index, start=start, targets=targets,
             target_row=row if targets else -1, content=job.content[:32],
-            actions=actions,
+            actions=actions, task=job.source.episode(job.index).task_name,
         )
         for row, start in enumerate(job.starts)
     ]  # fmt: skip

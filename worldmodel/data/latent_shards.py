@@ -68,7 +68,7 @@ class LatentWindow:
     ``shard``, ``row``: where its latents are; ``targets``, ``target_row``: its physics targets, "" and -1 where it has none; paths are
     relative to the store. ``shape``: [C,F,h,w] of its latents. ``source``, ``episode``, ``start``: what it was cut out of, for messages;
     ``content``: digest of the episode, which with ``start`` and ``shape`` tells one window from another. ``actions``: the file of its episode's
-    states and actions, "" where there are none.
+    states and actions, "" where there are none. ``task``: the name of its episode's task, "" where none is known.
     """
 
     shard: str
@@ -82,6 +82,7 @@ class LatentWindow:
     target_row: int = -1
     content: str = ""
     actions: str = ""
+    task: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))

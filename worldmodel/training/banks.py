@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from physisforcing.core.errors import UserError
+from physisforcing.core.errors import UserError, unknown_name
 
 from ..codec import VideoCodec, load_codec
 from ..data.batches import BankTargets, OnlineTargets, WindowBank, build_bank
@@ -48,7 +48,9 @@ def prepare_banks(
     if config.model:
         physics = config.physics if config.physics.wanted else None
         if data.latents:
-            return open_stores(data.latents, data.heldout, device, physics, ahead=data.workers)
+            return open_stores(
+                data.latents, data.heldout, device, physics, ahead=data.workers, tasks=data.tasks
+            )  # fmt: skip
         return open_datasets(config, device, physics, quiet=quiet)
     if data.latents:
         wanted = "none without model="
@@ -90,17 +92,23 @@ def load_bank(
 
 
 def open_stores(
-    folders: Sequence[str | Path], heldout: int, device: torch.device, physics: PhysicsConfig | None, *, ahead: int = 4
+    folders: Sequence[str | Path],
+    heldout: int,
+    device: torch.device,
+    physics: PhysicsConfig | None,
+    *,
+    ahead: int = 4,
+    tasks: Sequence[str] = (),
 ) -> tuple[LatentBank, LatentBank | None]:
     """-> (training windows, windows of ``heldout`` episodes spread evenly, None for 0). Episodes are whole on one side, also where several
-    stores were made of them."""
+    stores were made of them. ``tasks``: those of these tasks alone."""
     assert folders, "check_large has looked"
     stores = {Path(folder): read_store(Path(folder)) for folder in folders}
     info = check_same({folder: found for folder, (found, _) in stores.items()})
     windows = [(folder, window) for folder, (_, some) in stores.items() for window in some]
     if not windows:
         raise UserError("data.latents", got="stores without windows", wanted="windows", fix="see physis data latents")
-    parts = _split(windows, heldout)
+    parts = _split(of_tasks(windows, tasks), heldout)
     options: dict[str, Any] = {"info": info, "device": device, "physics": physics, "ahead": ahead}
     training = LatentBank(windows=parts[0], **options)
     if parts[1] and physics is not None:
@@ -119,7 +127,7 @@ def open_datasets(
             data.roots, data.live, Path(config.model), device, teachers=config.teacher if physics else None,
             cache=targets, text_cache=text,
         )  # fmt: skip
-    windows = live.windows()
+    windows = of_tasks(live.windows(), data.tasks)
     parts = _split(windows, data.heldout)
     if not quiet:
         lines = [f"data.roots: {len(windows)} windows", *told(live.plan.left_out, live.plan.repeating)]
@@ -151,6 +159,22 @@ def _split(windows: Sequence[Placed], heldout: int) -> tuple[list[Placed], list[
     """-> (windows of some episodes, those of ``heldout`` others)."""
     rest, kept = split_heldout(_episodes(windows), heldout)
     return [windows[row] for rows in rest for row in rows], [windows[row] for rows in kept for row in rows]
+
+
+def of_tasks(windows: Sequence[Placed], tasks: Sequence[str]) -> list[Placed]:
+    """The windows of these tasks, of all where there are none. ``UserError`` for a task of which there are none."""
+    if not tasks:
+        return list(windows)
+    known = sorted({window.task for _, window in windows})
+    if "" in known:
+        unknown = next(window for _, window in windows if not window.task)
+        got, fix = f"{unknown.source} episode {unknown.episode} of no known task", "leave data.tasks out"
+        fix += ", or physis data latents again for a store that was made before it knew its tasks"
+        raise UserError("data.tasks", got=got, wanted="windows that know their tasks", fix=fix)
+    for task in tasks:
+        if task not in known:
+            raise unknown_name("data.tasks", task, known, see="physis data inspect")
+    return [(place, window) for place, window in windows if window.task in tasks]
 
 
 def _check_heldout(windows: Sequence[Placed]) -> None:

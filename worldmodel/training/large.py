@@ -32,7 +32,7 @@ from .runtime import compiles, sharded
 
 #: Beginnings of the names of settings that say something about the small models alone, and of those that do about the large ones.
 _SMALL = (
-    "codec", "actions", "text_dropout", "backbone.", "conditioner.", "data.tasks", "data.limit", "data.success_only",
+    "codec", "actions", "text_dropout", "backbone.", "conditioner.", "data.limit", "data.success_only",
     "data.start_stride", "data.start_fraction", "data.end_fraction",
 )  # fmt: skip
 _LARGE = ("large.", "data.live.")
@@ -79,7 +79,7 @@ def check_small(config: TrainWorldModelConfig) -> None:
 
 def _chosen(config: TrainWorldModelConfig, beginnings: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """Dotted name and value of the settings with such names that are not the usual ones."""
-    usual = _flat(dataclasses.asdict(TrainWorldModelConfig()))
+    usual = _flat(dataclasses.asdict(type(config)()))
     for name, value in _flat(dataclasses.asdict(config)).items():
         if name.startswith(beginnings) and value != usual.get(name):
             yield name, value

@@ -62,7 +62,7 @@ class Trainer:
         #: The frozen weights that adapters belong to; they are not in checkpoints.
         self.base = base_fingerprint(config) if config.lora.rank else None
         #: The windows of a large backbone, whose data may have grown; those of small models are told by their settings.
-        self.windows = bank.fingerprint if isinstance(bank, LatentBank) else None
+        self.windows: str | None = getattr(bank, "fingerprint", None)
         #: The step that comes next, once it is known, and its rows.
         self._next = -1, torch.empty(0, dtype=torch.int64)
         self.wait_s = 0.0

@@ -100,7 +100,7 @@ def _finish(trainer: Trainer, banks: Banks, run: Path) -> Path:
     trainer.average.swap()
     trainer.export(run / "export")
     for some in banks:
-        if isinstance(some, LatentBank):
+        if hasattr(some, "close"):  # windows that are read or encoded while a run trains
             some.close()
     trainer.processes.barrier()
     return run / "export"

@@ -1,0 +1,79 @@
+"""Trainings of a policy on a tiny large backbone that take seconds: pipeline folders (``tiny_paper``), and latent stores with drawn windows, states
+and actions of the sizes that a policy on TI2V-5B has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import tiny_paper
+from physisforcing.core.config import compose
+from physisforcing.policy.training_config import TrainPolicyConfig
+from physisforcing.worldmodel.data.canvas import canvas_layout
+from physisforcing.worldmodel.data.latent_actions import RecordedActions, actions_path, write_actions
+from physisforcing.worldmodel.data.latent_shards import LatentWindow, StoreInfo, write_shard, write_store
+
+#: Latent frames of 9 pictures; pictures, and recorded rows between two.
+FRAMES, STRIDE, HZ = 3, 4, 50.0
+#: Channels of the tiny autoencoder, and width of its sentences.
+CHANNELS, TEXT = 8, 16
+
+
+def store(
+    folder: Path,
+    *,
+    canvas: str = "robotwin",
+    joints: tuple[int, int] = (14, 14),
+    tasks: tuple[str, ...] = ("press", "lift"),
+    episodes: int = 4,
+    channels: int = CHANNELS,
+    text: int = TEXT,
+    windows: int = 2,
+    latents: str = "",
+) -> Path:
+    """``joints``: widths of actions and states. Tasks take turns; an episode has 50 rows and a window at every 8th."""
+    draw, layout = torch.Generator().manual_seed(0), canvas_layout(canvas)
+    shape = (channels, FRAMES, layout.height // 16, layout.width // 16)
+    info = StoreInfo(
+        kind="wan", latents=latents, text="drawn", channels=channels, stride=(4, 16, 16), conditioned=False,
+        fps=HZ / STRIDE, canvas=canvas,
+    )  # fmt: skip
+    listed = []
+    for episode in range(episodes):
+        content = f"{episode:032d}"
+        name = f"9x{layout.height}x{layout.width}/{content}.safetensors"
+        tensors = {
+            "latents_WCFhw": torch.randn(windows, *shape, generator=draw),
+            "text_LD": torch.randn(4 + episode, text, generator=draw),
+        }
+        write_shard(folder / name, tensors)
+        rows = np.random.default_rng(episode)
+        actions, states = (rows.normal(size=(50, width)).astype(np.float32) for width in joints)
+        place = actions_path(content)
+        write_actions(folder / place, RecordedActions(states_TA=states, actions_TA=actions, hz=HZ))
+        listed += [
+            LatentWindow(
+                shard=name, row=row, shape=shape, caption="press it", source="drawn", episode=episode, start=8 * row,
+                content=content, actions=place, task=tasks[episode % len(tasks)],
+            )
+            for row in range(windows)
+        ]  # fmt: skip
+    write_store(folder, info, listed)
+    return folder
+
+
+def pipeline(folder: Path) -> Path:
+    return tiny_paper.ti2v(folder / "ti2v")
+
+
+def config(model: Path, latents: Path, out: Path, *words: str, experiment: str = "policy_robotwin") -> TrainPolicyConfig:
+    """The recipe at a tiny size: four updates of two windows."""
+    small = [
+        f"experiment={experiment}", f"model={model}", f"data.latents=[{latents}]", "data.heldout=1", "data.workers=2",
+        "policy.width=16", "policy.ffn_dim=24", "text_tokens=8", f"run.out={out}", "run.steps=4", "run.batch=2",
+        "run.device=cpu", "run.log_every=1", "run.save_every=2", "run.eval_every=100", "run.compile=none",
+        "optim.warmup=1", "optim.lr=0.01", "heldout_windows=2",
+    ]  # fmt: skip
+    return compose("train_policy", [*small, *words], TrainPolicyConfig)
