@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 import tiny_paper
-from physisforcing.core.config import compose
 from physisforcing.policy.training_config import TrainPolicyConfig
 from physisforcing.worldmodel.data.canvas import canvas_layout
 from physisforcing.worldmodel.data.latent_actions import RecordedActions, actions_path, write_actions
@@ -70,6 +69,8 @@ def pipeline(folder: Path) -> Path:
 
 def config(model: Path, latents: Path, out: Path, *words: str, experiment: str = "policy_robotwin") -> TrainPolicyConfig:
     """The recipe at a tiny size: four updates of two windows."""
+    from physisforcing.core.config import compose
+
     small = [
         f"experiment={experiment}", f"model={model}", f"data.latents=[{latents}]", "data.heldout=1", "data.workers=2",
         "policy.width=16", "policy.ffn_dim=24", "text_tokens=8", f"run.out={out}", "run.steps=4", "run.batch=2",
