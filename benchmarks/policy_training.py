@@ -34,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -219,6 +220,11 @@ def lines(arm: str, found: dict[str, Any], first: dict[str, Any] | None, options
     kept = ("video_parameters", "expert_parameters", "trained_parameters", "spread", "built_s", "data_wait_ms")
     about = {name: found[name] for name in kept} | {"samples": samples, "micro": options.micro or options.batch}
     about |= {"first_update_ms": round(found["times"][0], 1)}
+    losses = [update["loss"] for update in found["losses"]]
+    about |= {
+        "mean_of_first_5_losses": round(fmean(losses[:5]), 4),
+        "mean_of_last_5_losses": round(fmean(losses[-5:]), 4),
+    }
     about |= {name: found[name] for name in ("card", "reserved_gib") if name in found}
     if first is not None:
         before = float(np.percentile(first["times"][options.warmup :], 50))

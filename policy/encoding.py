@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def first_frame_by(vae: PipelineVae, device: torch.device) -> FirstFrame:
 class Sentences:
     """Token embeddings on the device, zeros behind the sentence; each sentence is embedded once.
 
-    ``source``: for UMT5, a pipeline folder with ``tokenizer/`` and ``text_encoder/``. ``store=False``: no files are written, for sentences of
-    strangers (UMT5 keeps its cache). ``UserError`` for an encoder that is not known or makes another width.
+    A policy that was trained here says what its sentences were made by: the encoder, its precision, and how far they were padded, on which the
+    last bits depend. ``source``: for UMT5, a pipeline folder with ``tokenizer/`` and ``text_encoder/``. ``store=False``: no files are written, for sentences of
+    strangers (UMT5 keeps its cache). ``UserError`` for an encoder that is not known, makes another width or is not the one of the training.
     """
 
     def __init__(self, info: PolicyInfo, source: str, width: int, device: torch.device, *, store: bool = True) -> None:
@@ -75,15 +77,15 @@ class Sentences:
         self._template = str(info.text.get("template", "{instruction}"))
         self._device, self._kept = device, dict[str, Tensor]()
         self._embed: Any
+        self._tokens: int | None = None
         if name == ENCODER:
             self._embed = TextEmbedder(store=store)
             return
-        from physisforcing.worldmodel.text_encoders import UMT5Text
-
         if not source:
             fix = "policy.autoencoder=<the Wan pipeline folder, with vae, tokenizer and text_encoder>"
             raise UserError("policy.autoencoder", got="", wanted="the folder of the UMT5 encoder", fix=fix)
-        self._embed = UMT5Text(source, max_tokens=int(info.text["tokens"]), dtype=torch.bfloat16)
+        self._tokens = int(info.text["tokens"])
+        self._embed = _like_in_training(source, info.text)
 
     def batch(self, instructions: Sequence[str]) -> Tensor:
         """[B,L,D] float32 on the device."""
@@ -94,6 +96,27 @@ class Sentences:
             if len(self._kept) >= MOST_SENTENCES:
                 del self._kept[next(iter(self._kept))]
             made = self._embed.batch([self._template.replace("{instruction}", sentence)])
-            tokens = made[0] if isinstance(made, tuple) else made
-            self._kept[sentence] = tokens[0].float().to(self._device)
+            tokens = (made[0] if isinstance(made, tuple) else made)[0]
+            if self._tokens is not None and len(tokens) > self._tokens:
+                if bool(tokens[self._tokens :].any()):
+                    said = f"a sentence is longer than the {self._tokens} tokens that the policy reads: {sentence[:60]!r}..."
+                    warnings.warn(said, stacklevel=3)
+                tokens = tokens[: self._tokens]
+            self._kept[sentence] = tokens.float().to(self._device)
         return self._kept[sentence]
+
+
+def _like_in_training(source: str, text: Mapping[str, Any]) -> Any:
+    """The UMT5 encoder as the windows' sentences were made by it. A released policy says no ``fingerprint``: it has bfloat16 ones."""
+    from physisforcing.worldmodel.text_encoders import UMT5Text
+
+    length, wanted = int(text.get("padded", text["tokens"])), text.get("fingerprint")
+    made = [UMT5Text(source, max_tokens=length, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    if wanted is None:
+        return made[0]
+    for one in made:
+        if one.fingerprint == wanted:
+            return one
+    got = f"{Path(source).name}, with the text encoder {made[0].fingerprint}"
+    fix = "policy.autoencoder=<the pipeline folder that the policy was trained with>"
+    raise UserError("policy.autoencoder", got=got, wanted=f"the text encoder {wanted}", fix=fix)

@@ -67,7 +67,9 @@ def pipeline(folder: Path) -> Path:
     return tiny_paper.ti2v(folder / "ti2v")
 
 
-def config(model: Path, latents: Path, out: Path, *words: str, experiment: str = "policy_robotwin") -> TrainPolicyConfig:
+def config(
+    model: Path, latents: Path, out: Path, *words: str, experiment: str = "policy_robotwin"
+) -> TrainPolicyConfig:
     """The recipe at a tiny size: four updates of two windows."""
     from physisforcing.core.config import compose
 
