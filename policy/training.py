@@ -194,7 +194,8 @@ class PolicyTrainer(Trainer):
         if (got := mine.difference(stored)) is not None:
             wanted = "the statistics that the run began with"
             fix = "give the episodes that it began with, or begin another run with run.init=<its last policy>"
-            raise UserError("data.roots", got=got, wanted=wanted, fix=fix)
+            name = "data.latents" if self.config.data.latents else "data.roots"
+            raise UserError(name, got=got, wanted=wanted, fix=fix)
         return super().restore(checkpoint)
 
     def export(self, folder: Path, *, checkpoint: bool = False) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 import tiny_paper
+from physisforcing.core.lerobot import LeRobotWriter
+from physisforcing.core.lerobot_format import robot_features
 from physisforcing.policy.training_config import TrainPolicyConfig
 from physisforcing.worldmodel.data.canvas import canvas_layout
 from physisforcing.worldmodel.data.latent_actions import RecordedActions, actions_path, write_actions
@@ -45,7 +47,7 @@ def store(
         name = f"9x{layout.height}x{layout.width}/{content}.safetensors"
         tensors = {
             "latents_WCFhw": torch.randn(windows, *shape, generator=draw),
-            "text_LD": torch.randn(4 + episode, text, generator=draw),
+            "text_LD": torch.randn(4 + episode % 4, text, generator=draw),
         }
         write_shard(folder / name, tensors)
         rows = np.random.default_rng(episode)
@@ -60,6 +62,32 @@ def store(
             for row in range(windows)
         ]  # fmt: skip
     write_store(folder, info, listed)
+    return folder
+
+
+def dataset(folder: Path, lengths: tuple[int, ...] = (36, 20), tasks: tuple[str, ...] = ("press",)) -> Path:
+    """Recordings of three cameras at 50 Hz, 14 joints; tasks take turns."""
+    names = ("head", "left_wrist", "right_wrist")
+    features = robot_features([f"j{k}" for k in range(14)], cameras=names, height=48, width=64, fps=HZ)
+    features.pop("observation.state_measured")
+    writer = LeRobotWriter(folder, features, robot_type="drawn", fps=HZ)
+    for number, length in enumerate(lengths):
+        draw = np.random.default_rng(number)
+        columns = {
+            "observation.state": draw.normal(size=(length, 14)).astype(np.float32),
+            "action": draw.normal(size=(length, 14)).astype(np.float32),
+            "next.success": np.ones(length, bool),
+        }
+        shade = np.arange(length, dtype=np.uint8)[:, None, None, None] * 4
+        frames = {
+            f"observation.images.{name}": np.broadcast_to(shade + place * 20, (length, 48, 64, 3)).astype(np.uint8)
+            for place, name in enumerate(names)
+        }
+        writer.add_episode(
+            columns=columns, frames=frames, instruction="press the bell", task_name=tasks[number % len(tasks)], seed=number,
+            success=True, scene_hash=f"{number}", policy="expert", embodiment="drawn", assets_version="1",
+        )  # fmt: skip
+    writer.finalize()
     return folder
 
 

@@ -218,7 +218,12 @@ class LatentBank:
         longest = max(len(sample["text_LD"]) for sample in samples)
         if longest > self.sentence_tokens:
             wanted = f"at most {self.sentence_tokens}"
-            raise UserError("data.latents", got=f"a sentence of {longest} tokens", wanted=wanted, fix="a shorter one")
+            raise UserError(
+                "data.latents",
+                got=f"a sentence of {longest} tokens",
+                wanted=wanted,
+                fix=f"a shorter one, or for a policy text_tokens={longest}",
+            )
         text = torch.zeros(len(samples), self.sentence_tokens, first.shape[1], dtype=first.dtype, device=self.device)
         for row, sample in enumerate(samples):
             text[row, : len(sample["text_LD"])] = sample["text_LD"].to(self.device, non_blocking=True)
