@@ -15,8 +15,11 @@ HELP = """usage: physis train policy [experiment=policy_pico] [key=value ...]
   physis train policy physics=recommended ...                the physics losses stay on
   physis train policy policy.mode=optional_idm ...           actions that may also see an imagined future
   physis train policy run.init=runs/policy/export ...        a policy is trained further
+  physis train policy experiment=policy_robotwin model=wan22-5b data.latents=[runs/windows] run.out=runs/5b    a large backbone
+  torchrun --nproc_per_node=8 -m physisforcing train policy ...    in eight processes; run.batch is that of all together
 
-run.init is a world model's export (or shipped), whose transformer becomes the video backbone, or a policy; without it all is drawn. Statistics of
+run.init is a world model's export (or shipped), whose transformer becomes the video backbone, or a policy; without it all is drawn, and with
+model=, the pipeline folder of a large backbone, the video is that folder's. data.latents are then what physis data latents canvas=... made. Statistics of
 states and actions are those of the training episodes and lie beside the weights. Fields and defaults: policy/training_config.py,
 policy/config.py (docs/policy.md). A run folder holds config.yaml, provenance.json, metrics.jsonl, checkpoints and the policy (export/)."""
 

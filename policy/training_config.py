@@ -57,7 +57,10 @@ class TrainPolicyConfig(TrainWorldModelConfig):
         if not self.model and self.policy.steps_per_latent != expected:
             got = self.policy.steps_per_latent
             raise UserError(
-                "policy.steps_per_latent", got=got, wanted=f"{expected} with the small models", fix="leave it out"
+                "policy.steps_per_latent",
+                got=got,
+                wanted=f"{expected} with the small models",
+                fix="leave it out, or model=<the pipeline folder of a large backbone>",
             )
         if self.text_dropout or self.actions or self.lora.rank:
             name = "text_dropout" if self.text_dropout else "actions" if self.actions else "lora.rank"

@@ -147,10 +147,9 @@ def _large_banks(
         if bank is not None:
             bank.sentence_tokens = config.text_tokens
     stored = initial_statistics(config)
-    made, heldout = latent_banks(*banks, config.normalization, config.policy.chunk, stored)
+    more = {} if quiet else {"look": _tell_clamped}
+    made, heldout = latent_banks(*banks, config.normalization, config.policy.chunk, stored, **more)
     _check_sizes(config.policy, made)
-    if not quiet:
-        _tell_clamped(Recordings.of_latents(banks[0]), made.statistics)
     return made, heldout
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,20 @@ def episode_statistics(episodes: Sequence[Episode], kind: str) -> ActionStatisti
 
 
 def latent_banks(
-    training: LatentBank, heldout: LatentBank | None, kind: str, chunk: int, stored: ActionStatistics | None = None
+    training: LatentBank,
+    heldout: LatentBank | None,
+    kind: str,
+    chunk: int,
+    stored: ActionStatistics | None = None,
+    look: Callable[[Recordings, ActionStatistics], object] = lambda _recordings, _statistics: None,
 ) -> tuple[PolicyBank, PolicyBank | None]:
     """Windows of a large backbone with their actions. Statistics are those of the training windows' episodes, or ``stored``, those of a
-    policy that is trained further. ``UserError`` for latents of another picture than the policy will see; ``DatasetError`` and ``UserError`` as
+    policy that is trained further; ``look`` is shown them and what they are of. ``UserError`` for latents of another picture than the policy will see; ``DatasetError`` and ``UserError`` as
     ``Recordings.of_latents`` and ``PolicyBank.of_recordings``."""
     _check_canvas(training)
     recordings = Recordings.of_latents(training)
     statistics = stored if stored is not None else recordings.statistics(kind)
+    look(recordings, statistics)
     made = PolicyBank.of_recordings(training, recordings, statistics, chunk)
     if heldout is None:
         return made, None
