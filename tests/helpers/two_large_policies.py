@@ -18,12 +18,12 @@ from physisforcing.worldmodel.training.optim import is_sharded, local
 from physisforcing.worldmodel.training.processes import Processes
 from ranks import both
 
-STEPS = 4
+STEPS = 2
 #: Name of a case -> what its command says beside the recipe.
 CASES = {
     "full": ["optim.ema=0", "run.micro=1"],
     "frozen": ["freeze_video=true", "video_weight=0", "run.checkpointing=selective", "run.micro=0"],
-    "spread": ["freeze_video=true", "video_weight=0", "run.sharding=weights"],
+    "spread": ["run.steps=1", "freeze_video=true", "video_weight=0", "run.sharding=weights"],
     "drawn": ["run.init=random:MODEL", "policy.initial=random", "run.steps=1"],
 }
 
@@ -31,16 +31,22 @@ CASES = {
 def settings(folder: Path, case: str, name: str) -> TrainPolicyConfig:
     words = [word.replace("MODEL", str(folder / "ti2v")) for word in CASES[case]]
     made = tiny_large_policy.config(
-        folder / "ti2v", folder / "store", folder / name, "run.batch=4", "run.resume=true", *words
+        folder / "ti2v",
+        folder / "store",
+        folder / name,
+        "run.batch=4",
+        "run.resume=true",
+        f"run.steps={STEPS}",
+        "run.save_every=1",
+        *words,
     )
-    made.run.save_every = 2
     return made
 
 
 def train(folder: Path, case: str, name: str, source: str = "") -> None:
     """``source``: the run whose first half this one goes on from."""
     if source and os.environ.get("RANK", "0") == "0":  # the other waits for it where they meet
-        shutil.copytree(folder / source / "step-000002", folder / name / "step-000002")
+        shutil.copytree(folder / source / "step-000001", folder / name / "step-000001")
     train_policy(settings(folder, case, name))
 
 

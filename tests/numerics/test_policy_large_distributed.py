@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_losses_and_weights_are_those_of_one_process(runs: Path, case: str) -> None:
     """Also of weights that are drawn, whose every block both processes draw alike."""
     one, two = update_lines(runs / f"one-{case}"), update_lines(runs / f"two-{case}")
-    assert len(one) == len(two) == (1 if case == "drawn" else 4)
+    assert len(one) == len(two) == (1 if case in ("drawn", "spread") else 2)
     terms = ("loss", "action", "grad_norm") + (("video",) if case in ("full", "drawn") else ())
     for first, second in zip(one, two, strict=True):
         assert {name: second[name] for name in terms} == pytest.approx({n: first[n] for n in terms}, rel=LOSS, abs=1e-6)

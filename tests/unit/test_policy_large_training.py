@@ -156,6 +156,28 @@ def test_however_blocks_are_computed_gradients_are_the_same(
         torch.testing.assert_close(parts[name], value, rtol=2e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_compiled_blocks_compute_the_same(
+    model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block is compiled whole and once for all of them: with another backend than the usual one, which takes minutes on a CPU."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter, plain = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
+    words = ["run.micro=0", "run.batch=4"]
+    kept = gradients(trainer(tiny.config(model, store, tmp_path / "run", *words, "run.checkpointing=none")))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **more: plain(self, **more, backend=counter, fullgraph=True)
+    )
+    found = trainer(tiny.config(model, store, tmp_path / "run", *words, "run.compile=blocks"))
+    assert found.config.run.checkpointing == "full"
+    again = gradients(found)
+    assert 1 <= counter.frame_count <= 2, counter.frame_count
+    for name, value in kept.items():
+        torch.testing.assert_close(again[name], value, rtol=2e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    torch._dynamo.reset()
+
+
 def test_of_both_experts_nothing_inside_a_block_is_kept(model: Path, store: Path, tmp_path: Path) -> None:
     """Numbers kept for the backward pass of 360 video and of 32 action tokens a sample: three blocks' inputs and ends of the network."""
     kept: dict[str, dict[int, int]] = {}
