@@ -33,13 +33,15 @@ def store(
     text: int = TEXT,
     windows: int = 2,
     latents: str = "",
+    targets: bool = False,
 ) -> Path:
-    """``joints``: widths of actions and states. Tasks take turns; an episode has 50 rows and a window at every 8th."""
+    """``joints``: widths of actions and states. Tasks take turns; an episode has 50 rows and a window at every 8th. ``targets``: with drawn ones for
+    the physics losses."""
     draw, layout = torch.Generator().manual_seed(0), canvas_layout(canvas)
     shape = (channels, FRAMES, layout.height // 16, layout.width // 16)
     info = StoreInfo(
         kind="wan", latents=latents, text="drawn", channels=channels, stride=(4, 16, 16), conditioned=False,
-        fps=HZ / STRIDE, canvas=canvas,
+        fps=HZ / STRIDE, canvas=canvas, teachers={"tracker": "random"} if targets else None,
     )  # fmt: skip
     listed = []
     for episode in range(episodes):
@@ -54,10 +56,15 @@ def store(
         actions, states = (rows.normal(size=(50, width)).astype(np.float32) for width in joints)
         place = actions_path(content)
         write_actions(folder / place, RecordedActions(states_TA=states, actions_TA=actions, hz=HZ))
+        seen = ""
+        if targets:
+            import tiny_large
+
+            seen = tiny_large._targets(folder, shape, episode, 0)
         listed += [
             LatentWindow(
                 shard=name, row=row, shape=shape, caption="press it", source="drawn", episode=episode, start=8 * row,
-                content=content, actions=place, task=tasks[episode % len(tasks)],
+                content=content, actions=place, targets=seen, target_row=row if seen else -1, task=tasks[episode % len(tasks)],
             )
             for row in range(windows)
         ]  # fmt: skip

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_large_policy as tiny
 import tiny_paper
@@ -228,6 +230,43 @@ def test_without_an_average_the_weights_themselves_are_written(model: Path, stor
     for name, value in groups["weights"].items():
         kept = state[name.removeprefix("policy.")]
         assert torch.equal(kept, value) or torch.equal(kept, value.bfloat16().float()), name
+
+
+def test_physics_losses_stay_on(model: Path, tmp_path: Path) -> None:
+    """On the tapped tokens of the video; their heads are written, and a policy that is trained further goes on with them."""
+    latents = tiny.store(tmp_path / "s", latents=latents_fingerprint(model / "vae"), targets=True)
+    words = [
+        "physics=recommended",
+        "physics.phi_hidden=16",
+        "physics.psi_hidden=16",
+        "physics.feature_dim=16",
+        "run.steps=2",
+    ]
+    made = tiny.config(model, latents, tmp_path / "run", *words)
+    plain, found = gradients(trainer(tiny.config(model, latents, tmp_path / "run"))), gradients(trainer(made))
+    for block, reached in ((0, True), (2, False)):  # the second of three blocks is tapped
+        name = f"policy.transformer.blocks.{block}.ffn.net.2.weight"
+        assert torch.equal(plain[name], found[name]) != reached, name
+    export = train_policy(made)
+    lines = update_lines(tmp_path / "run")
+    assert all(line["pix"] > 0 and line["sem"] > 0 and line["video"] > 0 for line in lines)
+    heads = load_file(export / "physics_heads.safetensors")
+    further = trainer(tiny.config(model, latents, tmp_path / "two", *words, f"run.init={export}"))
+    assert further.forcing is not None
+    assert all(torch.equal(value, heads[name]) for name, value in further.forcing.state_dict().items())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operations_are_counted(model: Path, store: Path, tmp_path: Path, frozen: bool) -> None:
+    """Against torch's own count of what an update does, without recomputation; through a frozen video gradients go to the proprioception."""
+    words = ["run.checkpointing=none", *(["freeze_video=true", "video_weight=0"] if frozen else [])]
+    found = trainer(tiny.config(model, store, tmp_path / "run", *words))
+    batch = found.batch(0)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        found._backward(batch, found.draw(batch, step_generator(7, 0)))
+    counted = found.flops(batch["latents_BCFhw"].shape)
+    # what the last of three blocks' video would need backward is counted though nothing reads it without the video's loss
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.1 if frozen else 0.02)
 
 
 def test_a_frozen_video_stays_as_it_was(model: Path, store: Path, tmp_path: Path) -> None:

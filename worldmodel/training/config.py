@@ -26,7 +26,7 @@ class DataConfig:
     pictures that are kept, 120x160), which costs their time at every step and nothing on disk.
 
     A large backbone is trained on ``latents``, the stores of ``physis data latents``, or on ``roots``, datasets and folders of clips that are
-    encoded while it trains: ``live`` says how, with the fields of that command, in place of all here that chooses among windows.
+    encoded while it trains: ``live`` says how, with the fields of that command, in place of all here that chooses among windows but ``tasks``.
     ``heldout`` 0 measures nothing then, ``workers`` read ahead, and ``targets`` by any teacher may be ``online``.
     """
 
