@@ -51,6 +51,9 @@ def find_start(config: TrainPolicyConfig, latents: str = "") -> Start:
     Headers alone are read. ``UserError`` as ``open_backbone``, and for a backbone or policy of another autoencoder's latents."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
+    if config.large.first_latent not in (None, "pinned"):
+        wanted = "pinned: a policy's first latent frame is the clean picture of now"
+        raise UserError("large.first_latent", got=config.large.first_latent, wanted=wanted, fix="leave it out")
     init = (config.run.init or "").removeprefix(RANDOM)
     if init and (Path(init) / SETTINGS).is_file():
         folder = Path(init)

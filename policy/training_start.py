@@ -36,6 +36,9 @@ def adopt(config: TrainPolicyConfig) -> None:
     """Take what ``run.init`` fixes into the config. ``UserError`` for a setting that was changed to something that its weights do not have."""
     init = initial_folder(config)
     stored = init is not None and (init / SETTINGS).is_file()
+    if stored and (config.run.init or "").startswith(RANDOM):
+        fix = "run.init=random:<a world model's export>, or the policy without random: to train it further"
+        raise UserError("run.init", got=config.run.init, wanted="random: before a backbone, not a policy", fix=fix)
     if stored and not config.model:
         assert init is not None
         adopt_policy(config, init)

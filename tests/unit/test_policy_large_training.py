@@ -131,6 +131,8 @@ def test_a_policy_is_trained_further(model: Path, store: Path, tmp_path: Path) -
     assert made.policy.mode == "optional_idm" and found.source["policy"] == "one/export"
     drawn = ("expert.proj_out.weight", "transformer.proj_out.weight")  # by ``trainer``
     assert all(torch.equal(v, held[n]) for n, v in found.policy.state_dict().items() if n not in drawn)
+    with pytest.raises(UserError, match=r"run\.init: .*random: before a backbone, not a policy"):
+        adopt(tiny.config(model, store, tmp_path / "two", f"run.init=random:{export}"))
     with pytest.raises(UserError, match=r"text_tokens: got 9, wanted 8, as run\.init has"):
         adopt(tiny.config(model, store, tmp_path / "two", f"run.init={export}", "text_tokens=9"))
     other = tiny.store(tmp_path / "other", latents="others")
@@ -360,6 +362,7 @@ def test_tasks_choose_among_windows(model: Path, store: Path, tmp_path: Path) ->
         (["policy.proprioception=backbone"], r"policy\.proprioception: .*linear with model="),
         (["policy.action_dim=7"], r"policy\.action_dim: got 7, wanted 14, as the windows have.*policy\.action_dim=14"),
         (["policy.steps_per_latent=8"], r"policy\.steps_per_latent: .*16\.0"),
+        (["large.first_latent=mask"], r"large\.first_latent: got 'mask', wanted pinned"),
         (["text_tokens=3"], "a sentence of . tokens"),
         (["run.init=shipped"], "run.init: got .*small model"),
         (["codec=x"], "codec: .*no such setting with model="),
