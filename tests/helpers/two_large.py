@@ -20,9 +20,9 @@ from ranks import both
 
 #: Name of a case -> kind of backbone, rank of the adapters, what else is set.
 CASES = {
-    "full": ("ti2v", 0, {"micro": 1, "checkpointing": "full"}),
+    "full": ("ti2v", 0, {"micro": 1, "checkpointing": "full", "gather": "update"}),
     "lora": ("a14b", 2, {"checkpointing": "selective"}),
-    "spread": ("a14b", 2, {"sharding": "weights"}),
+    "spread": ("a14b", 2, {"sharding": "weights", "micro": 1}),
     "cosmos": ("cosmos3", 2, {}),
 }
 

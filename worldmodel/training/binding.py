@@ -23,6 +23,7 @@ FREE_SETTINGS = (
             "nonfinite",
             "checkpointing",
             "sharding",
+            "gather",
             "wandb",
             "log_every",
             "save_every",

@@ -64,7 +64,9 @@ class RunConfig:
     ``checkpointing``: what the backward pass of the world model's blocks computes again to save memory (``recompute.py``): none, full,
     or selective, which keeps what attention made. ``micro``: samples that a process computes at once, gradients are summed up; 0 is
     all of its share of ``batch``. ``sharding``: with several processes ``weights`` spreads them, ``none`` keeps them whole in each, and auto
-    spreads what is trained whole but not what is frozen under adapters. ``deterministic``: kernels that give the same bits every time,
+    spreads what is trained whole but not what is frozen under adapters. ``gather``: how often spread weights are put together and gradients
+    exchanged: for every ``part`` of an update (``micro``) and block by block, or once an ``update``, which keeps all weights in bfloat16 and whole
+    gradients in memory until its end. ``deterministic``: kernels that give the same bits every time,
     on a GPU as well, which costs time (cuDNN's attention has no such backward pass). ``wandb``: a Weights & Biases project that is told the log's lines as well (needs wandb).
     """
 
@@ -81,6 +83,7 @@ class RunConfig:
     checkpointing: str = "none"
     micro: int = 0
     sharding: str = "auto"
+    gather: str = "part"
     deterministic: bool = False
     wandb: str = ""
     log_every: int = 50

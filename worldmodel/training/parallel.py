@@ -40,6 +40,18 @@ def shard_rest(module: nn.Module, whole: Iterable[nn.Module], processes: Process
     fully_shard(module, mesh=processes.mesh, mp_policy=plain, ignored_params=kept)
 
 
+def gather_once(module: nn.Module, *, last: bool) -> None:
+    """Before a part of an update: sharded weights stay gathered, and gradients stay whole, until its ``last`` part has gone backward. Then
+    both are exchanged once an update, not once a part."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(last, recurse=False)
+            part.set_reshard_after_forward(False, recurse=False)
+            part.set_reshard_after_backward(last, recurse=False)
+
+
 def scatter(module: nn.Module) -> None:
     """Let go of sharded weights in ``module`` that lie around gathered. What is not in blocks stays gathered after a forward pass without a
     backward one, and the next pass would compute with it whatever was written into the shards since then."""

@@ -50,6 +50,13 @@ def sharded(config: TrainWorldModelConfig, processes: Processes) -> bool:
     return processes.many and (kind == "weights" or (kind == "auto" and config.lora.rank == 0))
 
 
+def gathers_once(run: RunConfig) -> bool:
+    """Whether spread weights are put together once an update. ``UserError`` for an unknown word."""
+    if run.gather not in ("part", "update"):
+        raise UserError("run.gather", got=run.gather, wanted="part or update", fix="run.gather=part")
+    return run.gather == "update"
+
+
 @contextlib.contextmanager
 def kernels_given_back() -> Iterator[None]:
     """After it the process computes with the kernels that it had before, whatever was chosen inside; also a decorator."""

@@ -27,10 +27,10 @@ from .flops import step_flops
 from .modules import base_fingerprint, prepared_modules
 from .objective import draw_noise, objective, part_counts, part_of, without_text
 from .optim import WeightAverage, build_optimizer, learning_rate, set_learning_rate
-from .parallel import average_gradients, clip_gradients, mean_terms, scatter, sum_parts
+from .parallel import average_gradients, clip_gradients, gather_once, mean_terms, scatter, sum_parts
 from .pictures import heldout_pictures
 from .processes import Processes
-from .runtime import autocast
+from .runtime import autocast, gathers_once
 from .steplog import StepLog
 from .videos import heldout_videos
 
@@ -155,8 +155,11 @@ class Trainer:
         count, found = len(batch["latents_BCFhw"]), []
         micro = self.config.run.micro or count
         counts = self.counts(batch, count // micro) if micro < count else None
+        once = self.processes.many and gathers_once(self.config.run)
         for first in range(0, count, micro):
             rows = slice(first, first + micro)
+            if once:
+                gather_once(self.model, last=first + micro >= count)
             terms = self.terms(part_of(batch, rows), tuple(v if v is None else v[rows] for v in drawn), counts)
             (terms["loss"] * (micro / count)).backward()
             if self.forcing is not None and self.forcing.measures:
