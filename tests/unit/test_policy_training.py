@@ -305,6 +305,14 @@ def test_settings_against_the_policy_to_start_from_are_refused(
     assert not (tmp_path / "more").exists()
 
 
+@pytest.mark.parametrize("model", ["", "a large one"])
+def test_a_policy_has_no_weights_to_draw(policy_folder: Path, tmp_path: Path, model: str) -> None:
+    made = as_usual(config(tmp_path, "more", 2), policy_folder, tmp_path / "more")
+    made.run.init, made.model = f"random:{policy_folder}", model
+    with pytest.raises(UserError, match=r"run\.init: got 'random:.*first/export'.*not a policy"):
+        adopt(made)
+
+
 def test_the_backbone_is_that_of_a_world_model_and_its_heads_go_along(tmp_path: Path) -> None:
     parts = {}
     for name, physics in (("plain", False), ("forced", True)):
