@@ -54,6 +54,9 @@ class FixedText:
         drawn = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(2))
         self.text = (0.1 * drawn).to(device)
 
+    def prepare(self, instructions: list[str]) -> None:
+        """They are there."""
+
     def batch(self, instructions: list[str]) -> torch.Tensor:
         return self.text.expand(len(instructions), -1, -1).contiguous()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,8 +64,9 @@ class Sentences:
     """Token embeddings on the device, zeros behind the sentence; each sentence is embedded once.
 
     A policy that was trained here says what its sentences were made by: the encoder, its precision, and how far they were padded, on which the
-    last bits depend. ``source``: for UMT5, a pipeline folder with ``tokenizer/`` and ``text_encoder/``. ``store=False``: no files are written, for sentences of
-    strangers (UMT5 keeps its cache). ``UserError`` for an encoder that is not known, makes another width or is not the one of the training.
+    last bits depend. ``source``: for UMT5, a pipeline folder with ``tokenizer/`` and ``text_encoder/``. ``store=False``: no files are written,
+    for sentences of strangers. ``UserError`` for an encoder that is not known, makes another width or is not the one
+    of the training.
     """
 
     def __init__(self, info: PolicyInfo, source: str, width: int, device: torch.device, *, store: bool = True) -> None:
@@ -76,6 +78,7 @@ class Sentences:
             raise UserError("policy.json: text.width", got=info.text["width"], wanted=width, fix=fix)
         self._template = str(info.text.get("template", "{instruction}"))
         self._device, self._kept = device, dict[str, Tensor]()
+        self._lock = threading.Lock()  # of the encoder, which may take seconds
         self._embed: Any
         self._tokens: int | None = None
         if name == ENCODER:
@@ -85,17 +88,28 @@ class Sentences:
             fix = "policy.autoencoder=<the Wan pipeline folder, with vae, tokenizer and text_encoder>"
             raise UserError("policy.autoencoder", got="", wanted="the folder of the UMT5 encoder", fix=fix)
         self._tokens = int(info.text["tokens"])
-        self._embed = _like_in_training(source, info.text)
+        self._embed = _like_in_training(source, info.text, store)
+
+    def prepare(self, instructions: Sequence[str]) -> None:
+        """Embed those that are new, on the CPU; the device is left alone, on which another thread may be capturing."""
+        for sentence in dict.fromkeys(instructions):
+            if sentence not in self._kept:
+                with self._lock:
+                    self._embed.tokens(self._worded(sentence))
 
     def batch(self, instructions: Sequence[str]) -> Tensor:
-        """[B,L,D] float32 on the device."""
+        """[B,L,D] float32 on the device. One call at a time."""
         return torch.stack([self._one(sentence) for sentence in instructions])
+
+    def _worded(self, sentence: str) -> str:
+        return self._template.replace("{instruction}", sentence)
 
     def _one(self, sentence: str) -> Tensor:
         if sentence not in self._kept:
             if len(self._kept) >= MOST_SENTENCES:
                 del self._kept[next(iter(self._kept))]
-            made = self._embed.batch([self._template.replace("{instruction}", sentence)])
+            with self._lock:
+                made = self._embed.batch([self._worded(sentence)])
             tokens = (made[0] if isinstance(made, tuple) else made)[0]
             if self._tokens is not None and len(tokens) > self._tokens:
                 if bool(tokens[self._tokens :].any()):
@@ -106,12 +120,12 @@ class Sentences:
         return self._kept[sentence]
 
 
-def _like_in_training(source: str, text: Mapping[str, Any]) -> Any:
+def _like_in_training(source: str, text: Mapping[str, Any], store: bool) -> Any:
     """The UMT5 encoder as the windows' sentences were made by it. A released policy says no ``fingerprint``: it has bfloat16 ones."""
     from physisforcing.worldmodel.text_encoders import UMT5Text
 
     length, wanted = int(text.get("padded", text["tokens"])), text.get("fingerprint")
-    made = [UMT5Text(source, max_tokens=length, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    made = [UMT5Text(source, max_tokens=length, dtype=dtype, store=store) for dtype in (torch.bfloat16, torch.float32)]
     if wanted is None:
         return made[0]
     for one in made:

@@ -107,9 +107,14 @@ class ChunkModel:
     def spec(self) -> PolicySpec:
         return self._spec
 
+    def prepare(self, request: PlanRequest) -> None:
+        """Embed the request's sentences: what may take long and needs nobody else to wait."""
+        self._sentences.prepare(request.instructions)
+
     def plan(self, request: PlanRequest) -> PlanAnswer:
         """Chunks in the robot's units, with seconds of ``encode``, ``prefill`` and ``steps``. ``UserError``: see ``check_plan``."""
         check_plan(request, self._spec)
+        self.prepare(request)
         total, size = len(request.seeds_B), self.config.batch
         chunks, seconds = [], dict[str, float]()
         with self._lock:
@@ -124,6 +129,7 @@ class ChunkModel:
 
     def normalised(self, request: PlanRequest) -> tuple[Tensor, dict[str, float]]:
         """Actions as the flow ends, float32 [B,P,A] on the CPU, of a request of ``batch`` plans."""
+        self.prepare(request)
         with self._lock:
             return self._plan(request)
 

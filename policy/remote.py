@@ -31,7 +31,8 @@ BATCH = 16
 
 
 class PlanBatcher(Gatherer[PlanRequest, PlanAnswer]):
-    """A ``ChunkSource`` for any number of threads, answered by another one in one thread. Everybody gets the rows of a request alone."""
+    """A ``ChunkSource`` for any number of threads, answered by another one in one thread. Everybody gets the rows of a request alone. What the
+    other one can ``prepare`` of a request is done in the thread that asks, so that a new sentence keeps nobody else waiting."""
 
     def __init__(
         self, source: ChunkSource, *, max_batch: int = BATCH, wait_s: float = 0.005, max_waiting: int = MOST_WAITING
@@ -46,6 +47,9 @@ class PlanBatcher(Gatherer[PlanRequest, PlanAnswer]):
     def plan(self, request: PlanRequest) -> PlanAnswer:
         """See ``ChunkSource``; also ``BusyError`` and ``ClosedError``. Blocks until the answer is there."""
         check_plan(request, self.spec)
+        prepare = getattr(self._source, "prepare", None)
+        if prepare is not None:
+            prepare(request)
         return self.ask(request)
 
     def kind_of(self, request: PlanRequest) -> None:

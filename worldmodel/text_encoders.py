@@ -24,6 +24,8 @@ from physisforcing.core.results import config_hash
 
 #: Tokens that a sentence is padded to, as in Wan's training.
 WAN_TOKENS = 512
+#: Sentences kept in memory.
+MOST_REMEMBERED = 128
 #: Files of an encoder or tokenizer that decide what it makes.
 _DECISIVE = frozenset({".safetensors", ".json", ".txt", ".model"})
 
@@ -32,7 +34,8 @@ class UMT5Text:
     """Sentences -> token embeddings of the UMT5 encoder in a Wan pipeline folder, zeros behind them.
 
     ``folder``: with ``tokenizer/`` and ``text_encoder/``. ``dtype``: the encoder's. ``max_tokens``: what lies beyond is cut, with a
-    warning that counts it. ``run(module, call)``: how the encoder is called; the default is on the CPU.
+    warning that counts it. ``store=False``: no file is written, for sentences that strangers send. ``run(module, call)``: how the encoder is
+    called; the default is on the CPU.
     """
 
     def __init__(
@@ -42,11 +45,12 @@ class UMT5Text:
         dtype: torch.dtype = torch.float32,
         cache: Path | None = None,
         max_tokens: int = WAN_TOKENS,
+        store: bool = True,
         run: Callable[[Any, Callable[[], Tensor]], Tensor] = lambda _module, call: call(),
     ) -> None:
         self.folder, self.dtype, self.max_tokens = Path(folder), dtype, max_tokens
         self.cache = cache if cache is not None else cache_home() / "text_wan"
-        self._run = run
+        self._keep, self._run = store, run
         self._parts: dict[str, Any] = {}
         self._memory: dict[str, Tensor] = {}
         for part in ("tokenizer", "text_encoder"):
@@ -67,17 +71,28 @@ class UMT5Text:
         """Embeddings [L<=max_tokens,D] of one sentence on the CPU, without the zeros."""
         text = clean(sentence)
         if text not in self._memory:
-            self._memory[text] = self.cached(sentence)
+            made = self.cached(sentence)
+            if len(self._memory) >= MOST_REMEMBERED:
+                del self._memory[next(iter(self._memory))]
+            self._memory[text] = made
         return self._memory[text]
 
     def cached(self, sentence: str) -> Tensor:
-        """The same, read from the cache on disk (and put there first) every time: for more sentences than memory holds."""
+        """The same, read from the cache on disk (and put there first) every time: for more sentences than memory holds. Without ``store`` one
+        that is not there is computed every time."""
         text = clean(sentence)
         key = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()[:32]
         path = self.cache / f"{key}.safetensors"
-        if not path.is_file():
-            self._store(path, text)
-        return self._load(path)
+        if not self._keep and not path.is_file():
+            tokens, cut = self._encode(text)
+        else:
+            if not path.is_file():
+                self._store(path, text)
+            tokens, cut = self._load(path)
+        if cut:
+            said = f"a prompt is {cut} tokens longer than the {self.max_tokens} that are read: {text[:60]!r}..."
+            warnings.warn(said, stacklevel=3)
+        return tokens
 
     def release(self) -> None:
         """Let go of tokenizer and encoder; the next sentence that is not cached loads them again."""
@@ -120,16 +135,12 @@ class UMT5Text:
         save_file({"tokens_LD": tokens.contiguous()}, aside, metadata=noted)
         os.replace(aside, path)
 
-    def _load(self, path: Path) -> Tensor:
+    def _load(self, path: Path) -> tuple[Tensor, int]:
+        """-> (embeddings [L,D], tokens that were cut)."""
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
-            noted = file.metadata() or {}
-            tokens = file.get_tensor("tokens_LD")
-        if int(noted.get("cut", 0)):
-            said = f"a prompt is {noted['cut']} tokens longer than the {self.max_tokens} that are read: {noted['text'][:60]!r}..."
-            warnings.warn(said, stacklevel=3)
-        return tokens
+            return file.get_tensor("tokens_LD"), int((file.metadata() or {}).get("cut", 0))
 
     def _part(self, name: str) -> Any:
         if name not in self._parts:

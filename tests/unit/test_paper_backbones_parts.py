@@ -96,6 +96,27 @@ def test_wan_text_is_the_stock_embedding_and_is_cached(paper_folders, tmp_path):
     assert other.fingerprint != text.fingerprint and sorted(tmp_path.iterdir()) == written
 
 
+def test_sentences_of_strangers_are_not_written_and_memory_is_bounded(paper_folders, tmp_path, monkeypatch):
+    from physisforcing.worldmodel import text_encoders
+
+    monkeypatch.setattr(text_encoders, "MOST_REMEMBERED", 2)
+    computed: list[str] = []
+
+    def run(_module: Any, call: Any) -> torch.Tensor:
+        computed.append("")
+        return call()
+
+    made = text_encoders.UMT5Text(paper_folders["ti2v"], cache=tmp_path, max_tokens=8, store=False, run=run)
+    kept = text_encoders.UMT5Text(paper_folders["ti2v"], cache=tmp_path / "kept", max_tokens=8)
+    for sentence in ("lift", "press", "lift", "turn", "lift"):
+        assert torch.equal(made.tokens(sentence), kept.tokens(sentence))
+    assert len(made._memory) == len(kept._memory) == 2 and len(computed) == 4, "lift was pushed out by turn, once"
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and len(list((tmp_path / "kept").iterdir())) == 3
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="tokens longer than the 8"):
+            made.cached("press the bell " * 5)
+
+
 def test_a_miss_reads_the_encoders_weights_once_for_their_digest(paper_folders, tmp_path, monkeypatch):
     from physisforcing.worldmodel.text_encoders import UMT5Text
 

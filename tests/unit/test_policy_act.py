@@ -19,6 +19,7 @@ from physisforcing.policy.act import ExecutionConfig, WorldActionPolicy
 from physisforcing.policy.checkpoint import PolicyInfo
 from physisforcing.policy.normalization import ActionStatistics
 from physisforcing.policy.planning import ChunkModel, PlanningConfig
+from physisforcing.policy.remote import PlanBatcher
 from physisforcing.policy.requests import PlanAnswer, PlanRequest, PolicySpec
 from physisforcing.policy.sampling import plan_seed
 from tests.helpers.tiny_policy import tiny_policy
@@ -180,6 +181,9 @@ class Toy:
     def __init__(self) -> None:
         self.embedded: list[str] = []
 
+    def prepare(self, instructions: list[str]) -> None:
+        """Nothing takes long here."""
+
     def batch(self, instructions: list[str]) -> torch.Tensor:
         self.embedded += instructions
         seeds = [sum(sentence.encode()) for sentence in instructions]
@@ -270,6 +274,29 @@ def test_compiled_blocks_are_one_graph_for_all_blocks_and_give_the_same_plan() -
         )
     assert len(graphs) == 2, "prefill and action step, each once for three blocks, three steps and two plans"
     assert set(made.model.state_dict()) == set(plain.model.state_dict())
+
+
+def test_a_new_sentence_keeps_nobody_else_waiting() -> None:
+    made, asked, gate = chunk_model(), threading.Event(), threading.Event()
+
+    def prepare(instructions: list[str]) -> None:
+        if "new" in instructions:
+            asked.set()
+            assert gate.wait(10)
+
+    made._sentences.prepare = prepare
+    batcher, slow = PlanBatcher(made, wait_s=0.0), a_request(1)
+    slow.instructions = ["new"]
+    answers: list[PlanAnswer] = []
+    thread = threading.Thread(target=lambda: answers.append(batcher.plan(slow)))
+    thread.start()
+    assert asked.wait(10)
+    for source in (made, batcher):  # while the sentence is embedded
+        assert source.plan(a_request(1)).actions_BPA.shape == (1, 8, WIDTH)
+    assert not answers
+    gate.set()
+    thread.join(10)
+    assert len(answers) == 1 and batcher.close(10)
 
 
 def test_requests_that_do_not_fit_are_refused() -> None:
