@@ -14,8 +14,9 @@ from torch import Tensor
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.paths import weights_root
 from physisforcing.worldmodel.codec import load_codec
+from physisforcing.worldmodel.data.batches import bank_latents
 from physisforcing.worldmodel.pipeline_vae import PipelineVae, load_vae
-from physisforcing.worldmodel.storage import latents_fingerprint, read_json
+from physisforcing.worldmodel.storage import latents_fingerprint
 from physisforcing.worldmodel.text import ENCODER, TextEmbedder
 
 from .checkpoint import PolicyInfo
@@ -41,21 +42,26 @@ def autoencoder_folder(info: PolicyInfo, source: str, policy: Path) -> Path:
     return folder
 
 
-def open_first_frame(folder: Path, device: torch.device) -> FirstFrame:
-    """The encoder of single pictures, in float32 as where training latents are made."""
-    if read_json(folder / "config.json").get("_class_name") != "AutoencoderKLWan":
+def open_first_frame(
+    folder: Path, device: torch.device, *, small: bool, stored: torch.dtype | None = None
+) -> FirstFrame:
+    """The encoder of single pictures, as the latents of the training were made. ``small``: of a model that was trained on a ``WindowBank``;
+    otherwise see ``first_frame_by``."""
+    if small:
         codec = load_codec(folder, device)
-        return lambda canvas_BHWC: codec.encode(canvas_BHWC.unsqueeze(1))
-    return first_frame_by(load_vae(folder), device)
+        return lambda canvas_BHWC: bank_latents(codec, canvas_BHWC.unsqueeze(1)).float()
+    return first_frame_by(load_vae(folder), device, stored)
 
 
-def first_frame_by(vae: PipelineVae, device: torch.device) -> FirstFrame:
-    """The same of an autoencoder of a large pipeline, which goes to the device."""
+def first_frame_by(vae: PipelineVae, device: torch.device, stored: torch.dtype | None = None) -> FirstFrame:
+    """The same of an autoencoder of a large pipeline, which goes to the device: in its own precision, as ``physis data latents`` makes them.
+    ``stored``: the type in which the windows of the training were stored; None where nothing says it."""
     vae.vae.to(device)
     vae.scale.to(device)
 
     def encode(canvas_BHWC: Tensor) -> Tensor:
-        return vae.encode(canvas_BHWC.permute(0, 3, 1, 2).unsqueeze(2).float() / 127.5 - 1.0)
+        made = vae.encode(canvas_BHWC.permute(0, 3, 1, 2).unsqueeze(2).float() / 127.5 - 1.0)
+        return made if stored is None else made.to(stored).float()
 
     return encode
 
@@ -67,6 +73,8 @@ class Sentences:
     last bits depend. ``source``: for UMT5, a pipeline folder with ``tokenizer/`` and ``text_encoder/``. ``store=False``: no files are written,
     for sentences of strangers. ``UserError`` for an encoder that is not known, makes another width or is not the one
     of the training.
+
+    ``small``: the sentences are those of the small models. ``stored``: the type in which the windows of a large one were stored, if known.
     """
 
     def __init__(self, info: PolicyInfo, source: str, width: int, device: torch.device, *, store: bool = True) -> None:
@@ -81,7 +89,9 @@ class Sentences:
         self._lock = threading.Lock()  # of the encoder, which may take seconds
         self._embed: Any
         self._tokens: int | None = None
-        if name == ENCODER:
+        self.small = name == ENCODER
+        self.stored: torch.dtype | None = None
+        if self.small:
             self._embed = TextEmbedder(store=store)
             return
         if not source:
@@ -89,6 +99,7 @@ class Sentences:
             raise UserError("policy.autoencoder", got="", wanted="the folder of the UMT5 encoder", fix=fix)
         self._tokens = int(info.text["tokens"])
         self._embed = _like_in_training(source, info.text, store)
+        self.stored = self._embed.dtype if "fingerprint" in info.text else None
 
     def prepare(self, instructions: Sequence[str]) -> None:
         """Embed those that are new, on the CPU; the device is left alone, on which another thread may be capturing."""

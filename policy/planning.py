@@ -189,9 +189,9 @@ def load_chunk_model(
     own = model.config
     statistics = ActionStatistics.load(folder, action_dim=own.action_dim, state_dim=own.state_dim)
     device = torch.device(config.device)
-    first_frame = open_first_frame(autoencoder_folder(info, config.autoencoder, folder), device)
-    width = int(model.transformer.config.text_dim)
+    autoencoder, width = autoencoder_folder(info, config.autoencoder, folder), int(model.transformer.config.text_dim)
     sentences = Sentences(info, config.autoencoder, width, device, store=store_sentences)
+    first_frame = open_first_frame(autoencoder, device, small=sentences.small, stored=sentences.stored)
     return ChunkModel(
         model, info, statistics, first_frame, sentences, config,
         name=folder.name if folder.name != "export" else folder.parent.name, fingerprint=policy_fingerprint(folder),

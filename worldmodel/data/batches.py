@@ -189,7 +189,7 @@ class BankTargets:
 class WindowBank:
     """Everything a world-model batch needs, on the training device, one row a window.
 
-    ``latents_WCFhw`` (bfloat16 on a GPU, else float32), ``text_SLD`` with ``sentence_W``, ``proprioception_WKA``; ``targets``
+    ``latents_WCFhw`` (``kept_dtype``), ``text_SLD`` with ``sentence_W``, ``proprioception_WKA``; ``targets``
     gives the physics targets of rows, or None where a run has no physics losses. ``actions_WPA``: drive targets of the window's
     control steps, which only an action model reads. ``names_E``: what an episode of the table is called in messages.
     """
@@ -256,6 +256,18 @@ class WindowBank:
         }
 
 
+def kept_dtype(device: torch.device) -> torch.dtype:
+    """In which a bank's latents are computed and kept."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def bank_latents(codec: VideoCodec, frames_BTHWC: Tensor) -> Tensor:
+    """Latents [B,C,F,h,w] as a bank keeps them, of pictures on the codec's device; also for whoever shows its model what it was trained on."""
+    kept = kept_dtype(frames_BTHWC.device)
+    with torch.autocast(frames_BTHWC.device.type, torch.bfloat16, enabled=kept == torch.bfloat16):
+        return codec.encode(frames_BTHWC).to(kept)
+
+
 def build_bank(
     store: FrameStore,
     table: WindowTable,
@@ -268,12 +280,10 @@ def build_bank(
     """Encode every window of ``table`` and gather its conditions (causal grouping makes latents depend on the start)."""
     device = store.frames_MHWC.device
     episode, start = table.episode_W.to(device), table.start_W.to(device)
-    kept = torch.bfloat16 if device.type == "cuda" else torch.float32
     latents = []
     for first in range(0, len(table), chunk):
         part = slice(first, first + chunk)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            latents.append(codec.encode(store.windows(episode[part], start[part])).to(kept))
+        latents.append(bank_latents(codec, store.windows(episode[part], start[part])))
     sentences = sorted({item.instruction for item in store.episodes})
     number = {sentence: place for place, sentence in enumerate(sentences)}
     spoken = np.array([number[item.instruction] for item in store.episodes])
