@@ -3,8 +3,8 @@
 Conventions are those of ``worldmodel.flow_matching``: ``x_s = (1 - s) x0 + s eps``, velocity ``eps - x0``, timestep ``1000 s``. Video and
 actions have noise levels of their own. Latent frame 0 is the clean picture at timestep 0. The video never sees the actions.
 
-Precision is the caller's ``torch.autocast``, the same in training and use; times, action latents, their first and last layers and the
-modulations are float32 in both, so that a policy acts with the numbers that it was trained with.
+Precision is the caller's ``torch.autocast``: in training that of ``run.precision``, in use ``precision`` below, which is the same where that is
+``auto`` and both run on the same kind of device. Times, action latents, their first and last layers and the modulations are float32 in all.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _visible(lengths: Mapping[str, int], copy: Copy | None) -> Tensor | None:
 
 @contextlib.contextmanager
 def precision(device: torch.device) -> Iterator[None]:
-    """The arithmetic of training and use: bfloat16 matrix products on a GPU, float32 on a CPU."""
+    """The arithmetic of use, and of training with ``run.precision=auto``: bfloat16 matrix products on a GPU, float32 on a CPU."""
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         yield
 
