@@ -229,8 +229,9 @@ def precision(device: torch.device) -> Iterator[None]:
 
 def to_inference(model: nn.Module, device: torch.device, *, half: bool | None = None) -> nn.Module:
     """``model`` on ``device``, frozen, with the weights of matrix products in bfloat16 where autocast would round them at every call (``half``;
-    None: on a GPU) and all others in float32: the same numbers, less memory. In place."""
-    model.to(device).eval().requires_grad_(False)
+    None: on a GPU) and all others in float32: the same numbers, less memory. They are rounded before they move, so that the device never has
+    those of float32 as well. In place."""
+    model.eval().requires_grad_(False)
     exact = {id(p) for name in EXACT for p in model.get_submodule(name).parameters()}
     if device.type == "cuda" if half is None else half:
         for layer in model.modules():
@@ -238,7 +239,7 @@ def to_inference(model: nn.Module, device: torch.device, *, half: bool | None = 
                 for parameter in layer.parameters():
                     if id(parameter) not in exact:
                         parameter.data = parameter.data.bfloat16()
-    return model
+    return model.to(device)
 
 
 #: Layers that compute in float32 everywhere.

@@ -221,6 +221,10 @@ def test_a_policy_acts_with_the_numbers_that_it_was_trained_with() -> None:
             made[-1] += (model.act(batch["actions_BPA"], model.action_times(ACTION_SIGMA), kept),)
     assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
     assert model.expert.action_in.weight.dtype == torch.float32
+    model, sent = tiny_policy(), list[torch.dtype]()
+    model.to = lambda *_: (sent.append(model.blocks[0].action.attn1.to_q.weight.dtype), model)[1]  # type: ignore[method-assign]
+    to_inference(model, torch.device("cpu"), half=True)
+    assert sent == [torch.bfloat16], "rounded before they go to the device"
     assert model.blocks[0].action.attn1.to_q.weight.dtype == torch.bfloat16
     assert made[0][1].dtype == torch.float32
 
