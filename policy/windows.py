@@ -62,7 +62,7 @@ class PolicyBank:
     """Windows of a world model's ``bank`` with their actions, states and masks. These lie where the bank's latents do: of a small model on its
     device, of a large one on the CPU.
 
-    ``actions_MA``, ``states_MA``: of all episodes, one behind the other, float32, as recorded. Of each window: ``action_W``, ``state_W``: the
+    ``actions_MA``, ``states_MA``: of all episodes, one behind the other, float32, normalised by ``statistics``. Of each window: ``action_W``, ``state_W``: the
     rows of its first action and state; ``last_W``: that of its episode's last action; ``remaining_W``: recorded steps from its first to its
     episode's last; int64. ``stride``, ``time``: as in ``Recordings``.
     """
@@ -106,8 +106,8 @@ class PolicyBank:
         first_actions, counts = _places(recordings.actions_E)
         return cls(
             bank=bank, statistics=statistics, chunk=chunk, stride=recordings.stride, time=recordings.time, hz=recordings.hz,
-            actions_MA=torch.from_numpy(np.concatenate(recordings.actions_E)).to(device),
-            states_MA=torch.from_numpy(np.concatenate(recordings.states_E)).to(device),
+            actions_MA=statistics.action.normalise(torch.from_numpy(np.concatenate(recordings.actions_E))).to(device),
+            states_MA=statistics.state.normalise(torch.from_numpy(np.concatenate(recordings.states_E))).to(device),
             action_W=(first_actions[episode] + start).to(device),
             state_W=(first_states[episode] + start).to(device),
             last_W=(first_actions + counts - 1)[episode].to(device),
@@ -161,8 +161,8 @@ class PolicyBank:
             self.bank.close()
 
     def batch(self, rows_B: Tensor) -> dict[str, Any]:
-        """``latents_BCFhw``, ``text`` [B,L,D], ``proprioception_BKA`` (raw; K=1 for a large backbone), ``state_BA`` and ``actions_BPA``
-        (normalised), ``action_valid_BP`` and ``frame_valid_BF`` (bool), and ``targets`` of window rows, on the device.
+        """``latents_BCFhw``, ``text`` [B,L,D], ``state_BA`` and ``actions_BPA`` (normalised), of a small model ``proprioception_BKA`` (raw, at its
+        lags), ``action_valid_BP`` and ``frame_valid_BF`` (bool), and ``targets`` of window rows, on the device.
 
         An action is valid where its episode has it; a latent frame unless all its pixel frames lie past the end.
         """
@@ -174,16 +174,14 @@ class PolicyBank:
         remaining_B1 = self.remaining_W[rows_B, None]
         frames = torch.arange(found["latents_BCFhw"].shape[2], device=here)
         shown = ((frames - 1) * self.time + 1).clamp(min=0) * self.stride
-        state_BA = self.states_MA[self.state_W[rows_B]]
         mine = {
-            "proprioception_BKA": state_BA[:, None],
-            "state_BA": self.statistics.state.normalise(state_BA),
-            "actions_BPA": self.statistics.action.normalise(self.actions_MA[place_BP]),
+            "state_BA": self.states_MA[self.state_W[rows_B]],
+            "actions_BPA": self.actions_MA[place_BP],
             "action_valid_BP": steps < remaining_B1,
             "frame_valid_BF": shown <= remaining_B1,
         }
         made: dict[str, Any] = {name: _sent(value, self.device) for name, value in mine.items()}
-        if "proprioception_BKA" in found:  # with the states before it
+        if "proprioception_BKA" in found:
             made["proprioception_BKA"] = found["proprioception_BKA"]
         # as a policy that acts is given them, whatever they are stored in
         text = found["text"].float() if "text" in found else found["text_BLD"]
