@@ -18,17 +18,17 @@ def step_flops(model: WorldActionModel, shape: Sequence[int], text: int, *, vide
     """Of one sample's forward and backward pass: every linear layer of both experts, and all attention.
 
     ``shape``: [B,C,F,h,w] of its latents, of which B is not read; ``text``: tokens of sentence and proprioception. ``video``: whether something
-    reads the velocity of the future frames; without, ``first_frame`` does not compute them. Gradients of weights are counted where they
+    reads the velocity of the future frames; without, only ``joint`` computes them. Gradients of weights are counted where they
     are trained, gradients of activations everywhere but at the first layers; the proprioception's own layers are left out.
     """
     grid = [side // part for side, part in zip(shape[2:], model.patch, strict=True)]
     tokens, chunk = math.prod(grid[1:]), model.config.chunk
     copied = model.config.mode in ("idm", "optional_idm")
-    frames = grid[0] if video or model.config.mode != "first_frame" else 1
-    later = (frames - 1) * tokens
-    lengths = {"first": tokens, "future": later, "copy": later * copied, "action": chunk}
-    seen = tokens + later * (1 + copied)
-    times, total = frames + (frames - 1) * copied, 0.0
+    frames = grid[0] if video or model.config.mode == "joint" else 1
+    later, copies = (frames - 1) * tokens, (grid[0] - 1) * copied
+    lengths = {"first": tokens, "future": later, "copy": copies * tokens, "action": chunk}
+    seen = tokens + later + copies * tokens
+    times, total = frames + copies, 0.0
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv3d) or name.startswith("proprioception."):
             continue

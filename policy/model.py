@@ -107,7 +107,7 @@ class WorldActionModel(OverWan, nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """-> (video velocity like the latents, of frame 0 meaningless; action velocity [B,P,A] or None; tapped tokens [B,F*h*w,D] or None).
 
-        ``latents_BCFhw``: noisy, frame 0 clean; a single frame computes no future at all. ``mode``: that of the config where None.
+        ``latents_BCFhw``: noisy, frame 0 clean; a single frame computes no noisy future at all. ``mode``: that of the config where None.
         """
         mode = mode or self.config.mode
         assert (copy is not None) == (actions_BPA is not None and mode in ("idm", "optional_idm")), (
@@ -121,7 +121,8 @@ class WorldActionModel(OverWan, nn.Module):
             assert action_sigma_B is not None
             action, action_temb = self._action(actions_BPA, action_sigma_B, context_BLD)
         frames = latents_BCFhw.shape[2]
-        lengths = {"first": tokens, "future": (frames - 1) * tokens, "copy": (frames - 1) * tokens * (copy is not None)}
+        copied = 0 if copy is None else copy.latents_BCFhw.shape[2] - 1
+        lengths = {"first": tokens, "future": (frames - 1) * tokens, "copy": copied * tokens}
         lengths["action"] = 0 if action is None else action.x_BLD.shape[1]
         calls, tapped = groups(mode, lengths), None
         visible = _visible(lengths, copy)
@@ -182,13 +183,14 @@ class WorldActionModel(OverWan, nn.Module):
     ) -> tuple[Stream, Tensor, int]:
         """-> (tokens of the noisy frames and of the copy's future, time embedding [B,F,D], tokens a frame)."""
         model = self.transformer
-        parts, (cos, sin) = [model.patch_embedding(latents_BCFhw)], model.rope(latents_BCFhw)
-        tokens = parts[0].shape[3] * parts[0].shape[4]
+        parts = [model.patch_embedding(latents_BCFhw)]
+        cos, sin = model.rope(latents_BCFhw if copy is None else copy.latents_BCFhw)
+        frames, tokens = latents_BCFhw.shape[2], parts[0].shape[3] * parts[0].shape[4]
         if copy is not None:
             parts.append(model.patch_embedding(copy.latents_BCFhw[:, :, 1:]))
             later = copy.sigma_B.float()[:, None] * TIMESTEP_SCALE
-            times_BF = torch.cat([times_BF, later.expand(-1, latents_BCFhw.shape[2] - 1)], dim=1)
-            cos, sin = (torch.cat([x, x[:, tokens:]], dim=1) for x in (cos, sin))
+            times_BF = torch.cat([times_BF, later.expand(-1, copy.latents_BCFhw.shape[2] - 1)], dim=1)
+            cos, sin = (torch.cat([x[:, : frames * tokens], x[:, tokens:]], dim=1) for x in (cos, sin))
         x = torch.cat([part.flatten(2).transpose(1, 2) for part in parts], dim=1)
         temb, modulation = self._times(model.condition_embedder, times_BF)
         text = model.condition_embedder.text_embedder(context_BLD)

@@ -96,7 +96,7 @@ def predict(
     not see them."""
     x0, actions = batch["latents_BCFhw"], batch["actions_BPA"]
     noisy, copy = add_noise(x0, drawn.noise_BCFhw, drawn.sigma_B), None
-    if not video and model.config.mode == "first_frame":
+    if not video and model.config.mode != "joint":
         noisy = noisy[:, :, :1]
     if drawn.copy_sigma_B is not None:
         assert drawn.copy_noise_BCFhw is not None
