@@ -1,4 +1,4 @@
-"""A policy's folder: what it takes to act, and nothing that could be forgotten beside it.
+"""A policy's folder: what it takes to act but the encoders of pictures and sentences, which it identifies.
 
 ``policy.json`` (settings, window, canvas, text encoder, latents, where the weights came from), ``transformer/`` (the video backbone as a
 plain diffusers folder, which stock diffusers loads), ``expert.safetensors`` (action expert and proprioception) and ``statistics.json``

@@ -1,4 +1,5 @@
-"""Released Fast-WAM checkpoints to policy folders and back: settings in, report out. Tensors pass one at a time, in the type of their file."""
+"""Released Fast-WAM checkpoints to policy folders and back: settings in, report out. Tensors keep the type of their file; the video's pass one at
+a time, the action expert's together."""
 
 from __future__ import annotations
 

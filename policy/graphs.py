@@ -1,7 +1,7 @@
 """How the stages of a plan are called: one kernel after the other, or replayed as CUDA graphs.
 
-A plan at full size is some 20 000 small kernels whose launches take longer than their work (reference, section 3). Captured once they are launched
-together; compiled blocks join most of them before that. Shapes are fixed: a batch or a sentence of another length captures again, which is counted.
+A plan is thousands of small kernels whose launches take longer than their work. Captured once they are launched together; compiled blocks join
+most of them before that. Shapes are fixed: a batch or a sentence of another length captures again, which is counted.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 A sequence is ``first`` (tokens of the clean first latent frame), ``future`` (noisy latent frames), ``copy`` (the future frames once more, as
 the actions see them in ``idm``) and ``action``, in this order; parts may be missing. ``first`` sees itself alone in every mode, so its keys
-and values depend on nothing that comes later and are computed once a plan. The copy's first frame would be the same numbers and is left out.
+and values depend on nothing that comes later: a plan of ``first_frame`` computes them once. The copy's first frame would be the same numbers
+and is left out.
 
-Attention runs once for each run of queries that see the same keys, without a mask: nothing is computed that is thrown away.
+Attention runs once for each run of queries that see the same keys: without a mask, so that nothing is computed that is thrown away, but for
+the actions of ``optional_idm``, whose copy some samples do not see.
 """
 
 from __future__ import annotations

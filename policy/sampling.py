@@ -1,4 +1,5 @@
-"""From noise to actions: Euler steps of the policy's flow over keys that are computed once a plan (reference, section 3).
+"""From noise to actions: Euler steps of the policy's flow, in ``first_frame`` and ``idm`` over keys that are computed once a plan (reference,
+section 3). The steps of ``joint``, and those by which ``idm`` imagines a future, run the whole model, also what in it never changes.
 
 Conventions are those of ``worldmodel.flow_matching``; actions and imagined latents stay float32 from the noise to the end. What a plan does is
 two functions of tensors alone, ``begin`` (everything that does not change between action steps) and ``steps``, so that each can be captured
