@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import paper_recipes
 import torch
+from cost_results import median_interval
 
 from physisforcing.core.types import Observation
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
@@ -188,7 +189,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Arm], int, int]:
 
 
 def lines(arms: dict[str, Arm], options: argparse.Namespace, sizes: tuple[int, int]) -> list[dict[str, Any]]:
-    """Milliseconds (median, 5th and 95th percentile) of every stage and arm, differences from eager, memory."""
+    """Milliseconds of every stage and arm, differences from eager, memory. Value and interval are of the median; the 5th and 95th percentile of
+    single plans are beside them, in ``against``."""
     size = "pico" if options.pico else "tiny" if options.tiny else "full"
     shared: dict[str, Any] = {
         "command": placeless(shlex.join(["python", *sys.argv])),
@@ -199,12 +201,12 @@ def lines(arms: dict[str, Arm], options: argparse.Namespace, sizes: tuple[int, i
     for name, arm in arms.items():
         claim = f"policy/latency/{size}/{name}"
         for stage, times in arm.ms.items():
-            low, value, high = np.percentile(times, [5, 50, 95])
-            against = about | {f"{first}_ms": float(np.median(arms[first].ms[stage]))}
+            p5, value, p95 = (float(one) for one in np.percentile(times, [5, 50, 95]))
+            low, high = median_interval(times)
+            against = about | {"p5": p5, "p95": p95, f"{first}_ms": float(np.median(arms[first].ms[stage]))}
             found.append(
                 measurement(
-                    f"{claim}/{stage}_ms", float(value), unit="ms", low=float(low), high=float(high), n=len(times),
-                    against=against, **shared,
+                    f"{claim}/{stage}_ms", value, unit="ms", low=low, high=high, n=len(times), against=against, **shared
                 )
             )  # fmt: skip
         found.append(measurement(f"{claim}/cold_ms", arm.cold_ms, unit="ms", n=1, against=about, **shared))
@@ -250,6 +252,8 @@ def main() -> None:
     found = lines(arms, options, (sizes[0], sizes[1]))
     for line in found:
         span = "" if line["low"] is None else f"  [{line['low']:.2f}, {line['high']:.2f}]"
+        if "p95" in (line["against"] or {}):
+            span += f", single plans {line['against']['p5']:.2f} to {line['against']['p95']:.2f}"
         print(f"{line['claim']}: {line['value']:.4g} {line['unit']}{span}")
     if options.json:
         write_measurements(options.json, found)

@@ -24,6 +24,7 @@ def test_the_full_size_path_on_a_cpu(monkeypatch, repository):
     for stage in ("canvas", "encode", "prefill", "steps", "total"):
         line = found[f"policy/latency/tiny/eager/{stage}_ms"]
         assert 0 < line["low"] <= line["value"] <= line["high"] and line["n"] == 2
+        assert line["low"] <= line["against"]["p5"] <= line["value"] <= line["against"]["p95"] <= line["high"], "of two"
     parts = sum(arms["eager"].ms[stage][1] for stage in policy_latency.STAGES)
     assert 0.5 * arms["eager"].ms["total"][1] < parts <= arms["eager"].ms["total"][1]
     gap = found["policy/latency/tiny/eager again/largest_difference"]
