@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from physisforcing.core.errors import UserError
-from physisforcing.worldmodel.data.batches import step_generator
 from physisforcing.worldmodel.data.latent_bank import LatentBank
 from physisforcing.worldmodel.data.windows import FRAME_STRIDE, WINDOW_FRAMES
 from physisforcing.worldmodel.physics.relation import token_order
 from physisforcing.worldmodel.storage import latents_fingerprint
 from physisforcing.worldmodel.text import ENCODER, MAX_TOKENS, TEXT_WIDTH
+from physisforcing.worldmodel.training.evaluate import Measured, measure_windows
 from physisforcing.worldmodel.training.export import gathered
 from physisforcing.worldmodel.training.modules import build_forcing
 from physisforcing.worldmodel.training.objective import token_grid
@@ -38,8 +39,6 @@ from .windows import PolicyBank, large_info
 
 #: Windows of a held-out measurement that are computed at once.
 HELDOUT_CHUNK = 8
-#: Number of a training step that there is none of: its generator is that of held-out noise.
-HELDOUT_STEP = 2**40
 
 
 @kernels_given_back()
@@ -118,14 +117,13 @@ class PolicyTrainer(Trainer):
         return [parameter for name, parameter in self.policy.named_parameters() if name.endswith(TABLE)]
 
     def draw(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Any, ...]:
-        whole = self.config.run.batch, *batch["latents_BCFhw"].shape[1:]
-        drawn = draw(whole, self.config.policy, generator)
-        order = token_order(whole[0], self._tokens(whole), generator)
-        return tuple(value if value is None else value[self.part] for value in (*drawn, order))
+        drawn = self._drawn((self.config.run.batch, *batch["latents_BCFhw"].shape[1:]), generator)
+        return tuple(value if value is None else value[self.part] for value in drawn)
 
-    def _tokens(self, shape: tuple[int, ...]) -> int:
-        frames, rows, columns = token_grid(shape, self.policy.patch)
-        return frames * rows * columns
+    def _drawn(self, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Any, ...]:
+        """Of a batch of this shape: ``objective.Drawn``, and the order of the tokens."""
+        tokens = math.prod(token_grid(shape, self.policy.patch))
+        return *draw(shape, self.config.policy, generator), token_order(shape[0], tokens, generator)
 
     def counts(self, batch: dict[str, Any], parts: int) -> Tensor | None:
         if self.forcing is None or batch["targets"] is None:
@@ -153,23 +151,16 @@ class PolicyTrainer(Trainer):
     def heldout(self, bank: Any) -> dict[str, float]:
         """Means of the losses over fixed windows at fixed noise by the averaged weights: ``heldout_action``, ``heldout_video``, and with physics
         losses theirs, for which windows that have targets are chosen."""
-        rows = bank.alike(physics=self.forcing is not None)
-        rows = rows[torch.linspace(0, len(rows) - 1, min(self.config.heldout_windows, len(rows))).long()]
-        generator = step_generator(0, HELDOUT_STEP)
-        shape = bank.latent_shape(rows)
-        drawn = (*draw(shape, self.config.policy, generator), token_order(shape[0], self._tokens(shape), generator))
-        sums: dict[str, float] = {}
-        weights: dict[str, float] = {}
+        chunk = 1 if self.config.model else HELDOUT_CHUNK
         with self.averaged():
-            for part in torch.arange(len(rows)).split(1 if self.config.model else HELDOUT_CHUNK):
-                some = tuple(value if value is None else value[part].to(self.device) for value in drawn)
-                for name, value, weight in self._measured(bank.batch(rows[part]), some):
-                    sums[name] = sums.get(name, 0.0) + value * weight
-                    weights[name] = weights.get(name, 0.0) + weight
-        return {f"heldout_{name}": sums[name] / weights[name] for name in sums if weights[name] > 0}
+            found = measure_windows(
+                bank, self._drawn, self._measured,
+                windows=self.config.heldout_windows, chunk=chunk, physics=self.forcing is not None,
+            )  # fmt: skip
+        return {f"heldout_{name}": value for name, value in found.mean().items()}
 
-    def _measured(self, batch: dict[str, Any], drawn: tuple[Any, ...]) -> list[tuple[str, float, float]]:
-        """Name, value and weight in a mean over windows of the losses of a batch."""
+    def _measured(self, batch: dict[str, Any], drawn: tuple[Any, ...]) -> list[Measured]:
+        """The losses of a batch."""
         physics = self.forcing is not None and batch["targets"] is not None
         terms, tapped = policy_losses(self.policy, batch, Drawn(*drawn[:-1]), need_tap=physics)
         count = float(len(batch["latents_BCFhw"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,11 @@ from .objective import draw_noise, objective
 #: Seed of the fixed noise; unlike any training seed's stream because no training step has this number.
 _EVALUATION_STEP = 2**40
 
+
+#: Random numbers of windows; None where none are needed.
+Drawn = tuple[Any, ...]
+#: A term of a batch: name, value, weight in a mean over windows.
+Measured = tuple[str, float, float]
 
 #: Terms that are means over the points in the loss.
 _OF_POINTS = ("pix", "epe_cells", "epe_px", "epe_uniform_px", "epe_still_px")
@@ -73,7 +79,6 @@ def heldout_losses(
     return means
 
 
-@torch.no_grad()
 def heldout_terms(
     denoiser: Denoiser,
     forcing: PhysisForcing | None,
@@ -84,30 +89,47 @@ def heldout_terms(
     chunk: int = 1,
     seed: int = 0,
 ) -> HeldoutTerms:
-    """The terms of ``heldout_losses`` chunk by chunk.
+    """The terms of ``heldout_losses`` chunk by chunk; where there are physics targets only windows that have them are chosen."""
 
-    Windows are spread evenly; where there are physics targets only windows that have them are chosen. The noise belongs to a
-    window's place in this choice, not to the batch size.
-    """
-    device = bank.device
-    candidates = bank.alike() if forcing is not None else bank.alike(physics=False)
+    def terms(batch: dict[str, Any], drawn: Drawn) -> Iterator[Measured]:
+        found = objective(denoiser, forcing, batch, drawn, flow, contextlib.nullcontext())
+        del found["loss"]
+        said = {name: float(found.pop(name)) for name in _COUNTS if name in found}
+        counts = _counts(batch, flow, denoiser.first_predicted, said)
+        for name, value in found.items():
+            yield name, float(value), counts.get(name, float(len(batch["latents_BCFhw"])))
+
+    return measure_windows(
+        bank, lambda shape, generator: draw_noise(shape, flow, generator, denoiser.patch), terms,
+        windows=windows, chunk=chunk, physics=forcing is not None, seed=seed,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def measure_windows(
+    bank: Any,
+    draw: Callable[[tuple[int, ...], torch.Generator], Drawn],
+    terms: Callable[[dict[str, Any], Drawn], Iterable[Measured]],
+    *,
+    windows: int,
+    chunk: int,
+    physics: bool,
+    seed: int = 0,
+) -> HeldoutTerms:
+    """Terms of up to ``windows`` windows of ``bank`` (a ``WindowBank``, or one that has its methods), with ``physics`` of those that have
+    targets. Windows are spread evenly. ``draw``: random numbers for latents of a shape, samples first; they belong to a window's place in this
+    choice, not to the batch size. ``terms``: of a batch with its random numbers on the device."""
+    candidates = bank.alike(physics=physics)
     assert len(candidates), "every episode has a window at its first step"
     rows = candidates[torch.linspace(0, len(candidates) - 1, min(windows, len(candidates))).long()]
-    shape, generator = bank.latent_shape(rows), step_generator(seed, _EVALUATION_STEP)
-    noise, sigma, order = draw_noise(shape, flow, generator, denoiser.patch)
+    drawn = draw(bank.latent_shape(rows), step_generator(seed, _EVALUATION_STEP))
     values: dict[str, list[float]] = {}
     weights: dict[str, list[float]] = {}
     for part in torch.arange(len(rows)).split(chunk):
-        drawn = noise[part].to(device), sigma[part].to(device), order[part].to(device)
-        batch = bank.batch(rows[part])
-        terms = objective(denoiser, forcing, batch, drawn, flow, contextlib.nullcontext())
-        del terms["loss"]
-        counts = _counts(
-            batch, flow, denoiser.first_predicted, {name: float(terms.pop(name)) for name in _COUNTS if name in terms}
-        )
-        for name, value in terms.items():
-            values.setdefault(name, []).append(float(value))
-            weights.setdefault(name, []).append(counts.get(name, float(len(part))))
+        some = tuple(value if value is None else value[part].to(bank.device) for value in drawn)
+        for name, value, weight in terms(bank.batch(rows[part]), some):
+            values.setdefault(name, []).append(value)
+            weights.setdefault(name, []).append(weight)
     return HeldoutTerms(
         rows_W=rows,
         values={name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()},
