@@ -128,14 +128,13 @@ def _small(home: Path, label: str) -> Backbone:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     settings, denoiser = read_json(home / "world_model.json"), read_json(home / "denoiser.json")
-    conditioner = denoiser["conditioner"]
     return Backbone(
         name=label,
         folder=home / "transformer",
         home=home,
         config=read_transformer(home / "transformer", WanTransformer3DModel),
         tap=int(denoiser["tap"]),
-        conditioner=ConditionerConfig(**{**conditioner, "lags": tuple(conditioner["lags"])}),
+        conditioner=ConditionerConfig.of(denoiser["conditioner"]),
         latents=str(settings.get("latents_fingerprint", "")),
     )
 

@@ -139,7 +139,8 @@ def load_policy(
     config, info, extra = read_settings(folder)
     transformer = load_transformer(transformer_folder(folder, extra["packaged"]), WanTransformer3DModel, device, dtype)
     with init_empty_weights(include_buffers=False):
-        conditioner = None if extra["conditioner"] is None else _conditioner(extra["conditioner"])
+        stored = extra["conditioner"]
+        conditioner = None if stored is None else ProprioceptionConditioner(ConditionerConfig.of(stored))
         # drawn instead of interpolated: both are overwritten, and this is quicker
         model = WorldActionModel(
             transformer, dataclasses.replace(config, initial="random"), tap=extra["tap"], conditioner=conditioner
@@ -186,10 +187,6 @@ def _strict(kind: Any, values: dict[str, Any], path: Path) -> Any:
                 str(path), got=f"no {name}", wanted=", ".join(known), fix="export the policy again with this version"
             )
     return kind(**values)
-
-
-def _conditioner(values: dict[str, Any]) -> ProprioceptionConditioner:
-    return ProprioceptionConditioner(ConditionerConfig(**{**values, "lags": tuple(values["lags"])}))
 
 
 def place_expert(

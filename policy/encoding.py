@@ -19,6 +19,7 @@ from physisforcing.worldmodel.pipeline_vae import PipelineVae, load_vae
 from physisforcing.worldmodel.storage import latents_fingerprint
 from physisforcing.worldmodel.text import ENCODER, TextEmbedder
 
+from .backbone import autoencoder_in
 from .checkpoint import PolicyInfo
 
 #: Sentences whose embeddings stay on the device.
@@ -32,8 +33,9 @@ FirstFrame = Callable[[Tensor], Tensor]
 def autoencoder_folder(info: PolicyInfo, source: str, policy: Path) -> Path:
     """Where the policy's autoencoder lies: ``source`` (its folder, or a pipeline folder with ``vae/``), else ``vae/`` in the policy's own folder,
     else the one in the package. ``UserError`` unless its latents are those that the policy was trained on."""
-    chosen = [Path(source) / "vae", Path(source)] if source else [policy / "vae", weights_root() / "vae"]
-    folder = next((place for place in chosen if (place / "config.json").is_file()), chosen[-1])
+    folder = autoencoder_in(Path(source) if source else policy)
+    if not source and folder == policy:
+        folder = weights_root() / "vae"
     found = latents_fingerprint(folder)
     if found != info.latents:
         got = f"latents {found} of {folder.parent.name}/{folder.name}"

@@ -7,17 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-THETA = 10000.0
-
 #: (cosines, sines), each [1,L,1,head width].
 Rotary = tuple[Tensor, Tensor]
 
 
 def axis(positions_L: Tensor, width: int) -> Rotary:
     """RoPE of one axis at any positions, also fractional ones: (cos, sin) [L,width] float32, computed in float64."""
-    rates = THETA ** (-torch.arange(0, width, 2, dtype=torch.float64, device=positions_L.device) / width)
-    angles = torch.outer(positions_L.double(), rates).repeat_interleave(2, dim=1)
-    return angles.cos().float(), angles.sin().float()
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
+    return get_1d_rotary_pos_embed(width, positions_L.double(), use_real=True, freqs_dtype=torch.float64)  # type: ignore[arg-type]
 
 
 def action_times(chunk: int, steps_per_latent: float) -> Tensor:

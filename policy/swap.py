@@ -72,7 +72,7 @@ def swap_backbone(
         config,
         dataclasses.replace(info, source={**info.source, "video": report}, latents=info.latents or backbone.latents),
         tap=extra["tap"],
-        conditioner=conditioner and ConditionerConfig(**{**conditioner, "lags": tuple(conditioner["lags"])}),
+        conditioner=conditioner and ConditionerConfig.of(conditioner),
     )
     _put(aside, target)
     return report

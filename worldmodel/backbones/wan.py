@@ -57,6 +57,11 @@ class ConditionerConfig:
     hidden: int = 192
     width: int = TEXT_WIDTH
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ConditionerConfig:
+        """As a JSON file has it."""
+        return cls(**{**values, "lags": tuple(values["lags"])})
+
 
 class ProprioceptionConditioner(nn.Module):
     """Joint targets at K lags -> K conditioning tokens.
@@ -331,7 +336,7 @@ def load_denoiser(folder: Path, device: str | torch.device = "cpu") -> WanDenois
     transformer = load_diffusers(WanTransformer3DModel, folder / "transformer")
     settings = json.loads((folder / "denoiser.json").read_text())
     settings["conditioner"]["lags"] = tuple(settings["conditioner"]["lags"])
-    conditioner = ProprioceptionConditioner(ConditionerConfig(**settings["conditioner"]))
+    conditioner = ProprioceptionConditioner(ConditionerConfig.of(settings["conditioner"]))
     state = load_file(folder / "conditioner.safetensors")
     conditioner.load_state_dict({name: value.float() for name, value in state.items()})
     denoiser = WanDenoiser(transformer, conditioner, settings["tap"])
