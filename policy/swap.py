@@ -10,7 +10,7 @@ from typing import Any
 
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.convert.parts import stock_folder
-from physisforcing.worldmodel.convert.writing import plan_shards, write_part
+from physisforcing.worldmodel.convert.writing import locked, plan_shards, write_part
 
 from .backbone import Backbone, check_architecture, check_latents, open_backbone, tail, video_account
 from .checkpoint import SETTINGS, TRANSFORMER, read_settings, transformer_folder, write_settings
@@ -30,14 +30,30 @@ def swap_backbone(
 
     Returns what was taken and what was replaced; the same is in ``policy.json``. The transformer's tensors pass one at a time in the type
     of their file; action expert, proprioception, statistics and settings stay. A killed call leaves the folder as it was, or with
-    ``output`` none. ``UserError`` names what differs in the architecture, other latents, and a backbone whose weights would be drawn.
+    ``output`` none; killed between its last two steps it leaves the folder under a hidden name, and the next call puts it back first.
+    ``UserError`` names what differs in the architecture, other latents, a backbone whose weights would be drawn, and another call at work.
     """
+    policy = Path(policy)
+    target = policy if output is None else Path(output)
+    if output is not None and os.path.lexists(target):
+        raise UserError("output", got=str(target), wanted="a name that is not taken", fix="output=<another folder>")
+    killed = output is None and _replaced(target).exists()
+    if not killed:
+        read_settings(policy)  # names what is no policy before anything is made
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target):
+        if killed and not target.exists():
+            os.rename(_replaced(target), target)
+        return _swap(policy, source, target, autoencoder)
+
+
+def _swap(policy: Path, source: str | Path | Backbone, target: Path, autoencoder: str | Path | None) -> dict[str, Any]:
+    """See ``swap_backbone``."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     from physisforcing.worldmodel.backbones.loading import read_transformer
     from physisforcing.worldmodel.backbones.wan import ConditionerConfig
 
-    policy = Path(policy)
     config, info, extra = read_settings(policy)
     backbone = source if isinstance(source, Backbone) else open_backbone(source, autoencoder=autoencoder)
     if backbone.drawn:
@@ -47,9 +63,6 @@ def swap_backbone(
         read_transformer(transformer_folder(policy, extra["packaged"]), WanTransformer3DModel), backbone, tail(policy)
     )
     note = check_latents(info.latents, backbone, tail(policy))
-    target = policy if output is None else Path(output)
-    if output is not None and os.path.lexists(target):
-        raise UserError("output", got=str(target), wanted="a name that is not taken", fix="output=<another folder>")
     part = stock_folder(TRANSFORMER, backbone.folder, WanTransformer3DModel)
     shards = plan_shards(part, SHARD_BYTES)
     report = {
@@ -80,9 +93,14 @@ def swap_backbone(
 
 def _put(aside: Path, target: Path) -> None:
     """Give a complete folder its name; the one that had it goes away last."""
-    old = target.with_name(f".{target.name}.replaced")
+    old = _replaced(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
     os.rename(aside, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced(target: Path) -> Path:
+    """What a folder is called while another one takes its name."""
+    return target.with_name(f".{target.name}.replaced")

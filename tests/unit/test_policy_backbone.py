@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from physisforcing.policy.config import PolicyModelConfig
 from physisforcing.policy.initial import resize
 from physisforcing.policy.swap import swap_backbone
 from physisforcing.worldmodel.backbones.folder import save_settings
+from physisforcing.worldmodel.convert.writing import locked
 from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint
 from tests.helpers.tiny_paper import cosmos_transformer, vae, wan_transformer
 
@@ -191,6 +193,31 @@ def test_another_backbone_in_a_policy(policy: Path, other: Path, copied: bool, t
     assert report["not_taken"]["physics_heads.safetensors"] > 0 and report["notes"] == []
     assert info.source["action_expert"]["from"] == "the video's, resized"
     assert [path.name for path in tmp_path.iterdir() if path.name[0] == "."] == []
+
+
+def test_a_swap_that_is_killed_loses_nothing(policy: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, names = fingerprint(policy), list[str]()
+    rename = os.rename
+
+    def once(old: Path, new: Path) -> None:
+        if names:
+            raise SystemExit("killed")
+        names.append(Path(new).name)
+        rename(old, new)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", once)
+        with pytest.raises(SystemExit):
+            swap_backbone(policy, other)
+    assert names == [f".{policy.name}.replaced"] and not policy.exists()
+    with pytest.raises(UserError, match="random:shipped"):
+        swap_backbone(policy, "random:shipped")
+    assert fingerprint(policy) == before, "put back, whatever the next call does then"
+    with locked(policy), pytest.raises(UserError, match="in use"):
+        swap_backbone(policy, other)
+    swap_backbone(policy, other)
+    assert fingerprint(policy) != before and load_policy(policy)[1].source["video"]["from"].endswith("/tuned")
+    assert [path.name for path in policy.parent.iterdir() if path.name.startswith(f".{policy.name}.")] == []
 
 
 def test_a_backbone_that_does_not_fit_changes_nothing(policy: Path, other: Path, large: Path, tmp_path: Path) -> None:

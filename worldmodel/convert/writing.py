@@ -139,13 +139,7 @@ def workplace(output: Path, note: dict[str, Any]) -> Iterator[Path]:
     _check_free(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = _aside(output)
-    lock = output.with_name(f".{output.name}.lock")
-    with lock.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            fix = "wait for it, or choose another output="
-            raise UserError("output", got=f"{output}, in use", wanted="one conversion at a time", fix=fix) from error
+    with locked(output):
         _check_free(output)  # another process may have finished since
         text = json.dumps(note, indent=2) + "\n"
         if not (folder / NOTE).is_file() or (folder / NOTE).read_text(encoding="utf-8") != text:
@@ -156,7 +150,22 @@ def workplace(output: Path, note: dict[str, Any]) -> Iterator[Path]:
             left.unlink()  # of a conversion that was killed before
         os.replace(folder, output)
         _sync(output.parent)
-        lock.unlink()
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """One process at a time writes ``output``: ``UserError`` for the others."""
+    lock = output.with_name(f".{output.name}.lock")
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            fix = "wait for it, or choose another output="
+            raise UserError("output", got=f"{output}, in use", wanted="one conversion at a time", fix=fix) from error
+        try:
+            yield
+        finally:
+            lock.unlink()
 
 
 def _aside(output: Path) -> Path:
