@@ -31,6 +31,8 @@ from .model import WorldActionModel
 SETTINGS, EXPERT, TRANSFORMER = "policy.json", "expert.safetensors", "transformer"
 #: Of the folder's layout; another one is refused.
 FORMAT = 1
+#: What ``policy.json`` says beside the model's settings and ``PolicyInfo``, and of which kind it is.
+EXTRA: dict[str, tuple[type, ...]] = {"tap": (int,), "packaged": (str,), "conditioner": (dict, type(None))}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -164,10 +166,20 @@ def read_settings(folder: Path) -> tuple[PolicyModelConfig, PolicyInfo, dict[str
             wanted=f"format {FORMAT}",
             fix="train or convert it again with this version",
         )
-    extra = {name: values.pop(name, None) for name in ("tap", "packaged", "conditioner")}
+    extra = {name: _typed(values, name, kinds, path) for name, kinds in EXTRA.items()}
     model = _strict(PolicyModelConfig, values.pop("model", {}), path)
     info = _strict(PolicyInfo, values, path)
     return model, dataclasses.replace(info, size=tuple(info.size), tasks=tuple(info.tasks)), extra
+
+
+def _typed(values: dict[str, Any], name: str, kinds: tuple[type, ...], path: Path) -> Any:
+    """Take a setting out, which must be there and of one of these kinds."""
+    got = values.pop(name, ...)
+    if type(got) not in kinds:
+        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        fix = "export the policy again with this version"
+        raise UserError(f"{path}: {name}", got="nothing" if got is ... else got, wanted=wanted, fix=fix)
+    return got
 
 
 def policy_fingerprint(folder: Path | str) -> str:

@@ -16,7 +16,7 @@ from physisforcing.worldmodel.codec import load_codec
 from physisforcing.worldmodel.data.latent_bank import LatentBank
 from physisforcing.worldmodel.data.windows import Episode, WindowTable, read_episodes
 from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint
-from physisforcing.worldmodel.training.banks import load_bank, open_datasets, open_stores
+from physisforcing.worldmodel.training.banks import load_bank, open_datasets, open_stores, refuse_stores
 from physisforcing.worldmodel.training.initial import adopt_heads, adopt_model
 from physisforcing.worldmodel.training.runtime import split_heldout
 
@@ -57,7 +57,12 @@ def adopt(config: TrainPolicyConfig) -> None:
             assert init is not None
             adopt_policy(config, init)
         return
-    config.policy.state_dim = config.policy.action_dim = config.conditioner.state_dim
+    joints, usual = config.conditioner.state_dim, PolicyModelConfig()
+    for name in ("state_dim", "action_dim"):
+        if (chosen := getattr(config.policy, name)) not in (joints, getattr(usual, name)):
+            wanted, fix = f"{joints}, as conditioner.state_dim is", f"leave policy.{name} out"
+            raise UserError(f"policy.{name}", got=chosen, wanted=wanted, fix=fix)
+        setattr(config.policy, name, joints)
 
 
 def initial_folder(config: TrainPolicyConfig) -> Path | None:
@@ -116,6 +121,7 @@ def prepare_policy_banks(
     data = config.data
     if config.model:
         return _large_banks(config, device, quiet=quiet)
+    refuse_stores(data.latents)
     if data.heldout < 1:
         raise UserError("data.heldout", got=data.heldout, wanted="at least 1", fix="data.heldout=1")
     if episodes is None:

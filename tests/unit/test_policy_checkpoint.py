@@ -67,7 +67,9 @@ def test_the_backbones_conditioner_goes_along(tmp_path: Path) -> None:
     torch.testing.assert_close(context, model.context(text, state), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "field", "format", "unknown", "nothing"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "extra", "shape", "field", "format", "unknown", "nothing", "tap", "packaged"]
+)
 def test_what_does_not_fit_is_named(saved: Path, damage: str) -> None:
     settings, expert = json.loads((saved / SETTINGS).read_text()), load_file(saved / EXPERT)
     if damage == "missing":
@@ -82,6 +84,10 @@ def test_what_does_not_fit_is_named(saved: Path, damage: str) -> None:
         settings["format"] = 7
     elif damage == "unknown":
         settings["model"]["speed"] = 1
+    elif damage == "tap":
+        settings.pop("tap")
+    elif damage == "packaged":
+        settings["packaged"] = None
     else:
         (saved / SETTINGS).unlink()
     save_file(expert, saved / EXPERT)
@@ -89,7 +95,8 @@ def test_what_does_not_fit_is_named(saved: Path, damage: str) -> None:
         (saved / SETTINGS).write_text(json.dumps(settings))
     words = {
         "missing": "expert.action_in.weight", "extra": "expert.other", "shape": "action_in", "field": "action_shift",
-        "format": "format", "unknown": "speed", "nothing": SETTINGS,
+        "format": "format", "unknown": "speed", "nothing": SETTINGS, "tap": "tap: got 'nothing', wanted int",
+        "packaged": "packaged: got None, wanted str",
     }  # fmt: skip
     with pytest.raises(UserError, match=words[damage]):
         load_policy(saved)

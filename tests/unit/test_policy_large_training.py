@@ -16,6 +16,7 @@ import tiny_large_policy as tiny
 import tiny_paper
 from physisforcing.core.config import compose
 from physisforcing.core.errors import UserError
+from physisforcing.core.paths import weights_root
 from physisforcing.policy.backbone import build_policy
 from physisforcing.policy.checkpoint import load_policy, read_settings
 from physisforcing.policy.planning import PlanningConfig, load_chunk_model
@@ -374,6 +375,25 @@ def test_mistakes_are_named(model: Path, store: Path, tmp_path: Path, words: lis
     made = tiny.config(model, store, tmp_path / "run", *words)
     with pytest.raises(UserError, match=message):
         trainer(made).batch(0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("policy.action_dim=7", r"policy\.action_dim: got 7, wanted 14, as conditioner\.state_dim is"),
+        ("policy.state_dim=8", r"policy\.state_dim: got 8"),
+        ("data.latents=[x]", r"data\.latents: got \['x'\], wanted none without model="),
+    ],
+)
+def test_what_the_small_models_do_not_do_is_refused(words: str, message: str) -> None:
+    made = compose("train_policy", [words, f"codec={weights_root() / 'vae'}"], TrainPolicyConfig)
+
+    def prepared() -> None:
+        adopt(made)
+        prepare_policy_banks(made, CPU)
+
+    with pytest.raises(UserError, match=message):
+        prepared()
 
 
 def test_the_small_models_take_no_large_settings() -> None:

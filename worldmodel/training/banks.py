@@ -52,9 +52,7 @@ def prepare_banks(
                 data.latents, data.heldout, device, physics, ahead=data.workers, tasks=data.tasks
             )  # fmt: skip
         return open_datasets(config, device, physics, quiet=quiet)
-    if data.latents:
-        wanted = "none without model="
-        raise UserError("data.latents", got=data.latents, wanted=wanted, fix="model=<pipeline folder>, or data.roots")
+    refuse_stores(data.latents)
     if data.heldout < 1:
         wanted = "at least 1: the run measures its losses on held-out episodes"
         raise UserError("data.heldout", got=data.heldout, wanted=wanted, fix="data.heldout=1")
@@ -89,6 +87,13 @@ def load_bank(
         options = {"teachers": config.teacher, "cache": data.targets_cache, "workers": data.workers}
         bank.targets = BankTargets.load(episodes, table, config.physics, device, **options)  # type: ignore[arg-type]
     return bank
+
+
+def refuse_stores(folders: Sequence[str]) -> None:
+    """``UserError`` where a small model is given latent stores."""
+    if folders:
+        wanted = "none without model="
+        raise UserError("data.latents", got=folders, wanted=wanted, fix="model=<pipeline folder>, or data.roots")
 
 
 def open_stores(
