@@ -37,12 +37,6 @@ class Copy(NamedTuple):
     seen_B: Tensor | None = None
 
 
-class Prefilled(NamedTuple):
-    """Keys of the video in every block, and the action expert's projected context."""
-
-    blocks: tuple[Keys, ...]
-
-
 class WorldActionModel(OverWan, nn.Module):
     """``transformer``: a stock ``WanTransformer3DModel`` (patches one latent frame deep), whose blocks get the action expert's inside.
 
@@ -102,17 +96,14 @@ class WorldActionModel(OverWan, nn.Module):
         context_BLD: Tensor,
         *,
         copy: Copy | None = None,
-        mode: str | None = None,
         need_tap: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """-> (video velocity like the latents, of frame 0 meaningless; action velocity [B,P,A] or None; tapped tokens [B,F*h*w,D] or None).
 
-        ``latents_BCFhw``: noisy, frame 0 clean; a single frame computes no noisy future at all. ``mode``: that of the config where None.
+        ``latents_BCFhw``: noisy, frame 0 clean; a single frame computes no noisy future at all.
         """
-        mode = mode or self.config.mode
-        assert (copy is not None) == (actions_BPA is not None and mode in ("idm", "optional_idm")), (
-            "a copy for idm alone"
-        )
+        sees_copy = actions_BPA is not None and self.config.mode in ("idm", "optional_idm")
+        assert (copy is not None) == sees_copy, "a copy for idm alone"
         video, temb, tokens = self._video(
             latents_BCFhw, frame_timesteps(sigma_B, latents_BCFhw.shape[2]), context_BLD, copy
         )
@@ -124,7 +115,7 @@ class WorldActionModel(OverWan, nn.Module):
         copied = 0 if copy is None else copy.latents_BCFhw.shape[2] - 1
         lengths = {"first": tokens, "future": (frames - 1) * tokens, "copy": copied * tokens}
         lengths["action"] = 0 if action is None else action.x_BLD.shape[1]
-        calls, tapped = groups(mode, lengths), None
+        calls, tapped = groups(self.config.mode, lengths), None
         visible = _visible(lengths, copy)
         for index, block in enumerate(self.blocks, start=1):
             x, y = self.run_block(block, video, action, calls, visible)
@@ -137,8 +128,8 @@ class WorldActionModel(OverWan, nn.Module):
         acted = None if action is None else self.expert.velocity(action.x_BLD, action_temb)  # type: ignore[arg-type]
         return velocity, acted, tapped
 
-    def prefill(self, latents_BCFhw: Tensor, sigma_B: Tensor, context_BLD: Tensor) -> Prefilled:
-        """Keys of the video for a plan: of the first frame alone (one latent frame), or of an imagined future too, at its noise level."""
+    def prefill(self, latents_BCFhw: Tensor, sigma_B: Tensor, context_BLD: Tensor) -> tuple[Keys, ...]:
+        """Keys for a plan, block by block: those of the first frame alone (one latent frame), or of an imagined future too, at its noise level."""
         video, _, tokens = self._video(
             latents_BCFhw, frame_timesteps(sigma_B, latents_BCFhw.shape[2]), context_BLD, None
         )
@@ -149,14 +140,14 @@ class WorldActionModel(OverWan, nn.Module):
             x, keys = block.prefill(video, calls, text)  # type: ignore[operator]
             video = video._replace(x_BLD=x)
             found.append(keys)
-        return Prefilled(tuple(found))
+        return tuple(found)
 
-    def act(self, actions_BPA: Tensor, times: tuple[Tensor, Tensor], prefilled: Prefilled) -> Tensor:
+    def act(self, actions_BPA: Tensor, times: tuple[Tensor, Tensor], prefilled: tuple[Keys, ...]) -> Tensor:
         """Action velocity [B,P,A] float32 over prefilled keys. ``times``: of ``action_times`` for the noise level."""
         temb_BD, modulation_BF6D = times
         x = self.expert.embed(self._rounded(actions_BPA))
         rotary = self.action_cos, self.action_sin
-        for block, keys in zip(self.blocks, prefilled.blocks, strict=True):
+        for block, keys in zip(self.blocks, prefilled, strict=True):
             x = block.act(x, modulation_BF6D, rotary, keys)  # type: ignore[operator]
         return self.expert.velocity(x, temb_BD)
 

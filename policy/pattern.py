@@ -14,20 +14,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 PARTS = ("first", "future", "copy", "action")
 
-#: Mode -> part -> what it sees. Other patterns may be given to the model as well.
+#: Mode -> part -> what it sees.
 PATTERNS: dict[str, dict[str, tuple[str, ...]]] = {
     "first_frame": {"first": ("first",), "future": ("first", "future"), "action": ("first", "action")},
     "joint": {"first": ("first",), "future": ("first", "future"), "action": ("first", "future", "action")},
     "idm": {
         "first": ("first",), "future": ("first", "future"), "copy": ("first", "copy"), "action": ("first", "copy", "action"),
     },
-    # all frames see each other, as in the stock transformer: what the video branch is held against
-    "bidirectional": {"first": ("first", "future"), "future": ("first", "future"), "action": ("first", "action")},
 }  # fmt: skip
 # which of its samples' actions see the copy is drawn for each of them
 PATTERNS["optional_idm"] = PATTERNS["idm"]
@@ -61,16 +56,6 @@ def groups(mode: str, lengths: Mapping[str, int]) -> tuple[Group, ...]:
         else:
             found.append(Group((begin, end), keys))
     return tuple(found)
-
-
-def mask(mode: str, lengths: Mapping[str, int]) -> Tensor:
-    """bool [L,L], rows are queries: the same pattern as one table, for a reader and for tests."""
-    total = sum(lengths.get(part, 0) for part in PARTS)
-    table = torch.zeros(total, total, dtype=torch.bool)
-    for (begin, end), keys in groups(mode, lengths):
-        for first, last in keys:
-            table[begin:end, first:last] = True
-    return table
 
 
 def _joined(runs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -20,7 +20,8 @@ from torch import Tensor
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.worldmodel.flow_matching import sampling_sigmas
 
-from .model import Prefilled, WorldActionModel
+from .mixture import Keys
+from .model import WorldActionModel
 
 #: What a policy of each mode can do: the first is what it does where nothing else is asked for.
 WAYS = {"first_frame": ("first_frame",), "joint": ("joint",), "idm": ("idm",), "optional_idm": ("idm", "first_frame")}
@@ -106,7 +107,7 @@ class Sampler:
 
     def begin(
         self, first_BC1hw: Tensor, text_BLD: Tensor, state: Tensor, noise_BCFhw: Tensor | None
-    ) -> Prefilled | Joint:
+    ) -> tuple[Keys, ...] | Joint:
         """What the action steps read. ``state``: as ``WorldActionModel.context`` takes it. ``noise_BCFhw``: of the future, its first frame is
         not read; None where nothing is imagined."""
         context = self.model.context(text_BLD, state)
@@ -127,7 +128,7 @@ class Sampler:
 
         return _behind(first_BC1hw, euler(velocity, noise_BCFhw[:, :, 1:], self.video_sigmas))
 
-    def steps(self, begun: Prefilled | Joint, noise_BPA: Tensor) -> Tensor:
+    def steps(self, begun: tuple[Keys, ...] | Joint, noise_BPA: Tensor) -> Tensor:
         """Normalised actions [B,P,A] float32."""
         if isinstance(begun, Joint):
             return self._joint(begun, noise_BPA)

@@ -129,8 +129,11 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 @pytest.mark.parametrize("kind, mode", [("FastWAM", "first_frame"), ("FastWAMJoint", "joint")])
 @torch.no_grad()
-def test_velocities(theirs: Any, pair: tuple[Any, WorldActionModel, Path], kind: str, mode: str) -> None:
+def test_velocities(
+    theirs: Any, pair: tuple[Any, WorldActionModel, Path], kind: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, ours, _ = pair
+    monkeypatch.setattr(ours.config, "mode", mode)
     model, given = build(theirs, kind), inputs()
     seen, mask = context(model, given)
     wanted = model._predict_joint_noise(
@@ -139,7 +142,7 @@ def test_velocities(theirs: Any, pair: tuple[Any, WorldActionModel, Path], kind:
     mine = ours.context(given["text"], given["state"])
     assert torch.equal(mine, seen)
     video, action, _ = ours(
-        given["latents"], given["times"] / 1000, given["actions"], given["action_times"] / 1000, mine, mode=mode
+        given["latents"], given["times"] / 1000, given["actions"], given["action_times"] / 1000, mine
     )
     close(video, wanted[0])
     close(action, wanted[1])  # type: ignore[arg-type]
@@ -176,9 +179,12 @@ def test_ten_steps_from_noise(pair: tuple[Any, WorldActionModel, Path]) -> None:
 
 
 @torch.no_grad()
-def test_actions_over_a_copy_of_the_video(theirs: Any, pair: tuple[Any, WorldActionModel, Path]) -> None:
+def test_actions_over_a_copy_of_the_video(
+    theirs: Any, pair: tuple[Any, WorldActionModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their sequence of noisy video, whole copy and actions; ours does not repeat the first frame."""
     _, ours, _ = pair
+    monkeypatch.setattr(ours.config, "mode", "idm")
     model, given = build(theirs, "FastWAMIDM"), inputs()
     seen, mask = context(model, given)
     copied = torch.tensor([0.0, 640.0])
@@ -212,7 +218,6 @@ def test_actions_over_a_copy_of_the_video(theirs: Any, pair: tuple[Any, WorldAct
         given["action_times"] / 1000,
         seen,
         copy=copy,
-        mode="idm",
     )
     close(action, wanted)  # type: ignore[arg-type]
     close(video, model.video_expert.post_dit(out["video"][:, : lengths[0]], pres[0]))

@@ -54,9 +54,11 @@ def test_actions_see_the_copy_in_idm_where_they_may() -> None:
     copy_changed = velocities(model, latents, copy=Copy(changed(latents, 2), level, seen))[1]
     assert not torch.allclose(shown[0], copy_changed[0])
     assert torch.equal(shown[1], copy_changed[1])
-    alone = velocities(model, latents, mode="first_frame")[1]
+    model.config.mode = "first_frame"
+    alone = velocities(model, latents)[1]
     torch.testing.assert_close(shown[1], alone[1], rtol=1e-5, atol=1e-6)
-    always = velocities(model, latents, copy=Copy(latents, level), mode="idm")[1]
+    model.config.mode = "idm"
+    always = velocities(model, latents, copy=Copy(latents, level))[1]
     torch.testing.assert_close(shown[0], always[0], rtol=1e-5, atol=1e-6)
 
 
@@ -73,7 +75,11 @@ def test_video_never_sees_actions(mode: str) -> None:
     torch.testing.assert_close(one, without, rtol=1e-5, atol=1e-6)
 
 
-def test_the_video_branch_is_the_stock_transformer() -> None:
+#: All frames see each other, as in the stock transformer.
+BIDIRECTIONAL = {"first": ("first", "future"), "future": ("first", "future"), "action": ("first", "action")}
+
+
+def test_the_video_branch_is_the_stock_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = tiny_transformer().eval()
     model = WorldActionModel(copy.deepcopy(stock), PolicyModelConfig(action_dim=3, state_dim=3, width=16, ffn_dim=24))
     batch = tiny_batch()
@@ -82,8 +88,9 @@ def test_the_video_branch_is_the_stock_transformer() -> None:
     times[:, 6:] = 1000 * SIGMA[:, None]
     with torch.no_grad():
         wanted = stock(batch["latents_BCFhw"], times, context, return_dict=False)[0]
-        got = model(batch["latents_BCFhw"], SIGMA, None, None, context, mode="bidirectional")[0]
         causal = model(batch["latents_BCFhw"], SIGMA, None, None, context)[0]
+        monkeypatch.setitem(pattern.PATTERNS, "first_frame", BIDIRECTIONAL)
+        got = model(batch["latents_BCFhw"], SIGMA, None, None, context)[0]
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
     assert not torch.allclose(causal, wanted, atol=1e-3), "the first frame does not see the future"
 
@@ -107,7 +114,7 @@ def test_keys_of_the_first_frame_do_not_depend_on_the_future() -> None:
     with torch.no_grad():
         alone = model.prefill(batch["latents_BCFhw"][:, :, :1], SIGMA, context)
         among = model.prefill(batch["latents_BCFhw"], SIGMA, context)
-    for one, many in zip(alone.blocks, among.blocks, strict=True):
+    for one, many in zip(alone, among, strict=True):
         torch.testing.assert_close(one.key, many.key[:, :, :6], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(one.value, many.value[:, :, :6], rtol=1e-5, atol=1e-6)
 
@@ -135,19 +142,26 @@ def test_without_a_video_loss_no_future_is_computed_and_the_action_loss_is_the_s
     assert alone["loss"] == alone["action"] and "video" not in alone
 
 
+def mask(mode: str, lengths: dict[str, int]) -> torch.Tensor:
+    """bool [L,L], rows are queries: a mode's pattern as one table."""
+    part = [name for name in pattern.PARTS for _ in range(lengths.get(name, 0))]
+    return torch.tensor([[key in pattern.PATTERNS[mode][query] for key in part] for query in part])
+
+
 @pytest.mark.parametrize("mode", ["first_frame", "joint", "idm", "bidirectional"])
-def test_attention_by_groups_is_masked_attention(mode: str) -> None:
+def test_attention_by_groups_is_masked_attention(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pattern.PATTERNS, "bidirectional", BIDIRECTIONAL)
     lengths = {"first": 3, "future": 4, "copy": 4 * (mode == "idm"), "action": 5}
     total = sum(lengths.values())
     query, key, value = torch.randn(3, 2, 2, total, 8, generator=torch.Generator().manual_seed(0))
-    wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=pattern.mask(mode, lengths))
+    wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=mask(mode, lengths))
     got = attend(query, key, value, pattern.groups(mode, lengths))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_published_mask() -> None:
     """Section 1.5 of the reference, RoboTwin's 120 tokens a latent frame: rows see columns."""
-    table = pattern.mask("first_frame", {"first": 120, "future": 240, "action": 32})
+    table = mask("first_frame", {"first": 120, "future": 240, "action": 32})
     assert table.shape == (392, 392)
     blocks = [[bool(table[a, b]) for b in (0, 200, 380)] for a in (0, 200, 380)]
     assert blocks == [[True, False, False], [True, True, False], [True, False, True]]
