@@ -27,6 +27,7 @@ from physisforcing.worldmodel.convert.configs import read_jsonc
 from physisforcing.worldmodel.convert.parts import Part
 from physisforcing.worldmodel.convert.sources import Source
 from physisforcing.worldmodel.convert.writing import check_space, plan_shards, workplace, write_part
+from physisforcing.worldmodel.data.canvas import canvas_layout
 from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint, save_tensors
 
 from . import fastwam, fastwam_statistics
@@ -45,15 +46,14 @@ class Layout:
 
     action_dim: int
     state_dim: int
-    size: tuple[int, int]
     hz: float
     normalization: str
 
 
 #: By the name of its canvas. RoboTwin records every 15th of 250 physics steps a second; LIBERO is controlled at 20 Hz.
 LAYOUTS = {
-    "robotwin": Layout(action_dim=14, state_dim=14, size=(384, 320), hz=50.0 / 3.0, normalization="zscore"),
-    "libero": Layout(action_dim=7, state_dim=8, size=(224, 448), hz=20.0, normalization="minmax"),
+    "robotwin": Layout(action_dim=14, state_dim=14, hz=50.0 / 3.0, normalization="zscore"),
+    "libero": Layout(action_dim=7, state_dim=8, hz=20.0, normalization="minmax"),
 }
 
 
@@ -114,6 +114,7 @@ def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, 
         source, given, mode=config.mode, chunk=config.chunk, action_shift=config.action_shift
     )
     name, layout = _layout(config.layout, released.config.action_dim, released.config.state_dim)
+    canvas = canvas_layout(name)
     statistics, sums = _statistics(config, path, layout, released.config)
     video = _video_part(released)
     shards = plan_shards(video, SHARD_BYTES)
@@ -121,7 +122,7 @@ def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, 
     check_space(output, sum(shard.bytes for shard in shards) + sum(_bytes(released, name) for name in expert))
     report = _report(released, left_out)
     info = PolicyInfo(
-        canvas=name, size=layout.size, frames=9, frame_stride=4, control_hz=layout.hz,
+        canvas=name, size=(canvas.height, canvas.width), frames=9, frame_stride=4, control_hz=layout.hz,
         text={"encoder": "umt5-xxl", "tokens": 128, "width": released.video["text_dim"], "template": config.template},
         latents=latents_fingerprint(autoencoder_in(Path(config.autoencoder))) if config.autoencoder else "",
         autoencoder=Path(config.autoencoder).name if config.autoencoder else "", source=report,

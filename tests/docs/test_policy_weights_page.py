@@ -8,6 +8,7 @@ from typing import Any
 
 from physisforcing.core.config import compose
 from physisforcing.policy.convert import LAYOUTS, ConvertPolicyConfig
+from physisforcing.worldmodel.data.canvas import canvas_layout
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "policy_weights.md").read_text(encoding="utf-8")
 
@@ -29,7 +30,8 @@ def test_layouts_are_those_of_the_code() -> None:
     for column, name in enumerate(LAYOUTS):
         layout = LAYOUTS[name]
         assert rows["actions, states"][column] == f"{layout.action_dim}, {layout.state_dim}"
-        assert rows["canvas"][column] == "x".join(map(str, layout.size))
+        canvas = canvas_layout(name)
+        assert rows["canvas"][column] == f"{canvas.height}x{canvas.width}"
         assert (
             rows["statistics"][column] == {"zscore": "z-score", "minmax": "minimum and maximum"}[layout.normalization]
         )
