@@ -93,7 +93,18 @@ class PolicyRunner(EpisodeRunner):
         if self._held is None or self._held[:2] != (name, limits):
             self._drop_policy()
             self._held = (name, limits, open_policy(settings, self._servers.get(name), limits))
+        self._check_rate(self._held[2], env)
         return self._held[2]
+
+    @staticmethod
+    def _check_rate(policy: Policy, env: Any) -> None:
+        """``UserError`` for a policy whose rows are not as far apart as a robot takes that is given one a control step."""
+        from physisforcing.policy.act import check_rate
+        from physisforcing.policy.requests import PolicySpec
+
+        spec = getattr(policy, "spec", None)
+        if isinstance(spec, PolicySpec) and env.unwrapped.control == "interpolated":
+            check_rate(spec, env.unwrapped.action_spec.dt)
 
     def _drop_policy(self) -> None:
         opened, self._held = self._held, None

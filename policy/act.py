@@ -20,6 +20,7 @@ from physisforcing.core.results import config_hash
 from physisforcing.core.types import ActionSpec, Observation
 from physisforcing.worldmodel.data.canvas import compose
 
+from .config import RATE_TOLERANCE
 from .requests import ChunkSource, PlanAnswer, PlanRequest, PolicySpec
 from .sampling import plan_seed
 
@@ -49,6 +50,16 @@ class ExecutionConfig:
             fix = "a smaller policy.delay, or another policy.execute"
             wanted = f"0 to {most}, at most execute={self.execute} and both within a chunk of {chunk}"
             raise UserError("policy.delay", got=self.delay, wanted=wanted, fix=fix)
+
+
+def check_rate(spec: PolicySpec, dt: float) -> None:
+    """``UserError`` unless the rows of a chunk are as far apart as the rows that an environment takes, ``dt`` seconds."""
+    if abs(spec.control_hz * dt - 1.0) > RATE_TOLERANCE:
+        got, wanted = f"{spec.control_hz:.4g} actions a second", f"{1.0 / dt:.4g}, at which the environment takes them"
+        fix = (
+            "control=topp, which drives to each target in its own time, or a policy trained on recordings of that rate"
+        )
+        raise UserError(f"policy {spec.name}", got=got, wanted=wanted, fix=fix)
 
 
 class WorldActionPolicy:

@@ -19,10 +19,8 @@ from physisforcing.worldmodel.data.batches import WindowBank
 from physisforcing.worldmodel.data.latent_bank import LatentBank
 from physisforcing.worldmodel.data.windows import FRAME_STRIDE, WINDOW_STEPS, Episode
 
+from .config import RATE_TOLERANCE
 from .normalization import ActionStatistics
-
-#: Rates that differ by less are one: datasets round theirs.
-RATE_TOLERANCE = 0.01
 
 
 @dataclass(slots=True, kw_only=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,14 @@ import torch.nn.functional as F
 from physisforcing.core.errors import UserError
 from physisforcing.core.protocols import Policy
 from physisforcing.core.types import ActionSpec, Observation
-from physisforcing.policy.act import ExecutionConfig, WorldActionPolicy
+from physisforcing.policy.act import ExecutionConfig, WorldActionPolicy, check_rate
 from physisforcing.policy.checkpoint import PolicyInfo
 from physisforcing.policy.normalization import ActionStatistics
 from physisforcing.policy.planning import ChunkModel, PlanningConfig
 from physisforcing.policy.remote import PlanBatcher
 from physisforcing.policy.requests import PlanAnswer, PlanRequest, PolicySpec
 from physisforcing.policy.sampling import plan_seed
+from physisforcing.policy_episodes import PolicyRunner
 from tests.helpers.tiny_policy import tiny_policy
 
 CHUNK, WIDTH = 32, 3
@@ -170,6 +173,21 @@ def test_what_changes_the_result_changes_the_fingerprint() -> None:
     }
     assert len(made) == 4
     assert WorldActionPolicy(source, ExecutionConfig(delay=2)).fingerprint in made, "no delay in receding"
+
+
+def test_rows_of_another_rate_are_refused() -> None:
+    spec = Counting().spec
+    check_rate(spec, 0.06)
+    check_rate(dataclasses.replace(spec, control_hz=16.67), 0.06)  # as a dataset rounds it
+    with pytest.raises(UserError, match=r"policy counting: got '50 actions a second', wanted 16\.67, .*control=topp"):
+        check_rate(dataclasses.replace(spec, control_hz=50.0), 0.06)
+    source = Counting()
+    source.spec = dataclasses.replace(spec, control_hz=50.0)
+    robot = SimpleNamespace(action_spec=ActionSpec(names=("a",), low=(0.0,), high=(1.0,)), control="interpolated")
+    with pytest.raises(UserError, match="50 actions a second"):
+        PolicyRunner._check_rate(WorldActionPolicy(source), SimpleNamespace(unwrapped=robot))
+    robot.control = "topp"  # which has no rate
+    PolicyRunner._check_rate(WorldActionPolicy(source), SimpleNamespace(unwrapped=robot))
 
 
 # ---------------------------------------------------------------------- a model that plans
