@@ -34,7 +34,8 @@ def run_jobs(
     retry_errors: bool = False,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Run the ``envs.seeds.Job``s that ``output/results.jsonl`` has no line of, and return the lines of all.
+    """Run the ``envs.seeds.Job``s that ``output/results.jsonl`` has no line of, and return the lines of all, with the policy's name
+    as the job has it.
 
     A job's task is ``<task>/<policy>``. ``make``: makes the handler of a process (``envs.seeds.Handler``), whose outcome's details hold
     ``status`` and whatever else the line says; a job that crashed twice is an ``error``.
@@ -63,5 +64,7 @@ def run_jobs(
         bar.set_postfix_str(f"{outcome.task} {job.seed}: {status}")
 
     with bar:
-        run_seeds(FixedJobs(todo), make, workers=workers, on_outcome=on_outcome)
-    return [row for job in jobs if (row := results.get(key(job))) is not None]
+        if todo:  # else nothing is loaded, and nothing needs the device
+            run_seeds(FixedJobs(todo), make, workers=workers, on_outcome=on_outcome)
+    # A line may have been written under another name of the same policy, or by the other command: the key is what says whose it is.
+    return [row | {"policy": job.task.split("/")[1]} for job in jobs if (row := results.get(key(job))) is not None]

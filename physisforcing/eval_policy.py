@@ -189,6 +189,7 @@ class PolicyPlan:
         self.rows = [*policies, *self._baselines()]
         self.cameras: tuple[str, ...] = ("head",)
         self.fingerprints = {name: self._identify(name) for name in self.rows}
+        self._refuse_one_row_twice()
         self._config_hash = settings_hash(config)
         seeds = self.scenes.seeds
         self.jobs = [Job(task=f"{t}/{row}", seed=s) for t in config.tasks for row in self.rows for s in seeds[t]]
@@ -208,6 +209,14 @@ class PolicyPlan:
 
     def key(self, job: Any) -> ResultKey:
         return job_key(job, self.scenes, self.fingerprints, self._config_hash)
+
+    def _refuse_one_row_twice(self) -> None:
+        """``UserError`` for two names of the same weights and settings, whose episodes would have one key."""
+        first: dict[str, str] = {}
+        for name, fingerprint in self.fingerprints.items():
+            if (taken := first.setdefault(fingerprint, name)) != name:
+                got = f"{taken} and {name}, the same weights acting in the same way"
+                raise UserError("policies", got=got, wanted="each policy once", fix=f"leave {name} out")
 
     def _baselines(self) -> list[str]:
         found = []

@@ -67,7 +67,8 @@ class ActingPolicy:
 
 def acting_policies(common: PolicySettings, several: Any) -> dict[str, ActingPolicy]:
     """Name -> policy. ``several``: what ``policies`` may be, a list of sources or ``{name: source or {source, recipe, training_seed, and any
-    field of the settings}}``; none of them: ``common`` alone. ``UserError`` for none at all, unknown fields and names that clash."""
+    field of the settings}}``; none of them: ``common`` alone. ``UserError`` for none at all, unknown fields names that clash, and
+    one recipe and training seed given twice."""
     if not several:
         if not common.source:
             raise UserError("policy", got="", wanted=SOURCES, fix="policy=runs/policy/export")
@@ -86,7 +87,22 @@ def acting_policies(common: PolicySettings, several: Any) -> dict[str, ActingPol
             raise UserError("policies", got=", ".join(map(named, sources)), wanted="different names", fix=fix)
     if not isinstance(several, dict):
         raise UserError("policies", got=several, wanted="a list or a mapping", fix="policies=[FOLDER,FOLDER]")
-    return {name: _acting(str(name), given, common) for name, given in several.items()}
+    found = {str(name): _acting(str(name), given, common) for name, given in several.items()}
+    _refuse_one_seed_twice(found)
+    return found
+
+
+def _refuse_one_seed_twice(policies: Mapping[str, ActingPolicy]) -> None:
+    """``UserError`` for two policies with one recipe and training seed: recipes are compared with the seed as unit, which stands for one set of
+    weights acting in one way."""
+    taken: dict[tuple[str, int], str] = {}
+    for name, policy in policies.items():
+        if policy.recipe and policy.training_seed is not None:
+            first = taken.setdefault((policy.recipe, policy.training_seed), name)
+            if first != name:
+                got = f"{first} and {name}, both {policy.recipe} with training seed {policy.training_seed}"
+                fix = "give them different recipes, as recipe:forced_idm, or leave one out"
+                raise UserError("policies", got=got, wanted="one policy a recipe and training seed", fix=fix)
 
 
 def _acting(name: str, given: Any, common: PolicySettings) -> ActingPolicy:

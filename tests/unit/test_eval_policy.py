@@ -17,11 +17,13 @@ import toy_policies
 from acting_policy import acting_policy
 from physisforcing.core.config import compose
 from physisforcing.core.errors import UserError
+from physisforcing.core.results import ResultKey, ResultsFile
 from physisforcing.core.stats import wilson
 from physisforcing.core.types import Observation
 from physisforcing.deploy import make_policy
 from physisforcing.envs.manifest import load_manifest
 from physisforcing.envs.seeds import Job
+from physisforcing.episode_jobs import run_jobs
 from physisforcing.eval_plan import EvalPlanConfig, _Plan
 from physisforcing.eval_policy import EvalPolicyConfig, PolicyPlan, evaluate, main, spelled_out, write_summary
 from physisforcing.plan_scenes import plan_scenes
@@ -98,6 +100,10 @@ def test_policies_have_names_of_their_own() -> None:
         ({"a": {"source": "runs/a", "sead": 1}}, "sead"),
         ({"a": {"recipe": "x"}}, "a source"),
         ([{"source": "runs/a"}], "sources in a list"),
+        (
+            {n: {"source": "runs/a", "mode": n, "recipe": "x", "training_seed": 0} for n in ("idm", "first_frame")},
+            "idm and first_frame, both x with training seed 0",
+        ),
     ):
         with pytest.raises(UserError, match=what):
             acting_policies(PolicySettings(), several)
@@ -129,7 +135,7 @@ def test_a_policy_that_is_not_there_is_refused_before_the_simulator(tmp_path: Pa
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="did you mean 'noop'"):
         settings(baselines=["nop"], policy=PolicySettings(source=SWAYING)).check()
-    with pytest.raises(UserError, match=r"first_seed: got 5.*start at 100000|first_seed: got 5"):
+    with pytest.raises(UserError, match=r"first_seed: got 5.*evaluation seeds start at 100000"):
         settings(first_seed=5, manifest="none", policy=PolicySettings(source=SWAYING)).check()
 
 
@@ -164,6 +170,29 @@ def test_keys_hold_weights_and_everything_that_may_change_an_episode(folder: Cal
         for change in ({}, {"control": "topp"}, {"max_steps": 9}, {"threads": 2}, {"manifest": "none"})
     ]
     assert len(set(keys)) == len(keys)
+
+
+def test_one_policy_under_two_names_is_refused(folder: Callable[..., str]) -> None:
+    """Their episodes would have one key: the second name would be given the episodes of the first."""
+    first = folder()
+    for several, what in (
+        ({"a": first, "b": {"source": first, "video_steps": 3}}, "a and b, the same weights"),
+        ({"planner": "planner", "again": "planner"}, "planner and again"),
+    ):
+        with pytest.raises(UserError, match=what):
+            planned(settings(policies=several, policy=PolicySettings(execute=8)))
+
+
+def test_stored_episodes_have_the_name_that_the_policy_has_now(tmp_path: Path) -> None:
+    key = ResultKey(manifest="m", episode="click_bell/1", fingerprint="f", config="c")
+    ResultsFile(tmp_path / "results.jsonl").append(key, "success", task="click_bell", policy="model", seed=1)
+
+    def nothing() -> Any:
+        raise AssertionError("nothing is left to run")
+
+    jobs = [Job(task="click_bell/mine", seed=1)]
+    (row,) = run_jobs(jobs, lambda job: key, tmp_path, nothing, progress=False)
+    assert (row["policy"], row["seed"], row["status"]) == ("mine", 1, "success")
 
 
 def test_baselines_and_the_planner_have_the_keys_of_eval_plan(
