@@ -270,18 +270,24 @@ def write_summary(
         "means": policy_protocols.task_means(summary["tasks"]),
         "comparison": found.to_json(),
     }
+    deviations = None
+    if config.protocol == policy_protocols.NAME:
+        summary[policy_protocols.NAME] = block = policy_protocols.block(config, policies)
+        deviations = partial(policy_protocols.row_deviations, block)
     lines = policy_report.measurement_lines(
-        summary, claims=config.claims, manifests=plan.scenes.manifests, policies=policies, found=found
+        summary,
+        claims=config.claims,
+        manifests=plan.scenes.manifests,
+        policies=policies,
+        found=found,
+        deviations=deviations,
     )
     parts = [markdown(summary, title=title, notes=notes)]
     if len(summary["tasks"]) > 1:
         parts.append(policy_report.means_markdown(summary["means"]))
     parts.append(policy_report.comparison_markdown(found))
     if config.protocol == policy_protocols.NAME:
-        summary[policy_protocols.NAME] = policy_protocols.block(config)
         parts.append(policy_protocols.markdown(summary[policy_protocols.NAME]))
-        deviations = "; ".join(summary[policy_protocols.NAME]["deviations"]) or "none"
-        lines = [line | {"against": line["against"] | {"deviations": deviations}} for line in lines]
     write_report(Path(config.output), summary, "\n".join(part for part in parts if part), lines)
     return summary
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from physisforcing.core.stats import mean_of_proportions, wilson
+
+if TYPE_CHECKING:
+    from .episode_settings import PlannerSettings
+    from .policies import ActingPolicy
 
 NAME = "table2"
 #: What ``protocol=`` of the command may be.
@@ -19,6 +23,8 @@ PUBLISHED = {
     "Fast-WAM on Wan2.2-TI2V-5B + PhysisForcing": (63.0, 60.0, 63.0, 94.5, 93.0, 63.0, 72.8),
 }
 ROLLOUTS = 200
+#: Executed rows of a chunk and denoising steps: the published policy's own on RoboTwin (24 of 32 rows), which the paper does not repeat.
+EXECUTE, STEPS = 24, 10
 OWN = "the tasks' own"
 SOURCE = "PhysisForcing, arXiv 2606.28128, Table 2"
 NOTE = (
@@ -29,8 +35,7 @@ NOTE = (
 
 @dataclass(slots=True, kw_only=True)
 class Table2Settings:
-    """What a run of this protocol states; the defaults are the protocol. ``execute``, ``steps``: the published policy's own on RoboTwin
-    (24 of 32 rows, 10 steps), which the paper does not repeat."""
+    """What a run of this protocol states, whoever acts; the defaults are the protocol."""
 
     tasks: tuple[str, ...] = TASKS
     episodes: int = ROLLOUTS
@@ -38,15 +43,12 @@ class Table2Settings:
     first_seed: int | None = None
     max_steps: int | None = None
     control: str = "topp"
-    execute: int = 24
-    steps: int = 10
 
     @classmethod
     def of(cls, config: Any) -> Table2Settings:
         """Of a command's settings (``eval_policy.EvalPolicyConfig``)."""
-        values = {one.name: getattr(config, one.name) for one in dataclasses.fields(cls) if hasattr(config, one.name)}
-        values |= {"tasks": tuple(config.tasks), "execute": config.policy.execute, "steps": config.policy.steps}
-        return cls(**values)
+        values = {one.name: getattr(config, one.name) for one in dataclasses.fields(cls)}
+        return cls(**values | {"tasks": tuple(config.tasks)})
 
     def deviations(self) -> list[str]:
         """What differs from the protocol, in words; empty for a run that may be called by its name. ``interpolated`` is its second run."""
@@ -55,7 +57,7 @@ class Table2Settings:
             found.append(f"without {', '.join(missing)}")
         if more := [task for task in self.tasks if task not in TASKS]:
             found.append(f"also {', '.join(more)}")
-        for name in ("episodes", "max_steps", "execute", "steps"):
+        for name in ("episodes", "max_steps"):
             value, wanted = getattr(self, name), getattr(Table2Settings(), name)
             if value != wanted:
                 found.append(f"{name} {value}, not {OWN if wanted is None else wanted}")
@@ -64,6 +66,25 @@ class Table2Settings:
         if self.first_seed is not None:
             found.append(f"scenes from seed {self.first_seed} on, not the frozen ones")
         return found
+
+
+def acting(policy: ActingPolicy, planner: PlannerSettings) -> tuple[str, list[str]]:
+    """How a row acts, and what of that differs from the protocol (as ``Table2Settings.deviations``)."""
+    own = policy.settings
+    if policy.is_planner:
+        horizon = planner.execute_horizon
+        found = [] if horizon == EXECUTE else [f"planner.execute_horizon {horizon}, not {EXECUTE}"]
+        return f"the planner, {horizon} executed rows a plan", found
+    found = [
+        f"{name} {value}, not {wanted}"
+        for name, value, wanted in (("execute", own.execute, EXECUTE), ("steps", own.steps, STEPS))
+        if value != wanted
+    ]
+    words = f"{own.execute} executed rows a plan, {own.steps} denoising steps, {own.execution}"
+    if own.execution != "receding":
+        words += f" with delay {own.delay}"
+        found.append(f"execution {own.execution} with delay {own.delay}, not receding")
+    return words, found
 
 
 def claims(control: str) -> str:
@@ -105,16 +126,26 @@ def published() -> list[dict[str, Any]]:
     return rows
 
 
-def block(config: Any) -> dict[str, Any]:
-    """The protocol's part of a summary."""
-    settings = Table2Settings.of(config)
+def block(config: Any, policies: Mapping[str, ActingPolicy]) -> dict[str, Any]:
+    """The protocol's part of a summary. ``deviations``: of all rows; ``rows``: how each policy acts, and what else differs there."""
+    settings, told = Table2Settings.of(config), {name: acting(one, config.planner) for name, one in policies.items()}
     return {
         "protocol": dataclasses.asdict(settings) | {"tasks": list(settings.tasks)},
         "deviations": settings.deviations(),
+        "rows": {name: {"acts": words, "deviations": found} for name, (words, found) in told.items()},
         "published": published(),
         "source": SOURCE,
         "note": NOTE,
     }
+
+
+def row_deviations(part: Mapping[str, Any], names: Sequence[str]) -> str:
+    """What differs from the protocol in the rows of these names, as a measurement says it; ``part``: ``block``'s."""
+    found = list(part["deviations"])
+    for name in names:
+        own = (part["rows"].get(name) or {"deviations": []})["deviations"]
+        found += own if len(names) == 1 else [f"{name}: {text}" for text in own]
+    return "; ".join(found) or "none"
 
 
 def markdown(part: Mapping[str, Any]) -> str:
@@ -124,8 +155,11 @@ def markdown(part: Mapping[str, Any]) -> str:
     lines = [
         "## Protocol of Table 2",
         "",
-        f"- executed rows a plan {settings['execute']}, denoising steps {settings['steps']}, step limit {limit}, control {settings['control']}",
-        f"- differs from the protocol: {'; '.join(part['deviations']) or 'nothing'}",
+        f"- step limit {limit}, control {settings['control']}; differs from the protocol: {'; '.join(part['deviations']) or 'nothing'}",
+        *(
+            f"- {name}: {row['acts']}; differs from the protocol: {'; '.join(row['deviations']) or 'nothing'}"
+            for name, row in part["rows"].items()
+        ),
         "",
         "## Published results (not measured here, not comparable: other scenes)",
         "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -230,9 +230,15 @@ def measurement_lines(
     manifests: Mapping[str, str],
     policies: Mapping[str, ActingPolicy],
     found: PolicyComparison,
+    deviations: Callable[[Sequence[str]], str] | None = None,
 ) -> list[dict[str, Any]]:
     """``policy/<cell>/<task>/success`` of every row, ``policy/<cell>/mean/success`` over several tasks, differences of two policies and of
-    two recipes. What was executed, on which scenes and after how many training seeds stands in ``against``."""
+    two recipes. What was executed, on which scenes and after how many training seeds stands in ``against``, and what ``deviations`` says of
+    the rows that a line is of."""
+
+    def differing(*names: str) -> dict[str, Any]:
+        return {} if deviations is None else {"deviations": deviations(names)}
+
     lines = []
     for line in from_summary(summary, protocol=claims, manifests=manifests):
         _, _, name, *rest = line["claim"].split("/")
@@ -240,7 +246,7 @@ def measurement_lines(
             line
             | {
                 "claim": "/".join(["policy", cell_of(name, claims), *rest]),
-                "against": {**line["against"], **_about(name, policies)},
+                "against": {**line["against"], **_about(name, policies), **differing(name)},
             }
         )
     shared: dict[str, Any] = {"unit": "share", "command": summary["command"], "provenance": summary["provenance"]}
@@ -248,7 +254,8 @@ def measurement_lines(
         if len(summary["tasks"]) > 1 and "rate" in mean:
             values = {key: mean[key] for key in ("low", "high", "n", "seeds")}
             claim = f"policy/{cell_of(name, claims)}/mean/success"
-            lines.append(measurement(claim, mean["rate"], against=_about(name, policies), **values, **shared))
+            about = _about(name, policies) | differing(name)
+            lines.append(measurement(claim, mean["rate"], against=about, **values, **shared))
     rows: list[Any] = [row for row in found.checkpoints.paired if row.difference is not None]
     for row in [*rows, *found.crossed]:
         task = "mean" if row.task == ALL else row.task
@@ -256,8 +263,14 @@ def measurement_lines(
         names = ("only_a", "only_b", "p", "p_holm", "dropped", "seeds_a", "seeds_b", "mean_a", "mean_b")
         about = {name: getattr(row, name) for name in names if hasattr(row, name)}
         about |= {"scenes": manifests[row.task]} if row.task in manifests else {}
+        about |= differing(*(name for side in (row.a, row.b) for name in _members(side, policies)))
         lines.append(measurement(claim, row.difference, low=row.low, high=row.high, n=row.n, against=about, **shared))
     return lines
+
+
+def _members(side: str, policies: Mapping[str, ActingPolicy]) -> list[str]:
+    """The rows of one side of a difference: itself, or every policy of the recipe."""
+    return [side] if side in policies else [name for name, policy in policies.items() if policy.recipe == side]
 
 
 def _about(name: str, policies: Mapping[str, ActingPolicy]) -> dict[str, Any]:

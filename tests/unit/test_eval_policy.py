@@ -344,6 +344,41 @@ def test_the_protocol_of_table_2(tmp_path: Path) -> None:
     assert all("without place_empty_cup" in line["against"]["deviations"] for line in lines)
 
 
+def test_what_a_row_does_differently_from_table_2_stands_in_its_own_lines(tmp_path: Path) -> None:
+    policies = {
+        "usual": SWAYING,
+        "short": {"source": "toy_policies:standing", "execute": 4, "steps": 3},
+        "early": {"source": "toy_policies:falling", "execution": "async"},
+        "planner": "planner",
+    }
+    words = ["protocol=table2", "control=interpolated", "baselines=[noop]", f"output={tmp_path}"]
+    config = compose("eval_policy", words, EvalPolicyConfig)
+    config.policies = policies
+    plan = planned(config)
+    rows = [row for task in config.tasks for name in plan.rows for row in rows_of(name, "10", task)]
+    summary = write_summary(config, plan, rows, "physis eval policy protocol=table2 policies=...")
+    wanted = {
+        "usual": "none",
+        "short": "execute 4, not 24; steps 3, not 10",
+        "early": "execution async with delay 4, not receding",
+        "planner": "planner.execute_horizon 32, not 24",
+        "noop": "none",
+        "usual-minus-short": "short: execute 4, not 24; short: steps 3, not 10",
+    }
+    said = {
+        line["claim"]: line["against"]["deviations"]
+        for line in json.loads((tmp_path / "measurements.json").read_text())
+    }
+    for name, text in wanted.items():
+        kind = "success_difference" if "minus" in name else "success"
+        for task in ("grab_roller", "mean"):
+            assert said[f"policy/table2-interpolated-{name}/{task}/{kind}"] == text
+    assert summary["table2"]["deviations"] == []
+    told = (tmp_path / "summary.md").read_text()
+    assert "- short: 4 executed rows a plan, 3 denoising steps, receding; differs from the protocol: execute 4" in told
+    assert "- usual: 24 executed rows a plan, 10 denoising steps, receding; differs from the protocol: nothing" in told
+
+
 def test_table_2_has_200_frozen_scenes_a_task_the_test_set_among_them() -> None:
     scenes = plan_scenes(TASKS, 200, "table2")
     for task in TASKS:
