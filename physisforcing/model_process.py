@@ -59,6 +59,17 @@ def computed_by(server: ServerAddress | None, device: str, threads: int, client:
     return f"{place.partition(':')[0]} in batches of {batch}"
 
 
+def compute_repeatably(threads: int) -> None:
+    """Numeric threads of this process, and the same result of the same request every time: what a GPU can only compute in changing order is an
+    error. To be called before torch starts CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    import torch
+
+    torch.set_num_threads(threads)
+    # What use_deterministic_algorithms sets, without importing torch's compiler (seconds of every process).
+    torch.set_deterministic_debug_mode("error")
+
+
 class ModelProcess:
     """``module`` (a server that its parent starts) with ``settings`` in a process of its own; ``what`` it is in messages.
 

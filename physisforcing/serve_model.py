@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from physisforcing.core.serving import serve_command, serve_for_parent
 
-from .model_process import GPU_BATCH
+from .model_process import GPU_BATCH, compute_repeatably
 from .planners import source_name
 
 if TYPE_CHECKING:
@@ -57,10 +56,6 @@ class ServeModelConfig:
 
 def make_server(config: ServeModelConfig) -> ModelServer:
     """Load the model and make the server; it does not listen yet."""
-    # cuBLAS reads this when it starts; without it its matrix products may differ between runs.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    import torch
-
     from physisforcing.planner.model_server import ModelServer, ModelServerConfig
     from physisforcing.planner.train import choose_device
 
@@ -79,8 +74,7 @@ def make_server(config: ServeModelConfig) -> ModelServer:
         grace_s=config.grace_s,
     )
     settings.check()
-    torch.set_num_threads(config.threads)
-    torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, without importing torch's compiler
+    compute_repeatably(config.threads)
     model = load_any(config.model, device, codec=config.codec or None, steps=config.steps or None)
     return ModelServer(model, settings, about=_about(config, device, model))
 

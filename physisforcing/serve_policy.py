@@ -56,13 +56,12 @@ class ServePolicyConfig:
 
 def make_server(config: ServePolicyConfig) -> PolicyServer:
     """Load the policy and make the server; it does not listen yet."""
-    import torch
-
     from physisforcing.core.message_server import MessageServerConfig
     from physisforcing.planner.train import choose_device
     from physisforcing.policy.planning import PlanningConfig, load_chunk_model
     from physisforcing.policy.remote import PolicyServer
 
+    from .model_process import compute_repeatably
     from .policies import policy_folder
 
     folder = policy_folder(config.policy) if config.policy else None
@@ -75,7 +74,7 @@ def make_server(config: ServePolicyConfig) -> PolicyServer:
         pad=device != "cpu", wait_s=config.wait_s, grace_s=config.grace_s,
     )  # fmt: skip
     settings.check()
-    torch.set_num_threads(config.threads)
+    compute_repeatably(config.threads)
     planning = PlanningConfig(
         device=device, compute=config.compute, batch=1 if device == "cpu" else max(1, config.batch),
         autoencoder=config.autoencoder, steps=config.steps, video_steps=config.video_steps, mode=config.mode,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from physisforcing import deploy
@@ -57,9 +58,11 @@ def test_the_page_runs_as_written(place, capsys):
     try:
         exec(compile(remote.replace("127.0.0.1:7100", address), "remote", "exec"), names)
         assert "(12, 14)" in capsys.readouterr().out
+        assert torch.get_deterministic_debug_mode() == 2, "a server computes as an evaluation's own process does"
     finally:
         server.stop()
         thread.join(20)
+        torch.set_deterministic_debug_mode("default")
 
     settings = yaml.safe_load(blocks("yaml")[0])
     assert settings["policy_name"] == "physisforcing.deploy"
