@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,21 +39,28 @@ def given_server(address: str) -> ServerAddress:
     return ServerAddress(address=address, token=os.environ.get(TOKEN_VARIABLE, ""))
 
 
-def computed_by(server: ServerAddress | None, device: str, threads: int, client: Callable[..., Any]) -> str:
+def meant_device(device: str) -> str:
+    """What ``auto`` is on this machine. A named device is taken at its word: results of a GPU can be read, and reported, where there is none."""
+    from physisforcing.planner.train import choose_device
+
+    return choose_device("auto") if device == "auto" else device
+
+
+def about_server(server: ServerAddress, client: Callable[..., Any]) -> dict[str, Any]:
+    """What the server at this address says of itself. ``client``: the class of its clients."""
+    with client(server.address, token=server.token, connect_s=server.connect_s) as found:
+        return dict(found.about)
+
+
+def computed_by(about: Mapping[str, Any] | None, device: str, threads: int) -> str:
     """How a server computes where that is not how a process with this ``device`` and these ``threads`` would on a CPU; empty where it is the same.
 
-    ``server``: the one that ``client`` is asked at; None: the one that is going to be started with the same settings.
+    ``about``: what it says of itself; None: of one that is going to be started with the same settings.
     """
-    if server is None:
-        from physisforcing.planner.train import choose_device
-
-        # A named device is taken at its word: results of a GPU can be read, and reported, where there is none.
-        place = choose_device("auto") if device == "auto" else device
-        batch, others = GPU_BATCH, threads
-    else:
-        with client(server.address, token=server.token, connect_s=server.connect_s) as found:
-            place, batch = str(found.about.get("device")), int(found.about.get("batch") or 0)
-            others = int(found.about.get("threads") or 0)
+    device = meant_device(device)
+    if about is None:
+        about = {"device": device, "batch": GPU_BATCH, "threads": threads}
+    place, batch, others = str(about.get("device")), int(about.get("batch") or 0), int(about.get("threads") or 0)
     if place == "cpu":
         return "" if (device, threads) == ("cpu", others) else f"cpu with {others} threads"
     return f"{place.partition(':')[0]} in batches of {batch}"

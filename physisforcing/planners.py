@@ -265,15 +265,18 @@ def served_on(settings: PlannerSettings, server: ServerAddress | None, threads: 
         return ""
     from physisforcing.planner.model_client import SocketWorldModel
 
-    from .model_process import computed_by
+    from .model_process import about_server, computed_by
 
-    return computed_by(None if settings.server == "auto" else server, settings.device, threads, SocketWorldModel)
+    about = None if server is None or settings.server == "auto" else about_server(server, SocketWorldModel)
+    return computed_by(about, settings.device, threads)
 
 
 def result_settings(settings: PlannerSettings, server: ServerAddress | None, threads: int = 0) -> dict[str, Any]:
     """The settings that results depend on, weights apart: what cannot change them is left out, and so is what came later and is
     not used, so that older results stay valid. ``threads``: of this evaluation; a server may have others."""
-    values = dataclasses.asdict(settings)
+    from .model_process import meant_device
+
+    values = dataclasses.asdict(settings) | {"device": meant_device(settings.device)}
     for name in ("world_model", "codec", "decoder", "picture_decoder", "server", "success", "prompt_template"):
         del values[name]
     if settings.candidates == 1:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from physisforcing.core.errors import UserError
 from physisforcing.core.results import config_hash
 
-from .model_process import GPU_BATCH, ModelProcess, ServerAddress, computed_by, given_server
+from .model_process import ModelProcess, ServerAddress, about_server, computed_by, given_server, meant_device
 from .policies import PLANNER, SERVED, PolicySettings, acting_mode, execution, policy_folder, refuse_served
 
 if TYPE_CHECKING:
@@ -39,13 +39,11 @@ def identify_policy(settings: PolicySettings, server: ServerAddress | None = Non
     """What a policy is, without its weights in memory. A factory is called once: its policy says what it is, and has ``cameras`` where it
     wants more than the head's pictures. ``threads``: of this evaluation; a server may have others."""
     folder = policy_folder(settings.source)
-    acting: dict[str, Any] = {name: getattr(settings, name) for name in ("execute", "execution", "device")}
-    if settings.execution == "async":
-        acting["delay"] = settings.delay
     if folder is None:
         policy = open_policy(settings)
         try:
-            fingerprint = f"{policy.fingerprint}-{config_hash(acting | {'steps': settings.steps})[:8]}"
+            given = _given(settings) | {"device": meant_device(settings.device)}
+            fingerprint = f"{policy.fingerprint}-{config_hash(given)[:8]}"
             return PolicyIdentity(fingerprint=fingerprint, cameras=tuple(getattr(policy, "cameras", ("head",))))
         finally:
             close_policy(policy)
@@ -53,11 +51,10 @@ def identify_policy(settings: PolicySettings, server: ServerAddress | None = Non
     from physisforcing.worldmodel.data.canvas import canvas_layout
 
     _, info, _ = read_settings(folder)
-    acting["plans"] = _plans(settings, folder)
-    if settings.compute != "auto":
-        acting["compute"] = settings.compute
-    if served := _served_on(settings, server, threads):
-        acting["served"] = served
+    acting: dict[str, Any] = {name: getattr(settings, name) for name in ("execute", "execution")}
+    if settings.execution == "async":
+        acting["delay"] = settings.delay
+    acting |= {"plans": _plans(settings, folder)} | _computed(settings, server, threads)
     cameras = canvas_layout(info.canvas).names
     return PolicyIdentity(fingerprint=f"policy-{config_hash(acting)}", cameras=cameras, tasks=info.tasks)
 
@@ -75,13 +72,23 @@ def _plans(settings: PolicySettings, folder: Path) -> str:
     return plans_fingerprint(config.mode, sampling, policy_fingerprint(folder))
 
 
-def _served_on(settings: PolicySettings, server: ServerAddress | None, threads: int) -> str:
-    """How a server computes plans where that is not how this process would; empty where it is the same: on a CPU, one by one."""
-    if not settings.server:
-        return ""
+def _computed(settings: PolicySettings, server: ServerAddress | None, threads: int) -> dict[str, str]:
+    """How plans are computed, as far as it may change them: the device; ``compute`` where it is not what that device usually does; ``served``
+    where a server computes otherwise than this process would on a CPU, one by one."""
+    from physisforcing.policy.planning import PlanningConfig
     from physisforcing.policy.remote import SocketChunks
 
-    return computed_by(None if settings.server == "auto" else server, settings.device, threads, SocketChunks)
+    found = {"device": meant_device(settings.device)}
+    about = about_server(server, SocketChunks) if server is not None and settings.server != "auto" else None
+    if about is None:
+        place, kind = found["device"], PlanningConfig(device=found["device"], compute=settings.compute).kind
+    else:  # a server decides
+        place, kind = str(about.get("device")), str(about.get("compute"))
+    if kind != PlanningConfig(device=place).kind:
+        found["compute"] = kind
+    if settings.server and (served := computed_by(about, settings.device, threads)):
+        found["served"] = served
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- acting
@@ -125,8 +132,12 @@ def _made(settings: PolicySettings) -> Policy:
     """Of a Python factory, which is given the settings."""
     from .deploy import make_policy
 
-    given = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("source", "server")}
-    return make_policy({"physis_policy": settings.source, "policy": given})
+    return make_policy({"physis_policy": settings.source, "policy": _given(settings)})
+
+
+def _given(settings: PolicySettings) -> dict[str, Any]:
+    """What a Python factory is given: all of it may change what its policy does."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("source", "server")}
 
 
 def _loaded(settings: PolicySettings, folder: Path) -> ChunkModel:
@@ -168,7 +179,6 @@ def policy_server(settings: PolicySettings, *, threads: int, workers: int) -> It
             "policy": str(policy_folder(settings.source)),
             **{name: getattr(settings, name) for name in SERVED},
             "threads": threads,
-            "batch": GPU_BATCH,
             "clients": max(64, workers + 1),
         },
         module="physisforcing.serve_policy",

@@ -23,7 +23,7 @@ settings (field=value):
   port=0                 0: a free one, printed   host=127.0.0.1
   token=SECRET           needed for a host that others reach; better in the variable PHYSIS_TOKEN, which other users do not see
   clients=64             connections at the same time
-  batch=16               plans computed together (on a GPU always exactly so many, on a CPU one by one)
+  batch=0                plans computed together (0: 16 on a GPU, always exactly so many; a CPU computes one by one whatever this says)
   wait_s=0.005           how long a request may wait for company
   grace_s=10             seconds for the plans under way when the server is told to end
   --json                 the first and only line of the output is JSON with the port
@@ -49,7 +49,7 @@ class ServePolicyConfig:
     port: int = 0
     token: str = field(default="", repr=False)
     clients: int = 64
-    batch: int = 16
+    batch: int = 0
     wait_s: float = 0.005
     grace_s: float = 10.0
 
@@ -61,7 +61,7 @@ def make_server(config: ServePolicyConfig) -> PolicyServer:
     from physisforcing.policy.planning import PlanningConfig, load_chunk_model
     from physisforcing.policy.remote import PolicyServer
 
-    from .model_process import compute_repeatably
+    from .model_process import GPU_BATCH, compute_repeatably
     from .policies import policy_folder
 
     folder = policy_folder(config.policy) if config.policy else None
@@ -69,18 +69,19 @@ def make_server(config: ServePolicyConfig) -> PolicyServer:
         wanted = "the folder of a policy, or the name of shipped weights"
         raise UserError("policy", got=config.policy, wanted=wanted, fix="policy=runs/policy/export")
     device = choose_device(config.device)
+    batch = 1 if device == "cpu" else config.batch or GPU_BATCH
     settings = MessageServerConfig(
-        host=config.host, port=config.port, token=config.token, clients=config.clients, batch=config.batch,
+        host=config.host, port=config.port, token=config.token, clients=config.clients, batch=batch,
         pad=device != "cpu", wait_s=config.wait_s, grace_s=config.grace_s,
     )  # fmt: skip
     settings.check()
     compute_repeatably(config.threads)
     planning = PlanningConfig(
-        device=device, compute=config.compute, batch=1 if device == "cpu" else max(1, config.batch),
+        device=device, compute=config.compute, batch=batch,
         autoencoder=config.autoencoder, steps=config.steps, video_steps=config.video_steps, mode=config.mode,
     )  # fmt: skip
     chunks = load_chunk_model(folder, planning, store_sentences=False)
-    about = {"device": device, "threads": config.threads, "source": folder.resolve().name}
+    about = {"device": device, "compute": planning.kind, "threads": config.threads, "source": folder.resolve().name}
     return PolicyServer(chunks, settings, about=about)
 
 

@@ -51,6 +51,13 @@ class PlanningConfig:
             raise UserError("policy.compute", got="graph", wanted="eager or compile on a CPU", fix=fix)
         self.sampling()
 
+    @property
+    def kind(self) -> str:
+        """What ``auto`` is on this device, or what else ``compute`` says."""
+        if self.compute != "auto":
+            return self.compute
+        return "compile" if torch.device(self.device).type == "cuda" else "eager"
+
     def sampling(self) -> SamplingConfig:
         return SamplingConfig(steps=self.steps, video_steps=self.video_steps, mode=self.mode)
 
@@ -152,9 +159,7 @@ class ChunkModel:
         return actions.cpu(), seconds
 
     def _stages(self, backend: Any) -> Eager:
-        gpu, kind = self.device.type == "cuda", self.config.compute
-        if kind == "auto":
-            kind = "compile" if gpu else "eager"
+        gpu, kind = self.device.type == "cuda", self.config.kind
         if kind == "compile":
             compile_blocks(self.model, backend=backend)
 

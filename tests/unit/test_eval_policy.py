@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
 import toy_policies
 from acting_policy import acting_policy
 from physisforcing.core.config import compose
 from physisforcing.core.errors import UserError
+from physisforcing.core.message_server import MessageServerConfig
 from physisforcing.core.results import ResultKey, ResultsFile
 from physisforcing.core.stats import wilson
 from physisforcing.core.types import Observation
@@ -26,6 +30,7 @@ from physisforcing.envs.seeds import Job
 from physisforcing.episode_jobs import run_jobs
 from physisforcing.eval_plan import EvalPlanConfig, _Plan
 from physisforcing.eval_policy import EvalPolicyConfig, PolicyPlan, evaluate, main, spelled_out, write_summary
+from physisforcing.model_process import given_server
 from physisforcing.plan_scenes import plan_scenes
 from physisforcing.policies import (
     ActingPolicy,
@@ -35,6 +40,8 @@ from physisforcing.policies import (
     named,
 )
 from physisforcing.policy.checkpoint import PolicyInfo, save_policy
+from physisforcing.policy.remote import PolicyServer
+from physisforcing.policy.requests import PolicySpec
 from physisforcing.policy_opening import identify_policy, open_policy, policy_server
 from physisforcing.policy_protocols import PUBLISHED, TASKS, Table2Settings, published
 from physisforcing.policy_report import compare_policies, crossed_interval
@@ -154,6 +161,11 @@ def test_keys_hold_weights_and_everything_that_may_change_an_episode(folder: Cal
     assert len(set(found)) == len(found) and identify_policy(base).fingerprint == found[0]
     said = ({"source": both}, {"source": both, "mode": "idm"})
     assert len({identify_policy(dataclasses.replace(base, **one)).fingerprint for one in said}) == 1, "said or not"
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    usual = {"device": "cuda", "compute": "compile"}, {"compute": "eager"}, {"device": "auto"}
+    for said, meant in zip(usual, ({"device": "cuda"}, {}, {"device": here}), strict=True):
+        one, two = (identify_policy(dataclasses.replace(base, **change)).fingerprint for change in (said, meant))
+        assert one == two, "said, or what this device does anyway"
     for same in ({"video_steps": 3}, {"delay": 1}, {"server": "auto"}):
         assert identify_policy(dataclasses.replace(base, **same)).fingerprint == found[0], "changes nothing here"
     expert = Path(first) / "expert.safetensors"
@@ -170,6 +182,46 @@ def test_keys_hold_weights_and_everything_that_may_change_an_episode(folder: Cal
         for change in ({}, {"control": "topp"}, {"max_steps": 9}, {"threads": 2}, {"manifest": "none"})
     ]
     assert len(set(keys)) == len(keys)
+
+
+def test_all_that_a_factory_is_given_is_in_its_key() -> None:
+    base = PolicySettings(source=SWAYING)
+    changed = (
+        {"execute": 4}, {"steps": 3}, {"video_steps": 3}, {"compute": "eager"}, {"autoencoder": "vae"}, {"delay": 2}, {"device": "cuda"},
+    )  # fmt: skip
+    found = [identify_policy(dataclasses.replace(base, **change)).fingerprint for change in ({}, *changed)]
+    assert len(set(found)) == len(found)
+
+
+def test_how_a_server_computes_is_in_the_key(folder: Callable[..., str]) -> None:
+    """Whatever a server says of itself: on a GPU another kind of computing, or another batch, rounds differently."""
+    first = folder()
+    gpu = {"device": "cuda", "threads": 1, "batch": 16, "compute": "compile"}
+    saids = (
+        gpu,
+        gpu | {"compute": "eager"},
+        gpu | {"batch": 8},
+        gpu | {"device": "cpu", "batch": 1, "compute": "eager"},
+    )
+    spec = PolicySpec(
+        name="any", canvas="head", size=(120, 160), lags=(0,), state_dim=3, action_dim=3, chunk=8, control_hz=10.0, fingerprint="any",
+    )  # fmt: skip
+    found = []
+    for said in saids:
+        server = PolicyServer(
+            cast(Any, SimpleNamespace(spec=spec)), MessageServerConfig(batch=said["batch"]), about=said
+        )
+        address = f"127.0.0.1:{server.open()}"
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        settings = PolicySettings(source=first, execute=8, server=address)
+        found.append(identify_policy(settings, given_server(address), threads=1).fingerprint)
+        server.stop()
+        thread.join()
+    assert len(set(found)) == len(found)
+    assert found[-1] == identify_policy(PolicySettings(source=first, execute=8), threads=1).fingerprint
+    served = identify_policy(PolicySettings(source=first, execute=8, device="cuda", server="auto"), threads=1)
+    assert served.fingerprint not in found, "the device that was asked for is in the key as well"
 
 
 def test_one_policy_under_two_names_is_refused(folder: Callable[..., str]) -> None:
