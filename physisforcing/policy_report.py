@@ -19,8 +19,6 @@ from physisforcing.planner.measurements import from_summary, measurement
 from .policies import ActingPolicy
 from .policy_protocols import task_means
 
-#: No number of training seeds is so large: every policy is compared as itself.
-NEVER = 1_000_000
 #: From so many training seeds a recipe on, recipes are compared.
 MIN_TRAINING_SEEDS = 2
 RESAMPLES = 10_000
@@ -160,7 +158,7 @@ def compare_policies(
 ) -> PolicyComparison:
     """Exact McNemar tests and paired intervals of every two policies on the same scenes, and of recipes over their training seeds."""
     cells = outcomes(rows, policies)
-    settings = ComparisonSettings(min_training_seeds=NEVER, paired_seeds=False, tested_scores=())
+    settings = ComparisonSettings(min_training_seeds=None, paired_seeds=False, tested_scores=())
     checkpoints = compare(cells, settings)
     crossed = recipe_differences(rows, policies, paired_seeds=paired_seeds)
     recipes = None

@@ -71,7 +71,8 @@ def compare(outcomes: Iterable[EpisodeOutcome], settings: ComparisonSettings | N
         gaps += [table.paired(task, "oracle", "objects_erased", test=False) for task in table.scopes]
     unit, title, notes = _unit(recipes, checkpoints, settings)
     notes += _out_of_reach(seeds, tests)
-    if settings.paired_seeds and not (seeds and all(row.method.startswith("paired") for row in seeds)):
+    every = bool(seeds) and all(row.method.startswith("paired") for row in seeds)
+    if settings.paired_seeds and settings.min_training_seeds is not None and not every:
         notes.append(
             f"Pairs of training seeds were declared, but not every difference has them: that takes two recipes with the same "
             f"{settings.min_training_seeds} seeds or more."
@@ -96,10 +97,9 @@ def compare(outcomes: Iterable[EpisodeOutcome], settings: ComparisonSettings | N
 def _unit(
     recipes: Mapping[str, Mapping[int, str]], checkpoints: Sequence[str], settings: ComparisonSettings
 ) -> tuple[str, str, list[str]]:
-    few = (
-        f"Differences between checkpoints hold for these checkpoints alone: another training seed of the same recipe may turn them "
-        f"round. From {settings.min_training_seeds} seeds a recipe on, recipes are compared with the training seed as unit."
-    )
+    few = "Differences between checkpoints hold for these checkpoints alone: another training seed of the same recipe may turn them round."
+    if settings.min_training_seeds is not None:
+        few += f" From {settings.min_training_seeds} seeds a recipe on, recipes are compared with the training seed as unit."
     if not recipes:
         return "checkpoint", "Checkpoint comparison", [few]
     counts = ", ".join(f"{name}: {len(members)}" for name, members in recipes.items())

@@ -49,14 +49,14 @@ class EpisodeOutcome:
 
 @dataclass(slots=True, kw_only=True)
 class ComparisonSettings:
-    """``min_training_seeds``: from so many seeds a recipe on, recipes are compared with the seed as unit. ``seed`` feeds the bootstrap
+    """``min_training_seeds``: from so many seeds a recipe on, recipes are compared with the seed as unit (None: never). ``seed`` feeds the bootstrap
     and the permutations; each difference has its own stream, so that another model in the table does not change it.
 
     ``paired_seeds``: checkpoints of two recipes with one training seed belong together, because the seed fixes something that both share
     and that matters (the same initial weights and the same batches, say). Equal numbers alone are no pairs.
     """
 
-    min_training_seeds: int = 5
+    min_training_seeds: int | None = 5
     paired_seeds: bool = False
     resamples: int = 10_000
     tested_scores: tuple[str, ...] = TESTED_SCORES

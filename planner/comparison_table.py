@@ -70,8 +70,8 @@ class EpisodeTable:
                 f"Run the same command again to finish them"
             )
 
-    def recipes(self, min_seeds: int) -> dict[str, dict[int, str]]:
-        """Recipes with enough training seeds: name -> seed -> model. Empty unless two of them can be compared."""
+    def recipes(self, min_seeds: int | None) -> dict[str, dict[int, str]]:
+        """Recipes with enough training seeds (None: none has): name -> seed -> model. Empty unless two of them can be compared."""
         found: dict[str, dict[int, str]] = {}
         for name in self.models:
             about = self.about[name]
@@ -80,6 +80,8 @@ class EpisodeTable:
                 if taken != name:
                     got = f"{taken} and {name}, both {about.recipe} with seed {about.training_seed}"
                     raise UserError("outcomes", got=got, wanted="one checkpoint a recipe and seed", fix="leave one out")
+        if min_seeds is None:
+            return {}
         enough = {name: members for name, members in found.items() if len(members) >= min_seeds}
         return enough if len(enough) > 1 else {}
 

@@ -294,6 +294,9 @@ def test_two_policies_are_paired_by_scene() -> None:
     assert (pair.a, pair.b, pair.n, pair.dropped, pair.only_a, pair.only_b) == ("a", "b", 9, 1, 6, 1)
     assert pair.p == pytest.approx(scipy.stats.binomtest(1, 7).pvalue) and pair.difference == pytest.approx(5 / 9)
     assert found.recipes is None and not found.crossed, "one training seed says nothing about recipes"
+    assert found.checkpoints.notes == [
+        "Differences between checkpoints hold for these checkpoints alone: another training seed of the same recipe may turn them round."
+    ]
     assert {gap.a for gap in found.checkpoints.gaps} == {"retrieval"}, "the expert is no rival"
 
 
