@@ -124,9 +124,11 @@ def _acting(name: str, given: Any, common: PolicySettings) -> ActingPolicy:
     seed = given.get("training_seed")
     if seed is not None and not isinstance(seed, int):
         raise UserError(f"policies.{name}.training_seed", got=seed, wanted="a whole number", fix="training_seed:0")
-    return ActingPolicy(
-        settings=dataclasses.replace(common, **own), recipe=str(given.get("recipe") or ""), training_seed=seed
-    )
+    recipe = str(given.get("recipe") or "")
+    if recipe and not NAME.fullmatch(recipe):
+        fix = f"recipe:{re.sub(r'[^a-z0-9]+', '_', recipe.lower()).strip('_') or 'mine'}"
+        raise UserError(f"policies.{name}.recipe", got=recipe, wanted="lower-case letters, digits and _", fix=fix)
+    return ActingPolicy(settings=dataclasses.replace(common, **own), recipe=recipe, training_seed=seed)
 
 
 def named(source: str) -> str:

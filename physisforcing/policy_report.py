@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from physisforcing.planner.comparison import ALL, ComparisonSettings, EpisodeOutcome, compare
 from physisforcing.planner.comparison_output import tables
-from physisforcing.planner.comparison_rows import CONTROLS, Comparison
+from physisforcing.planner.comparison_rows import CONTROLS, Comparison, SeedDifference
 from physisforcing.planner.comparison_table import named_generator
 from physisforcing.planner.measurements import from_summary, measurement
 
@@ -24,6 +24,10 @@ MIN_TRAINING_SEEDS = 2
 RESAMPLES = 10_000
 #: Titles of ``comparison_output.tables``, and what the second one is called here.
 PAIRED, GAPS, SEEDS = "Paired success", "Gap to the perfect model and to baselines", "Recipes over training seeds"
+#: What a measurement of a difference says beside it, where its row has it.
+DIFFERENCE = (
+    "method", "only_a", "only_b", "p", "p_holm", "p_smallest", "dropped", "seeds_a", "seeds_b", "mean_a", "mean_b",
+)  # fmt: skip
 GAP = "Retrieval against the policies"
 GAP_TEXT = "How far a policy stays behind the replayed nearest demonstration (or leads): first minus second on the same episodes. Not tested."
 CROSSED = (
@@ -230,8 +234,8 @@ def measurement_lines(
     found: PolicyComparison,
     deviations: Callable[[Sequence[str]], str] | None = None,
 ) -> list[dict[str, Any]]:
-    """``policy/<cell>/<task>/success`` of every row, ``policy/<cell>/mean/success`` over several tasks, differences of two policies and of
-    two recipes. What was executed, on which scenes and after how many training seeds stands in ``against``, and what ``deviations`` says of
+    """``policy/<cell>/<task>/success`` of every row, ``policy/<cell>/mean/success`` over several tasks; ``.../success_difference`` of two policies
+    (``all_tasks``: of all episodes), and under ``policy/recipe`` of two recipes, with the training seed as unit and over scenes and seeds. What was executed, on which scenes and after how many training seeds stands in ``against``, and what ``deviations`` says of
     the rows that a line is of."""
 
     def differing(*names: str) -> dict[str, Any]:
@@ -254,21 +258,49 @@ def measurement_lines(
             claim = f"policy/{cell_of(name, claims)}/mean/success"
             about = _about(name, policies) | differing(name)
             lines.append(measurement(claim, mean["rate"], against=about, **values, **shared))
-    rows: list[Any] = [row for row in found.checkpoints.paired if row.difference is not None]
-    for row in [*rows, *found.crossed]:
-        task = "mean" if row.task == ALL else row.task
-        claim = f"policy/{cell_of(f'{row.a}-minus-{row.b}', claims)}/{task}/success_difference"
-        names = ("only_a", "only_b", "p", "p_holm", "dropped", "seeds_a", "seeds_b", "mean_a", "mean_b")
-        about = {name: getattr(row, name) for name in names if hasattr(row, name)}
-        about |= {"scenes": manifests[row.task]} if row.task in manifests else {}
-        about |= differing(*(name for side in (row.a, row.b) for name in _members(side, policies)))
-        lines.append(measurement(claim, row.difference, low=row.low, high=row.high, n=row.n, against=about, **shared))
+    sides = {name: [name] for name in policies}
+    kinds: list[tuple[Sequence[Any], str, str]] = [(found.checkpoints.paired, "policy", "success_difference")]
+    if found.recipes is not None:
+        kinds.append((found.recipes.seeds, "policy/recipe", "success_difference"))
+    kinds.append((found.crossed, "policy/recipe", "success_difference_over_scenes_and_seeds"))
+    for rows, path, what in kinds:
+        members = sides if path == "policy" else _recipes(policies)
+        for row in rows:
+            if row.difference is None:
+                continue
+            of = [name for side in (row.a, row.b) for name in members[side]]
+            claim = f"{path}/{cell_of(f'{row.a}-minus-{row.b}', claims)}/{_task(row)}/{what}"
+            about = {name: value for name in DIFFERENCE if (value := getattr(row, name, None)) is not None}
+            about |= {"interval": CROSSED} if isinstance(row, RecipeDifference) else {}
+            about |= {"scenes": manifests[row.task]} if row.task in manifests else {}
+            n = row.n if hasattr(row, "n") else _episodes(summary, row.task, of)
+            about |= differing(*of)
+            lines.append(measurement(claim, row.difference, low=row.low, high=row.high, n=n, against=about, **shared))
     return lines
 
 
-def _members(side: str, policies: Mapping[str, ActingPolicy]) -> list[str]:
-    """The rows of one side of a difference: itself, or every policy of the recipe."""
-    return [side] if side in policies else [name for name, policy in policies.items() if policy.recipe == side]
+def _task(row: Any) -> str:
+    """What a claim calls the row over all tasks: differences of two policies pool the episodes, those of recipes weight tasks equally."""
+    return row.task if row.task != ALL else "mean" if isinstance(row, SeedDifference) else "all_tasks"
+
+
+def _episodes(summary: Mapping[str, Any], task: str, names: Sequence[str]) -> int:
+    """Finished episodes of these rows."""
+    return sum(
+        rows[name]["n"]
+        for each, rows in summary["tasks"].items()
+        if task in (each, ALL)
+        for name in names
+        if name in rows
+    )
+
+
+def _recipes(policies: Mapping[str, ActingPolicy]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, policy in policies.items():
+        if policy.recipe and policy.training_seed is not None:
+            found.setdefault(policy.recipe, []).append(name)
+    return found
 
 
 def _about(name: str, policies: Mapping[str, ActingPolicy]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from acting_policy import acting_policy
 from physisforcing.core.config import compose
 from physisforcing.core.errors import UserError
 from physisforcing.core.message_server import MessageServerConfig
+from physisforcing.core.paired_stats import welch_t
 from physisforcing.core.results import ResultKey, ResultsFile
 from physisforcing.core.stats import wilson
 from physisforcing.core.types import Observation
@@ -361,7 +362,7 @@ def test_the_report_of_two_policies(tmp_path: Path) -> None:
     )
     difference = lines["policy/swaying-minus-standing/press_stapler/success_difference"]
     assert (difference["value"], difference["n"], difference["against"]["dropped"]) == (0.0, 2, 2)
-    assert lines["policy/swaying-minus-standing/mean/success_difference"]["against"]["p"] == pytest.approx(
+    assert lines["policy/swaying-minus-standing/all_tasks/success_difference"]["against"]["p"] == pytest.approx(
         scipy.stats.binomtest(0, 2).pvalue
     )
     text = (tmp_path / "summary.md").read_text()
@@ -399,6 +400,37 @@ def test_the_protocol_of_table_2(tmp_path: Path) -> None:
     assert all("without place_empty_cup" in line["against"]["deviations"] for line in lines)
 
 
+def test_measurements_of_recipes_stand_apart_from_those_of_policies(tmp_path: Path) -> None:
+    """A recipe may be called as a policy is; its difference has the training seed as unit, and a second interval that says what it is."""
+    wins = {"forced": "1110", "forced_1": "1100", "plain": "1000", "plain_1": "0000"}
+    sources = {name: {"source": SWAYING, "execute": 2 + k} for k, name in enumerate(wins)}
+    policies = {
+        name: own | {"recipe": name.partition("_")[0], "training_seed": int(name.endswith("_1"))}
+        for name, own in sources.items()
+    }
+    config = settings(policies=policies, tasks=["click_bell", "press_stapler"], episodes=4, output=str(tmp_path))
+    config.baselines = []
+    rows = [row for task in config.tasks for name, word in wins.items() for row in rows_of(name, word, task)]
+    write_summary(config, planned(config), rows, "physis eval policy policies=...")
+    told = json.loads((tmp_path / "measurements.json").read_text())
+    lines = {line["claim"]: line for line in told}
+    assert len(lines) == len(told), "no claim is made twice"
+    policy = lines["policy/forced-minus-plain/click_bell/success_difference"]
+    assert policy["value"] == pytest.approx(2 / 4) and policy["n"] == 4
+    seeds = lines["policy/recipe/forced-minus-plain/click_bell/success_difference"]
+    difference, low, high = welch_t([3 / 4, 2 / 4], [1 / 4, 0])
+    assert (seeds["value"], seeds["low"], seeds["high"], seeds["n"]) == (pytest.approx(difference), low, high, 16)
+    about = seeds["against"]
+    assert about["method"].startswith("seeds not paired") and (about["seeds_a"], about["seeds_b"]) == (2, 2)
+    assert about["p_smallest"] == pytest.approx(1 / 3) and "interval" not in about
+    crossed = lines["policy/recipe/forced-minus-plain/press_stapler/success_difference_over_scenes_and_seeds"]
+    assert crossed["value"] == pytest.approx(difference) and "too narrow" in crossed["against"]["interval"]
+    assert lines["policy/recipe/forced-minus-plain/mean/success_difference"]["n"] == 32
+    assert lines["policy/forced-minus-plain/all_tasks/success_difference"]["n"] == 8
+    with pytest.raises(UserError, match=r"policies\.a\.recipe: got 'with/slash'.*recipe:with_slash"):
+        acting_policies(PolicySettings(), {"a": {"source": SWAYING, "recipe": "with/slash"}})
+
+
 def test_what_a_row_does_differently_from_table_2_stands_in_its_own_lines(tmp_path: Path) -> None:
     policies = {
         "usual": SWAYING,
@@ -426,7 +458,7 @@ def test_what_a_row_does_differently_from_table_2_stands_in_its_own_lines(tmp_pa
     }
     for name, text in wanted.items():
         kind = "success_difference" if "minus" in name else "success"
-        for task in ("grab_roller", "mean"):
+        for task in ("grab_roller", "all_tasks" if "minus" in name else "mean"):
             assert said[f"policy/table2-interpolated-{name}/{task}/{kind}"] == text
     assert summary["table2"]["deviations"] == []
     told = (tmp_path / "summary.md").read_text()
