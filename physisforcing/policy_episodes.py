@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,9 +108,16 @@ class PolicyRunner(EpisodeRunner):
             check_rate(spec, env.unwrapped.action_spec.dt)
 
     def _drop_policy(self) -> None:
+        """Give its memory back as well: a policy and what it captured or compiled refer to each other, and two do not fit on a GPU."""
+        import torch
+
         opened, self._held = self._held, None
-        if opened is not None:
-            close_policy(opened[2])
+        if opened is None:
+            return
+        close_policy(opened[2])
+        del opened
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _write_film(self, stem: str, result: Any) -> str:
         from physisforcing.planner.videos import STRIDE, write_labelled

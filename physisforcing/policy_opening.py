@@ -191,7 +191,11 @@ def policy_server(settings: PolicySettings, *, threads: int, workers: int) -> It
 
 
 def close_policy(policy: Policy) -> None:
-    """Give back what a policy holds, where it has something to give back."""
-    close = getattr(policy, "close", None)
-    if close is not None:
-        close()
+    """Give back what a policy holds, where it has something to give back: for one of ours also the connection to its server."""
+    from physisforcing.policy.act import WorldActionPolicy
+
+    held: list[Any] = [policy, policy.source] if isinstance(policy, WorldActionPolicy) else [policy]
+    for one in held:
+        close = getattr(one, "close", None)
+        if close is not None:
+            close()

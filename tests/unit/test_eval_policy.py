@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +45,8 @@ from physisforcing.policies import (
 from physisforcing.policy.checkpoint import PolicyInfo, save_policy
 from physisforcing.policy.remote import PolicyServer
 from physisforcing.policy.requests import PolicySpec
-from physisforcing.policy_opening import identify_policy, open_policy, policy_server
+from physisforcing.policy_episodes import PolicyRunner
+from physisforcing.policy_opening import close_policy, identify_policy, open_policy, policy_server
 from physisforcing.policy_protocols import PUBLISHED, TASKS, Table2Settings, published
 from physisforcing.policy_report import compare_policies, crossed_interval
 from tiny_policy import tiny_policy
@@ -477,6 +480,22 @@ def test_table_2_has_200_frozen_scenes_a_task_the_test_set_among_them() -> None:
 # -------------------------------------------------------------------------------------------------------------- server
 
 
+def test_a_policy_that_is_dropped_gives_its_memory_back(tmp_path: Path) -> None:
+    """At once, not when Python next looks for circles: the next policy is loaded in its place."""
+    folder = acting_policy(tmp_path / "mine" / "export")
+    runner = PolicyRunner(settings(), {}, {}, {}, {}, {})
+    opened: Any = open_policy(PolicySettings(source=str(folder), steps=2))
+    model = weakref.ref(opened.source)
+    runner._held = ("mine", cast(Any, None), opened)
+    del opened
+    gc.disable()
+    try:
+        runner._drop_policy()
+        assert model() is None
+    finally:
+        gc.enable()
+
+
 def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit-equal on a CPU, under the same key; another number of steps at that address is refused, also to a runner that is deployed."""
     folder = acting_policy(tmp_path / "mine" / "export")
@@ -503,6 +522,8 @@ def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path, monkeypatch
         assert identify_policy(at, address, threads=2) != identify_policy(own, threads=2), "one thread there, two here"
         with pytest.raises(UserError, match=r"policy\.server: got 'plans .*steps and mode"):
             open_policy(dataclasses.replace(at, steps=3), address)
+        close_policy(there)
+        assert there.source._connection is None, "nothing is left open"
         monkeypatch.setenv("PHYSIS_TOKEN", address.token)
         for given in ({}, {"source": str(folder), "steps": 2}):
             deployed = make_policy({"physis_policy": "world_action", "policy": {"server": address.address, **given}})
