@@ -135,7 +135,9 @@ def evaluate(config: EvalPolicyConfig, *, command: str = "physis eval policy", p
         servers = _servers(config, policies, stack)
         plan = PolicyPlan(config, policies, servers)
         scenes = plan.scenes
-        make = partial(PolicyRunner, config, policies, scenes.entries, plan.films, plan.environments, servers)
+        make = partial(
+            PolicyRunner, config, policies, scenes.entries, plan.films, plan.environments, servers, plan.plans
+        )
         rows = run_jobs(
             plan.jobs,
             plan.key,
@@ -187,6 +189,8 @@ class PolicyPlan:
         self.notes: list[str] = []
         self.scenes: Scenes = plan_scenes(config.tasks, config.episodes, config.manifest, config.first_seed)
         self.rows = [*policies, *self._baselines()]
+        #: Row -> what a server of its policy must say of its plans.
+        self.plans: dict[str, str] = {}
         self.cameras: tuple[str, ...] = ("head",)
         self.fingerprints = {name: self._identify(name) for name in self.rows}
         self._refuse_one_row_twice()
@@ -240,6 +244,7 @@ class PolicyPlan:
 
         server, threads = self._servers.get(name), self.config.threads
         identity = identify_policy(self.policies[name].settings, server, threads)
+        self.plans[name] = identity.plans
         self.cameras = tuple(dict.fromkeys((*self.cameras, *identity.cameras)))
         foreign = [task for task in self.config.tasks if identity.tasks and task not in identity.tasks]
         if foreign:

@@ -29,7 +29,7 @@ class PolicyRunner(EpisodeRunner):
     """Runs episodes in one process (``envs.seeds.Handler``): keeps one policy and one environment a task.
 
     ``films``: (task, row, seed) -> name of its video. ``servers``: addresses of the processes that hold policies, and under ``planner`` the
-    planner's world model.
+    planner's world model. ``plans``: row -> what its server must say of its plans, so that no process reads weights that another one holds.
     """
 
     def __init__(
@@ -40,10 +40,11 @@ class PolicyRunner(EpisodeRunner):
         films: Mapping[tuple[str, str, int], str],
         environments: dict[str, dict[str, Any]],
         servers: Mapping[str, ServerAddress],
+        plans: Mapping[str, str],
     ) -> None:
         planned = {(task, seed): stem for (task, row, seed), stem in films.items() if self._plans(policies, row)}
         super().__init__(config, entries, planned, environments, servers.get(PLANNER))
-        self.policies, self.films, self._servers = policies, films, servers
+        self.policies, self.films, self._servers, self._known = policies, films, servers, plans
         self._held: tuple[str, ActionSpec, Policy] | None = None
 
     @staticmethod
@@ -93,7 +94,8 @@ class PolicyRunner(EpisodeRunner):
             torch.set_deterministic_debug_mode("warn")  # what others compute with is theirs to choose
         if self._held is None or self._held[:2] != (name, limits):
             self._drop_policy()
-            self._held = (name, limits, open_policy(settings, self._servers.get(name), limits))
+            opened = open_policy(settings, self._servers.get(name), limits, plans=self._known.get(name, ""))
+            self._held = (name, limits, opened)
         self._check_rate(self._held[2], env)
         return self._held[2]
 

@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class PolicyIdentity:
-    """``fingerprint``: of weights and settings, that of a result's key. ``cameras``: whose pictures the policy wants. ``tasks``: what it was
-    trained on, as far as it says."""
+    """``fingerprint``: of weights and settings, that of a result's key. ``plans``: of the plans of a policy's folder, as a server of it has to say
+    it (``open_policy``). ``cameras``: whose pictures the policy wants. ``tasks``: what it was trained on, as far as it says."""
 
     fingerprint: str
+    plans: str = ""
     cameras: tuple[str, ...] = ("head",)
     tasks: tuple[str, ...] = ()
 
@@ -54,9 +55,10 @@ def identify_policy(settings: PolicySettings, server: ServerAddress | None = Non
     acting: dict[str, Any] = {name: getattr(settings, name) for name in ("execute", "execution")}
     if settings.execution == "async":
         acting["delay"] = settings.delay
-    acting |= {"plans": _plans(settings, folder)} | _computed(settings, server, threads)
+    plans = _plans(settings, folder)
+    acting |= {"plans": plans} | _computed(settings, server, threads)
     cameras = canvas_layout(info.canvas).names
-    return PolicyIdentity(fingerprint=f"policy-{config_hash(acting)}", cameras=cameras, tasks=info.tasks)
+    return PolicyIdentity(fingerprint=f"policy-{config_hash(acting)}", plans=plans, cameras=cameras, tasks=info.tasks)
 
 
 def _plans(settings: PolicySettings, folder: Path) -> str:
@@ -95,11 +97,16 @@ def _computed(settings: PolicySettings, server: ServerAddress | None, threads: i
 
 
 def open_policy(
-    settings: PolicySettings, server: ServerAddress | None = None, action_spec: ActionSpec | None = None
+    settings: PolicySettings,
+    server: ServerAddress | None = None,
+    action_spec: ActionSpec | None = None,
+    *,
+    plans: str = "",
 ) -> Policy:
     """The policy of the settings: loaded here, or the one that ``server`` holds (None: at the settings' HOST:PORT, where they have one).
 
     A server must hold the policy of the source; without a source its own is taken. ``action_spec``: limits that targets are clipped to.
+    ``plans``: what the server must say of its plans, where that is known (``PolicyIdentity``); else the source's weights are read for it.
     ``UserError`` for neither source nor server, for another policy there, and for settings that only the server decides.
     """
     from physisforcing.policy.act import WorldActionPolicy
@@ -114,7 +121,7 @@ def open_policy(
         return _made(settings)
     chunks: Any  # a ChunkSource
     if server is not None:
-        chunks = _served(settings, folder, server)
+        chunks = _served(settings, folder, server, plans)
     else:
         assert folder is not None
         chunks = _loaded(settings, folder)
@@ -149,15 +156,16 @@ def _loaded(settings: PolicySettings, folder: Path) -> ChunkModel:
     return load_chunk_model(folder, PlanningConfig(device=device, mode=acting_mode(settings, folder), **own))
 
 
-def _served(settings: PolicySettings, folder: Path | None, server: ServerAddress) -> SocketChunks:
-    """The plans of a server, which must be those of ``folder`` (None: whatever it has)."""
+def _served(settings: PolicySettings, folder: Path | None, server: ServerAddress, plans: str) -> SocketChunks:
+    """The plans of a server, which must be those of ``folder`` (None: whatever it has), as ``plans`` says them (empty: read them)."""
     from physisforcing.policy.remote import SocketChunks
 
     if folder is None:
         values, usual = dataclasses.asdict(settings), dataclasses.asdict(PolicySettings())
         refuse_served({name: value for name, value in values.items() if value != usual[name]})
     source = SocketChunks(server.address, token=server.token, connect_s=server.connect_s)
-    if folder is not None and source.spec.fingerprint != (wanted := _plans(settings, folder)):
+    wanted = "" if folder is None else plans or _plans(settings, folder)
+    if folder is not None and source.spec.fingerprint != wanted:
         source.close()
         fix = "start the server with the weights, steps and mode that this evaluation names, or policy.server=auto"
         got = f"plans {source.spec.fingerprint} at {server.address}"

@@ -65,7 +65,8 @@ def fingerprint(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".safetensors", ".json") and path.is_file():
             digest.update(str(path.relative_to(folder)).encode())
-            digest.update(path.read_bytes())
+            with path.open("rb") as file:  # a block at a time: a file may be larger than the memory
+                hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()[:12]
 
 

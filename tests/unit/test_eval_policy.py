@@ -483,7 +483,7 @@ def test_table_2_has_200_frozen_scenes_a_task_the_test_set_among_them() -> None:
 def test_a_policy_that_is_dropped_gives_its_memory_back(tmp_path: Path) -> None:
     """At once, not when Python next looks for circles: the next policy is loaded in its place."""
     folder = acting_policy(tmp_path / "mine" / "export")
-    runner = PolicyRunner(settings(), {}, {}, {}, {}, {})
+    runner = PolicyRunner(settings(), {}, {}, {}, {}, {}, {})
     opened: Any = open_policy(PolicySettings(source=str(folder), steps=2))
     model = weakref.ref(opened.source)
     runner._held = ("mine", cast(Any, None), opened)
@@ -509,7 +509,7 @@ def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path, monkeypatch
         policy.reset(task="click_bell", seed=seed, instruction="press the bell")
         return policy.act(seen)
 
-    here = open_policy(own)
+    here, identity = open_policy(own), identify_policy(served, threads=1)
     with policy_server(served, threads=1, workers=1) as address:
         assert address is not None
         there = open_policy(served, address)
@@ -522,6 +522,11 @@ def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path, monkeypatch
         assert identify_policy(at, address, threads=2) != identify_policy(own, threads=2), "one thread there, two here"
         with pytest.raises(UserError, match=r"policy\.server: got 'plans .*steps and mode"):
             open_policy(dataclasses.replace(at, steps=3), address)
+        with monkeypatch.context() as unreadable:
+            unreadable.setattr("physisforcing.policy.checkpoint.fingerprint", None)
+            close_policy(open_policy(served, address, plans=identity.plans))
+            with pytest.raises(UserError, match=r"policy\.server: got 'plans "):
+                open_policy(served, address, plans="of other weights")
         close_policy(there)
         assert there.source._connection is None, "nothing is left open"
         monkeypatch.setenv("PHYSIS_TOKEN", address.token)
