@@ -24,18 +24,39 @@ def job_key(job: Any, scenes: Scenes, fingerprints: Mapping[str, str], config: s
     )
 
 
+def open_results(output: Path) -> ResultsFile:
+    """``output/results.jsonl``; lines that an interrupted writer tore are told on standard error."""
+    output.mkdir(parents=True, exist_ok=True)
+    results = ResultsFile(output / "results.jsonl")
+    if (torn := results.report_torn()) is not None:
+        print(torn, file=sys.stderr)
+    return results
+
+
+def open_jobs(
+    jobs: Sequence[Any], key: Callable[[Any], ResultKey], results: ResultsFile, *, retry_errors: bool
+) -> list[Any]:
+    """The jobs that have no result yet."""
+    return [job for job in jobs if not results.done(key(job), retry_errors=retry_errors)]
+
+
+def stored(jobs: Sequence[Any], key: Callable[[Any], ResultKey], results: ResultsFile) -> list[dict[str, Any]]:
+    """The lines of these jobs, with the policy's name as the job has it: a line may have been written under another name of the same policy, or by
+    the other command, and the key is what says whose it is."""
+    return [row | {"policy": job.task.split("/")[1]} for job in jobs if (row := results.get(key(job))) is not None]
+
+
 def run_jobs(
     jobs: Sequence[Any],
     key: Callable[[Any], ResultKey],
-    output: Path,
+    output: Path | ResultsFile,
     make: Callable[[], Any],
     *,
     workers: int = 0,
     retry_errors: bool = False,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Run the ``envs.seeds.Job``s that ``output/results.jsonl`` has no line of, and return the lines of all, with the policy's name
-    as the job has it.
+    """Run the ``envs.seeds.Job``s that ``output/results.jsonl`` has no line of, and return the lines of all (``stored``).
 
     A job's task is ``<task>/<policy>``. ``make``: makes the handler of a process (``envs.seeds.Handler``), whose outcome's details hold
     ``status`` and whatever else the line says; a job that crashed twice is an ``error``.
@@ -44,11 +65,8 @@ def run_jobs(
 
     from physisforcing.envs.seeds import FixedJobs, Job, Outcome, run_seeds
 
-    output.mkdir(parents=True, exist_ok=True)
-    results = ResultsFile(output / "results.jsonl")
-    if (torn := results.report_torn()) is not None:
-        print(torn, file=sys.stderr)
-    todo = [job for job in jobs if not results.done(key(job), retry_errors=retry_errors)]
+    results = output if isinstance(output, ResultsFile) else open_results(output)
+    todo = open_jobs(jobs, key, results, retry_errors=retry_errors)
     bar = tqdm(total=len(todo), desc="episodes", unit="ep", disable=not progress, file=sys.stderr)
 
     def on_outcome(outcome: Outcome) -> None:
@@ -66,5 +84,4 @@ def run_jobs(
     with bar:
         if todo:  # else nothing is loaded, and nothing needs the device
             run_seeds(FixedJobs(todo), make, workers=workers, on_outcome=on_outcome)
-    # A line may have been written under another name of the same policy, or by the other command: the key is what says whose it is.
-    return [row | {"policy": job.task.split("/")[1]} for job in jobs if (row := results.get(key(job))) is not None]
+    return stored(jobs, key, results)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from physisforcing.core.errors import UserError, check_at_least, unknown_name
 from physisforcing.core.results import ResultKey, config_hash
 
-from .episode_jobs import job_key, run_jobs
+from .episode_jobs import job_key
 from .episode_report import RETRIEVAL_SKIPPED, print_summary, scene_notes, write_report
 from .episode_settings import EpisodeSettings, as_lists
 from .plan_episodes import model_fingerprint, model_parts, model_settings, settings_hash
 from .plan_scenes import Scenes, plan_scenes, training_demonstrations
 from .policies import PLANNER, ActingPolicy, PolicySettings, acting_policies
-from .policy_episodes import EXPERT, PolicyRunner
+from .policy_episodes import EXPERT
+from .policy_turns import known_servers, run_turns
 
 if TYPE_CHECKING:
     from .model_process import ServerAddress
@@ -132,41 +133,10 @@ def evaluate(config: EvalPolicyConfig, *, command: str = "physis eval policy", p
         check_source(policy.settings)
     require_devices(policies.values(), config.output)
     with contextlib.ExitStack() as stack:
-        servers = _servers(config, policies, stack)
+        servers = known_servers(config, policies, stack)
         plan = PolicyPlan(config, policies, servers)
-        scenes = plan.scenes
-        make = partial(
-            PolicyRunner, config, policies, scenes.entries, plan.films, plan.environments, servers, plan.plans
-        )
-        rows = run_jobs(
-            plan.jobs,
-            plan.key,
-            Path(config.output),
-            make,
-            workers=config.workers,
-            retry_errors=config.retry_errors,
-            progress=progress,
-        )
+        rows = run_turns(config, plan, servers, progress=progress)
     return write_summary(config, plan, rows, command)
-
-
-def _servers(
-    config: EvalPolicyConfig, policies: Mapping[str, ActingPolicy], stack: contextlib.ExitStack
-) -> dict[str, ServerAddress]:
-    """Row -> where its policy is served while the episodes run; rows whose policy every process loads itself are missing."""
-    from .model_process import model_server
-    from .policy_opening import policy_server
-
-    found: dict[str, ServerAddress] = {}
-    for name, policy in policies.items():
-        served: Any
-        if policy.is_planner:
-            name, served = PLANNER, model_server(config)
-        else:
-            served = policy_server(policy.settings, threads=config.threads, workers=config.workers)
-        if (address := stack.enter_context(served)) is not None:
-            found[name] = address
-    return found
 
 
 class PolicyPlan:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
 import json
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -33,7 +34,7 @@ from physisforcing.envs.seeds import Job
 from physisforcing.episode_jobs import run_jobs
 from physisforcing.eval_plan import EvalPlanConfig, _Plan
 from physisforcing.eval_policy import EvalPolicyConfig, PolicyPlan, evaluate, main, spelled_out, write_summary
-from physisforcing.model_process import given_server
+from physisforcing.model_process import ServerAddress, given_server
 from physisforcing.plan_scenes import plan_scenes
 from physisforcing.policies import (
     ActingPolicy,
@@ -478,6 +479,43 @@ def test_table_2_has_200_frozen_scenes_a_task_the_test_set_among_them() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- server
+
+
+def test_servers_are_started_for_open_episodes_alone_and_one_after_the_other(
+    folder: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by what is called; that servers and episodes work is tested elsewhere."""
+    policies = {name: {"source": folder(seed=k), "server": "auto"} for k, name in enumerate("ab")} | {"here": SWAYING}
+    config = settings(policies=policies, policy=PolicySettings(execute=8), output=str(tmp_path / "run"))
+    happened: list[Any] = []
+
+    @contextlib.contextmanager
+    def server(own: PolicySettings, **_: Any) -> Iterator[ServerAddress]:
+        happened.append(f"begin {Path(own.source).parent.name[-6]}")
+        yield ServerAddress(address=own.source)
+        happened.append("end")
+
+    def run(jobs: Any, key: Any, results: ResultsFile, make: Any, **_: Any) -> None:
+        happened.append([[job.task.split("/")[1] for job in jobs], dict(make.args[5])])
+        for job in jobs:
+            task, policy = job.task.split("/")
+            results.append(key(job), "failure", task=task, policy=policy, seed=job.seed)
+
+    monkeypatch.setattr("physisforcing.policy_turns.policy_server", server)
+    monkeypatch.setattr("physisforcing.policy_turns.run_jobs", run)
+    summary = evaluate(config, progress=False)
+    assert {name: row["n"] for name, row in summary["tasks"]["click_bell"].items()} == dict.fromkeys(
+        ("a", "b", "here", "noop"), 2
+    )
+    of = {name: {name: ServerAddress(address=str(one["source"]))} for name, one in policies.items() if name != "here"}
+    assert happened == [
+        [["here", "here", "noop", "noop"], {}], "begin 0", [["a", "a"], of["a"]], "end", "begin 1", [["b", "b"], of["b"]], "end",
+    ]  # fmt: skip
+    lines = (tmp_path / "run" / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "results.jsonl").write_text("".join(lines[:-1]))
+    happened.clear()
+    evaluate(config, progress=False)
+    assert happened == ["begin 1", [["b"], of["b"]], "end"]
 
 
 def test_a_policy_that_is_dropped_gives_its_memory_back(tmp_path: Path) -> None:
