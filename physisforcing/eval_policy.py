@@ -83,8 +83,8 @@ class EvalPolicyConfig(EpisodeSettings):
 
     def check(self) -> dict[str, ActingPolicy]:
         """The policies by name. ``UserError`` for what would fail only after the simulator has started."""
-        from .policies import check_policy
-        from .policy_protocols import PROTOCOLS
+        from .policies import check_policy, refuse_unused
+        from .policy_protocols import EXECUTE, NAME, PROTOCOLS, STEPS
 
         if self.protocol not in PROTOCOLS:
             raise unknown_name("protocol", self.protocol, PROTOCOLS, see="physis eval policy --help")
@@ -102,6 +102,9 @@ class EvalPolicyConfig(EpisodeSettings):
         policies = acting_policies(self.policy, self.policies)
         for policy in policies.values():
             check_policy(policy.settings, self.workers)
+        if all(policy.is_planner for policy in policies.values()):
+            preset = PolicySettings(execute=EXECUTE, steps=STEPS) if self.protocol == NAME else PolicySettings()
+            refuse_unused(self.policy, (PolicySettings(), preset))
         return policies
 
 
@@ -131,7 +134,7 @@ def evaluate(config: EvalPolicyConfig, *, command: str = "physis eval policy", p
     policies = config.check()
     for policy in policies.values():
         check_source(policy.settings)
-    require_devices(policies.values(), config.output)
+    require_devices(policies.values(), config.planner.device, config.output)
     with contextlib.ExitStack() as stack:
         servers = known_servers(config, policies, stack)
         plan = PolicyPlan(config, policies, servers)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from physisforcing.core.config import build
 from physisforcing.core.errors import UserError, check_at_least, unknown_name
 
 if TYPE_CHECKING:
@@ -114,21 +115,39 @@ def _acting(name: str, given: Any, common: PolicySettings) -> ActingPolicy:
     if not isinstance(given, dict) or not given.get("source"):
         fix = f"policies={{{name}:{{source:FOLDER,recipe:NAME,training_seed:0}}}}"
         raise UserError(f"policies.{name}", got=given, wanted="a source", fix=fix)
-    known = [one.name for one in dataclasses.fields(PolicySettings)]
-    own = {key: value for key, value in given.items() if key in known}
-    for key in given:
-        if key not in (*known, "recipe", "training_seed"):
-            raise unknown_name(
-                f"policies.{name}", key, (*known, "recipe", "training_seed"), see="physis eval policy --help"
-            )
-    seed = given.get("training_seed")
-    if seed is not None and not isinstance(seed, int):
-        raise UserError(f"policies.{name}.training_seed", got=seed, wanted="a whole number", fix="training_seed:0")
-    recipe = str(given.get("recipe") or "")
-    if recipe and not NAME.fullmatch(recipe):
-        fix = f"recipe:{re.sub(r'[^a-z0-9]+', '_', recipe.lower()).strip('_') or 'mine'}"
-        raise UserError(f"policies.{name}.recipe", got=recipe, wanted="lower-case letters, digits and _", fix=fix)
-    return ActingPolicy(settings=dataclasses.replace(common, **own), recipe=recipe, training_seed=seed)
+    if planner and (own := [key for key in given if key not in ("source", "recipe", "training_seed")]):
+        raise _unused(f"policies.{name}.{own[0]}", given[own[0]])
+    usual = dataclasses.asdict(common)
+    try:
+        made = build(_Entry, usual | given)
+    except UserError as error:
+        field = f"policies.{name}.{error.field}"
+        raise UserError(field, got=error.got, wanted=error.wanted, fix=error.fix) from error
+    if made.recipe and not NAME.fullmatch(made.recipe):
+        fix = f"recipe:{re.sub(r'[^a-z0-9]+', '_', made.recipe.lower()).strip('_') or 'mine'}"
+        raise UserError(f"policies.{name}.recipe", got=made.recipe, wanted="lower-case letters, digits and _", fix=fix)
+    settings = PolicySettings(**{key: getattr(made, key) for key in usual})
+    return ActingPolicy(settings=settings, recipe=made.recipe, training_seed=made.training_seed)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Entry(PolicySettings):
+    """A policy of ``policies`` as it is written."""
+
+    recipe: str = ""
+    training_seed: int | None = None
+
+
+def refuse_unused(common: PolicySettings, usual: Iterable[PolicySettings]) -> None:
+    """``UserError`` for a setting that is in none of ``usual`` (the defaults, a protocol's own), where the planner acts alone and reads none."""
+    for name, value in dataclasses.asdict(common).items():
+        if name != "source" and value not in [getattr(one, name) for one in usual]:
+            raise _unused(f"policy.{name}", value)
+
+
+def _unused(field: str, got: Any) -> UserError:
+    fix = "leave it out; the planner's own settings are planner.execute_horizon, planner.denoising_steps, planner.device and others"
+    return UserError(field, got=got, wanted="nothing for the planner", fix=fix)
 
 
 def named(source: str) -> str:
@@ -179,7 +198,9 @@ def check_policy(settings: PolicySettings, workers: int = 0) -> None:
     """``UserError`` for settings that no policy can have; nothing on disk is looked at."""
     from physisforcing.planner.model_client import parse_address
     from physisforcing.policy.act import EXECUTIONS
+    from physisforcing.policy.planning import PlanningConfig
 
+    from .model_process import meant_device
     from .planners import check_device
 
     check_at_least(settings, execute=1, steps=1, video_steps=1, delay=0)
@@ -190,6 +211,7 @@ def check_policy(settings: PolicySettings, workers: int = 0) -> None:
     if settings.server not in ("", "auto"):
         parse_address(settings.server, field="policy.server")
     check_device(settings.device, workers, field="policy.device")
+    PlanningConfig(device=meant_device(settings.device), compute=settings.compute)
 
 
 def check_source(settings: PolicySettings) -> None:
@@ -237,9 +259,13 @@ def refuse_served(given: Mapping[str, Any]) -> None:
             raise UserError(f"policy.{name}", got=given[name], wanted="nothing: the server decides it", fix=fix)
 
 
-def require_devices(policies: Iterable[ActingPolicy], output: str) -> None:
-    """``UserError`` for a device that is not there. Results that ``output`` holds already can be reported without it."""
+def require_devices(policies: Iterable[ActingPolicy], planner_device: str, output: str) -> None:
+    """``UserError`` for a device that is not there. Results that ``output`` holds already can be reported without it, and a policy that somebody
+    else serves needs none here."""
     from .planners import require_device
 
     for policy in policies:
-        require_device(policy.settings.device, output, field="policy.device")
+        if policy.is_planner:
+            require_device(planner_device, output)
+        elif policy.settings.server in ("", "auto"):
+            require_device(policy.settings.device, output, field="policy.device")

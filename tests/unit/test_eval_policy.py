@@ -42,6 +42,7 @@ from physisforcing.policies import (
     acting_policies,
     check_source,
     named,
+    require_devices,
 )
 from physisforcing.policy.checkpoint import PolicyInfo, save_policy
 from physisforcing.policy.remote import PolicyServer
@@ -112,6 +113,9 @@ def test_policies_have_names_of_their_own() -> None:
         ({"a": {"source": "runs/a", "sead": 1}}, "sead"),
         ({"a": {"recipe": "x"}}, "a source"),
         ([{"source": "runs/a"}], "sources in a list"),
+        ({"a": {"source": "runs/a", "execute": 3.5}}, r"policies\.a\.execute: got 3\.5, wanted int"),
+        ({"a": {"source": "runs/a", "training_seed": "first"}}, r"policies\.a\.training_seed: got 'first'"),
+        ({"p": {"source": "planner", "execute": 3}}, r"policies\.p\.execute: got 3, wanted nothing for the planner"),
         (
             {n: {"source": "runs/a", "mode": n, "recipe": "x", "training_seed": 0} for n in ("idm", "first_frame")},
             "idm and first_frame, both x with training seed 0",
@@ -123,6 +127,24 @@ def test_policies_have_names_of_their_own() -> None:
         acting_policies(PolicySettings(source="runs/a"), ["runs/b"])
     with pytest.raises(UserError, match=r"policy: got ''"):
         main(["episodes=1"])
+
+
+def test_a_device_that_is_not_there_is_refused_under_its_own_name(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    ours, planner = (ActingPolicy(settings=PolicySettings(source=name)) for name in ("runs/a", "planner"))
+    require_devices([ours, planner], "cpu", str(tmp_path))
+    for policies, device, what in (
+        ([planner], "cuda", r"planner\.device"),
+        ([ours, planner], "cuda", r"planner\.device"),
+    ):
+        with pytest.raises(UserError, match=what):
+            require_devices(policies, device, str(tmp_path))
+    ours.settings.device = "cuda"
+    with pytest.raises(UserError, match=r"policy\.device"):
+        require_devices([ours], "cpu", str(tmp_path))
+    ours.settings.server = "gpu-box:7100"
+    require_devices([ours], "cpu", str(tmp_path))
 
 
 def test_a_policy_that_is_not_there_is_refused_before_the_simulator(tmp_path: Path, folder: Callable[..., str]) -> None:
@@ -138,6 +160,9 @@ def test_a_policy_that_is_not_there_is_refused_before_the_simulator(tmp_path: Pa
         ({"source": first, "execute": 8, "execution": "asinc"}, "did you mean 'async'"),
         ({"source": first, "execute": 8, "server": "nowhere"}, r"policy\.server.*HOST:PORT"),
         ({"source": first, "execute": 8, "device": "gpu"}, r"policy\.device"),
+        ({"source": first, "execute": 8, "compute": "compiled"}, r"policy\.compute.*did you mean 'compile'"),
+        ({"source": first, "execute": 8, "compute": "graph"}, r"policy\.compute.*eager or compile on a CPU"),
+        ({"source": "planner", "steps": 3}, r"policy\.steps: got 3, wanted nothing for the planner"),
         ({"source": SWAYING, "server": "auto"}, r"policy\.server.*no policy's folder"),
         ({"source": "toy_policies:nothing"}, "a Policy"),
         ({"source": "toy_policies:absent"}, "module:factory"),
@@ -198,6 +223,13 @@ def test_all_that_a_factory_is_given_is_in_its_key() -> None:
     assert len(set(found)) == len(found)
 
 
+def test_the_protocols_own_settings_are_no_mistake_beside_the_planner() -> None:
+    words = ["protocol=table2", "policy=planner"]
+    assert compose("eval_policy", spelled_out(words), EvalPolicyConfig).check()["planner"].is_planner
+    with pytest.raises(UserError, match=r"policy\.execute: got 24"):
+        compose("eval_policy", spelled_out(["policy=planner", "policy.execute=24"]), EvalPolicyConfig).check()
+
+
 def test_how_a_server_computes_is_in_the_key(folder: Callable[..., str]) -> None:
     """Whatever a server says of itself: on a GPU another kind of computing, or another batch, rounds differently."""
     first = folder()
@@ -233,11 +265,14 @@ def test_one_policy_under_two_names_is_refused(folder: Callable[..., str]) -> No
     """Their episodes would have one key: the second name would be given the episodes of the first."""
     first = folder()
     for several, what in (
-        ({"a": first, "b": {"source": first, "video_steps": 3}}, "a and b, the same weights"),
+        (
+            {"a": {"source": first, "execute": 8}, "b": {"source": first, "execute": 8, "video_steps": 3}},
+            "a and b, the same weights",
+        ),
         ({"planner": "planner", "again": "planner"}, "planner and again"),
     ):
         with pytest.raises(UserError, match=what):
-            planned(settings(policies=several, policy=PolicySettings(execute=8)))
+            planned(settings(policies=several))
 
 
 def test_stored_episodes_have_the_name_that_the_policy_has_now(tmp_path: Path) -> None:
