@@ -245,7 +245,7 @@ def write_summary(
         "provenance": provenance,
         "config": dataclasses.asdict(config),
         "policies": {name: dataclasses.asdict(policy) for name, policy in policies.items()},
-        "means": policy_protocols.task_means(summary["tasks"]),
+        "means": _means(summary["tasks"]),
         "comparison": found.to_json(),
     }
     deviations = None
@@ -268,6 +268,13 @@ def write_summary(
         parts.append(policy_protocols.markdown(summary[policy_protocols.NAME]))
     write_report(Path(config.output), summary, "\n".join(part for part in parts if part), lines)
     return summary
+
+
+def _means(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    from physisforcing.planner.summary import mean_over_tasks
+
+    names = dict.fromkeys(name for rows in tasks.values() for name in rows)
+    return {name: mean_over_tasks({task: rows.get(name) for task, rows in tasks.items()}) for name in names}
 
 
 def _notes(config: EvalPolicyConfig, plan: PolicyPlan, rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -140,20 +140,28 @@ class ModelProcess:
 
 
 @contextlib.contextmanager
-def model_server(config: EpisodeSettings) -> Iterator[ServerAddress | None]:
+def served_at(server: str, settings: Callable[[], dict[str, Any]], **process: Any) -> Iterator[ServerAddress | None]:
+    """Where a model is served while something runs. ``server``: empty (None: nowhere), HOST:PORT, or ``auto``: a ``ModelProcess`` of these settings,
+    which are made only then, and of what else it takes."""
+    if server != "auto":
+        yield given_server(server) if server else None
+        return
+    own = ModelProcess(settings(), **process)
+    try:
+        yield own.address
+    finally:
+        own.stop()
+
+
+def model_server(config: EpisodeSettings) -> contextlib.AbstractContextManager[ServerAddress | None]:
     """Where the world model of an evaluation is served while it runs: None where every process loads its own."""
     from .plan_episodes import weight_folders
 
     planner = config.planner
-    if not planner.server or config.oracle:
-        yield None
-        return
-    if planner.server != "auto":
-        yield given_server(planner.server)
-        return
-    folders = weight_folders(config)
-    process = ModelProcess(
-        {
+
+    def settings() -> dict[str, Any]:
+        folders = weight_folders(config)
+        return {
             "model": str(folders.get("world_model", planner.world_model)),
             "codec": str(folders.get("codec", "")),
             "steps": planner.denoising_steps,
@@ -161,8 +169,5 @@ def model_server(config: EpisodeSettings) -> Iterator[ServerAddress | None]:
             "threads": config.threads,
             "clients": max(64, config.workers + 1),
         }
-    )
-    try:
-        yield process.address
-    finally:
-        process.stop()
+
+    return served_at("" if config.oracle else planner.server, settings)

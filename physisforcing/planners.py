@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def check_planner(settings: PlannerSettings) -> None:
     """``UserError`` for settings that would fail only once models are loaded; no weights are looked at."""
     from physisforcing.core.errors import check_at_least
-    from physisforcing.planner.model_client import parse_address
+    from physisforcing.core.message_client import parse_address
     from physisforcing.planner.success_classifier import SuccessClassifier, SuccessConfig
     from physisforcing.planner.verifiers import make_verifier
     from physisforcing.planner.worldarena import read_template
@@ -30,7 +30,7 @@ def check_planner(settings: PlannerSettings) -> None:
     check_at_least(settings, candidates=1, rollout_chunks=1, execute_horizon=1, denoising_steps=0, max_resamples=0)
     read_template(settings.prompt_template)
     if settings.server not in ("", "auto"):
-        parse_address(settings.server)
+        parse_address(settings.server, field="planner.server")
     if settings.candidates > 1:
         if not settings.verifier:
             fix = "planner.verifier=spread (or smoothness, track_consistency, success, combined, random)"

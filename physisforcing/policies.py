@@ -196,7 +196,7 @@ def policy_folder(source: str) -> Path | None:
 
 def check_policy(settings: PolicySettings, workers: int = 0) -> None:
     """``UserError`` for settings that no policy can have; nothing on disk is looked at."""
-    from physisforcing.planner.model_client import parse_address
+    from physisforcing.core.message_client import parse_address
     from physisforcing.policy.act import EXECUTIONS
     from physisforcing.policy.planning import PlanningConfig
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from physisforcing.core.errors import UserError
 from physisforcing.core.results import config_hash
 
-from .model_process import ModelProcess, ServerAddress, about_server, computed_by, given_server, meant_device
-from .policies import PLANNER, SERVED, PolicySettings, acting_mode, execution, policy_folder, refuse_served
+from .model_process import ServerAddress, about_server, computed_by, given_server, meant_device, served_at
+from .policies import SERVED, PolicySettings, acting_mode, execution, policy_folder, refuse_served
 
 if TYPE_CHECKING:
     from physisforcing.core.protocols import Policy
@@ -173,29 +172,21 @@ def _served(settings: PolicySettings, folder: Path | None, server: ServerAddress
     return source
 
 
-@contextlib.contextmanager
-def policy_server(settings: PolicySettings, *, threads: int, workers: int) -> Iterator[ServerAddress | None]:
+def policy_server(
+    settings: PolicySettings, *, threads: int, workers: int
+) -> contextlib.AbstractContextManager[ServerAddress | None]:
     """Where a policy is served while an evaluation runs: None where every process loads its own."""
-    if not settings.server or settings.source == PLANNER:
-        yield None
-        return
-    if settings.server != "auto":
-        yield given_server(settings.server)
-        return
-    process = ModelProcess(
-        {
+
+    def told() -> dict[str, Any]:
+        own = {name: getattr(settings, name) for name in SERVED}
+        return {
             "policy": str(policy_folder(settings.source)),
-            **{name: getattr(settings, name) for name in SERVED},
+            **own,
             "threads": threads,
             "clients": max(64, workers + 1),
-        },
-        module="physisforcing.serve_policy",
-        what="the policy server",
-    )
-    try:
-        yield process.address
-    finally:
-        process.stop()
+        }
+
+    return served_at(settings.server, told, module="physisforcing.serve_policy", what="the policy server")
 
 
 def close_policy(policy: Policy) -> None:

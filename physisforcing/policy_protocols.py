@@ -92,23 +92,6 @@ def claims(control: str) -> str:
     return NAME if control == "topp" else f"{NAME}-{control}"
 
 
-def task_means(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Row -> mean of the tasks' rates with its 95 % interval (tasks weighted equally), n, errors, or ``skipped`` with the tasks that have no
-    finished episode. ``tasks``: task -> row -> counts, as ``planner.summary.summarise`` gives them."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(name for rows in tasks.values() for name in rows):
-        missing = [task for task, rows in tasks.items() if not (rows.get(name) or {}).get("n")]
-        if missing:
-            found[name] = {"skipped": f"needs finished episodes of {', '.join(missing)}"}
-            continue
-        entries = [rows[name] for rows in tasks.values()]
-        rate, low, high = mean_of_proportions([(entry["successes"], entry["n"]) for entry in entries])
-        sums = {key: sum(entry[key] for entry in entries) for key in ("n", "errors")}
-        seeds = sorted({seed for entry in entries for seed in entry["seeds"]})
-        found[name] = {"rate": rate, "low": low, "high": high, **sums, "seeds": seeds}
-    return found
-
-
 def published() -> list[dict[str, Any]]:
     """The printed rows, with the intervals that follow from them at 200 rollouts a task (computed here)."""
     rows = []

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from physisforcing.planner.comparison import ALL, ComparisonSettings, EpisodeOutcome, compare
 from physisforcing.planner.comparison_output import tables
 from physisforcing.planner.comparison_rows import CONTROLS, Comparison, SeedDifference
-from physisforcing.planner.comparison_table import named_generator
+from physisforcing.planner.comparison_table import EpisodeTable, named_generator
 from physisforcing.planner.measurements import from_summary, measurement
+from physisforcing.planner.summary import means_table, table_lines
 
 from .policies import ActingPolicy
-from .policy_protocols import task_means
 
 #: From so many training seeds a recipe on, recipes are compared.
 MIN_TRAINING_SEEDS = 2
@@ -37,9 +37,9 @@ CROSSED = (
 
 
 def outcomes(rows: Sequence[Mapping[str, Any]], policies: Mapping[str, ActingPolicy]) -> list[EpisodeOutcome]:
-    """Episodes of the policies and of the baselines that stand in a comparison (the expert does not)."""
-    found = []
-    for row in rows:
+    """Episodes of the policies and of the baselines that stand in a comparison (the expert does not), in the order of the policies."""
+    found, order = [], list(policies)
+    for row in sorted(rows, key=lambda row: order.index(row["policy"]) if row["policy"] in policies else len(order)):
         name = str(row["policy"])
         if name not in policies and name not in CONTROLS:
             continue
@@ -104,38 +104,26 @@ def crossed_interval(
 
 
 def recipe_differences(
-    rows: Sequence[Mapping[str, Any]], policies: Mapping[str, ActingPolicy], *, paired_seeds: bool = False
+    table: EpisodeTable, recipes: Mapping[str, Mapping[int, str]], *, paired_seeds: bool = False
 ) -> list[RecipeDifference]:
-    """Every pair of recipes with ``MIN_TRAINING_SEEDS`` training seeds or more, task by task."""
-    members: dict[str, dict[int, str]] = {}
-    for name, policy in policies.items():
-        if policy.recipe and policy.training_seed is not None:
-            members.setdefault(policy.recipe, {})[policy.training_seed] = name
-    enough = {recipe: seeds for recipe, seeds in members.items() if len(seeds) >= MIN_TRAINING_SEEDS}
-    won: dict[tuple[str, str], dict[int, bool]] = {}
-    scenes: dict[str, set[int]] = {}
-    for row in rows:
-        scenes.setdefault(str(row["task"]), set()).add(int(row["seed"]))
-        if row["status"] != "error":
-            won.setdefault((str(row["task"]), str(row["policy"])), {})[int(row["seed"])] = row["status"] == "success"
+    """Every pair of ``recipes`` (name -> training seed -> policy), task by task."""
     found = []
-    for (a, seeds_a), (b, seeds_b) in itertools.combinations(enough.items(), 2):
+    for (a, seeds_a), (b, seeds_b) in itertools.combinations(recipes.items(), 2):
         paired = paired_seeds and seeds_a.keys() == seeds_b.keys()
-        for task in sorted(scenes):
-            names = [seeds[k] for seeds in (seeds_a, seeds_b) for k in sorted(seeds)]
-            cells = [won.get((task, name), {}) for name in names]
+        for task in table.tasks:
+            cells = [table.cells(seeds[k], task) for seeds in (seeds_a, seeds_b) for k in sorted(seeds)]
             shared = sorted(set.intersection(*(set(cell) for cell in cells)))
             if not shared:
                 continue
-            table_SN = np.array([[cell[seed] for seed in shared] for cell in cells], dtype=np.bool_)
-            of_a, of_b = table_SN[: len(seeds_a)], table_SN[len(seeds_a) :]
+            won_SN = np.array([[cell[place].status == "success" for place in shared] for cell in cells], dtype=np.bool_)
+            of_a, of_b = won_SN[: len(seeds_a)], won_SN[len(seeds_a) :]
             generator = named_generator(0, "recipes", task, a, b)
             difference, low, high = crossed_interval(of_a, of_b, generator, paired_seeds=paired)
             found.append(
                 RecipeDifference(
                     task=task, a=a, b=b, seeds_a=len(of_a), seeds_b=len(of_b), n=len(shared),
-                    dropped=len(scenes[task]) - len(shared), mean_a=float(of_a.mean()), mean_b=float(of_b.mean()),
-                    difference=difference, low=low, high=high,
+                    dropped=len(table.episodes[task]) - len(shared), mean_a=float(of_a.mean()),
+                    mean_b=float(of_b.mean()), difference=difference, low=low, high=high,
                 )
             )  # fmt: skip
     return found
@@ -144,11 +132,12 @@ def recipe_differences(
 @dataclasses.dataclass(slots=True, kw_only=True)
 class PolicyComparison:
     """``checkpoints``: every two policies, paired by scene. ``recipes``: the same episodes with the training seed as unit, where two recipes
-    have enough seeds. ``crossed``: intervals over scenes and seeds."""
+    have enough seeds. ``crossed``: intervals over scenes and seeds. ``members``: those recipes, name -> training seed -> policy."""
 
     checkpoints: Comparison
     recipes: Comparison | None
     crossed: list[RecipeDifference]
+    members: dict[str, dict[int, str]]
 
     def to_json(self) -> dict[str, Any]:
         plain = self.checkpoints.to_json()
@@ -164,12 +153,13 @@ def compare_policies(
     cells = outcomes(rows, policies)
     settings = ComparisonSettings(min_training_seeds=None, paired_seeds=False, tested_scores=())
     checkpoints = compare(cells, settings)
-    crossed = recipe_differences(rows, policies, paired_seeds=paired_seeds)
-    recipes = None
-    if crossed:
+    table = EpisodeTable(cells)
+    members = table.recipes(MIN_TRAINING_SEEDS)
+    crossed, recipes = recipe_differences(table, members, paired_seeds=paired_seeds), None
+    if members:
         settings = dataclasses.replace(settings, min_training_seeds=MIN_TRAINING_SEEDS, paired_seeds=paired_seeds)
         recipes = compare(cells, settings)
-    return PolicyComparison(checkpoints=checkpoints, recipes=recipes, crossed=crossed)
+    return PolicyComparison(checkpoints=checkpoints, recipes=recipes, crossed=crossed, members=members)
 
 
 # ---------------------------------------------------------------------------------------------------------------- words
@@ -182,7 +172,7 @@ def comparison_markdown(found: PolicyComparison) -> str:
     shown += [] if found.recipes is None else [table for table in tables(found.recipes) if table.title == SEEDS]
     lines: list[str] = []
     for table in shown:
-        lines += [f"## {table.title}", "", table.text, "", *_table(table.head, table.rows), ""]
+        lines += [f"## {table.title}", "", table.text, "", *table_lines(table.head, table.rows), ""]
     if found.crossed:
         head = ["task", "A", "B", "seeds", "scenes", "dropped", "mean A", "mean B", "difference", "95 % interval"]
         cells = [
@@ -192,7 +182,7 @@ def comparison_markdown(found: PolicyComparison) -> str:
             ]
             for row in found.crossed
         ]  # fmt: skip
-        lines += ["## Recipes over scenes and training seeds", "", CROSSED, "", *_table(head, cells), ""]
+        lines += ["## Recipes over scenes and training seeds", "", CROSSED, "", *table_lines(head, cells), ""]
     if lines:
         comparisons = [one for one in (found.checkpoints, found.recipes) if one is not None]
         lines += [f"- {text}" for one in comparisons for text in (one.family, *one.notes)]
@@ -201,20 +191,8 @@ def comparison_markdown(found: PolicyComparison) -> str:
 
 def means_markdown(means: Mapping[str, Mapping[str, Any]]) -> str:
     """The mean over tasks as a table."""
-    rows = []
-    for name, mean in means.items():
-        if "skipped" in mean:
-            rows.append([name, f"skipped: {mean['skipped']}", "-", "-", "-"])
-            continue
-        interval = f"{100 * mean['low']:.1f}-{100 * mean['high']:.1f} %"
-        rows.append([name, f"{100 * mean['rate']:.1f} %", interval, str(mean["n"]), str(mean["errors"])])
-    head = ["policy", "mean success", "95 % interval", "n", "errors"]
     text = "Each task has the same weight; the interval joins the tasks' Wilson intervals."
-    return "\n".join(["## Mean over tasks", "", text, "", *_table(head, rows)]) + "\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(["## Mean over tasks", "", text, "", *means_table(means)]) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------------------- claims
@@ -264,7 +242,7 @@ def measurement_lines(
         kinds.append((found.recipes.seeds, "policy/recipe", "success_difference"))
     kinds.append((found.crossed, "policy/recipe", "success_difference_over_scenes_and_seeds"))
     for rows, path, what in kinds:
-        members = sides if path == "policy" else _recipes(policies)
+        members = sides if path == "policy" else {name: list(seeds.values()) for name, seeds in found.members.items()}
         for row in rows:
             if row.difference is None:
                 continue
@@ -295,14 +273,6 @@ def _episodes(summary: Mapping[str, Any], task: str, names: Sequence[str]) -> in
     )
 
 
-def _recipes(policies: Mapping[str, ActingPolicy]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, policy in policies.items():
-        if policy.recipe and policy.training_seed is not None:
-            found.setdefault(policy.recipe, []).append(name)
-    return found
-
-
 def _about(name: str, policies: Mapping[str, ActingPolicy]) -> dict[str, Any]:
     if name not in policies:
         return {}
@@ -326,5 +296,4 @@ __all__ = [
     "crossed_interval",
     "means_markdown",
     "measurement_lines",
-    "task_means",
 ]

@@ -5,18 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from physisforcing.core.message_client import MessageClient, ServerLostError
-from physisforcing.core.message_client import parse_address as parse_any_address
 from physisforcing.core.types import Rollout, RolloutRequest, WorldModelSpec
 from physisforcing.core.wire import WireError
 
 from .model_messages import ANSWER_LIMITS, REQUEST_LIMITS, SERVICE, pack_request, unpack_rollout, unpack_spec
 
 ModelLostError = ServerLostError
-
-
-def parse_address(text: str, *, field: str = "planner.server") -> tuple[str, int]:
-    """``HOST:PORT`` -> (host, port); ``UserError`` for anything else."""
-    return parse_any_address(text, field=field)
 
 
 class SocketWorldModel(MessageClient):

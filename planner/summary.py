@@ -9,7 +9,7 @@ import numpy as np
 
 from physisforcing.core.paired_stats import paired_proportions
 from physisforcing.core.results import count
-from physisforcing.core.stats import fisher_exact, wilson
+from physisforcing.core.stats import fisher_exact, mean_of_proportions, wilson
 
 #: Baselines that a closed-loop figure has to beat at this level.
 GATE_BASELINES, GATE_LEVEL = ("noop", "random"), 0.01
@@ -101,6 +101,36 @@ def _p_value(entry: Mapping[str, Any], baseline: Mapping[str, Any]) -> float | N
     )
 
 
+def mean_over_tasks(entries: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Mean of the tasks' rates with its 95 % interval (tasks weighted equally), n, errors and seeds; or ``skipped`` with the tasks that have no
+    finished episode. ``entries``: task -> counts of one policy, as ``summarise`` gives them, None where it did not act."""
+    missing = [task for task, entry in entries.items() if not (entry or {}).get("n")]
+    if missing:
+        return {"skipped": f"needs finished episodes of {', '.join(missing)}"}
+    found = [entry for entry in entries.values() if entry is not None]
+    rate, low, high = mean_of_proportions([(entry["successes"], entry["n"]) for entry in found])
+    sums = {key: sum(entry[key] for entry in found) for key in ("n", "errors")}
+    seeds = sorted({seed for entry in found for seed in entry.get("seeds", [])})
+    return {"rate": rate, "low": low, "high": high, **sums, "seeds": seeds}
+
+
+def means_table(means: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of a Markdown table of ``mean_over_tasks`` by policy."""
+    rows = []
+    for name, mean in means.items():
+        if "skipped" in mean:
+            rows.append([name, f"skipped: {mean['skipped']}", "-", "-", "-"])
+            continue
+        interval = f"{100 * mean['low']:.1f}-{100 * mean['high']:.1f} %"
+        rows.append([name, f"{100 * mean['rate']:.1f} %", interval, str(mean["n"]), str(mean["errors"])])
+    return table_lines(["policy", "mean success", "95 % interval", "n", "errors"], rows)
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
 def markdown(summary: Mapping[str, Any], *, title: str, notes: Sequence[str] = ()) -> str:
     """The table as Markdown."""
     lines = [f"# {title}", ""]
@@ -109,7 +139,7 @@ def markdown(summary: Mapping[str, Any], *, title: str, notes: Sequence[str] = (
         head = ["policy", "success", "rate", "95 % interval", "errors"]
         head += [f"p against {b}" for b in GATE_BASELINES if b in policies]
         head += [f"{name} ({MEANS[name]})" for name in measured]
-        lines += [f"## {task}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        rows = []
         for name, entry in policies.items():
             rate = "skipped: no finished episode" if entry["rate"] is None else f"{100 * entry['rate']:.0f} %"
             cells = [name, f"{entry['successes']}/{entry['n']}", rate]
@@ -119,7 +149,8 @@ def markdown(summary: Mapping[str, Any], *, title: str, notes: Sequence[str] = (
                     p = entry["against"].get(baseline)
                     cells.append("-" if p is None else f"{p:.2g}")
             cells += [f"{entry[m]:.2f}" if m in entry else "-" for m in measured]
-            lines.append("| " + " | ".join(cells) + " |")
+            rows.append(cells)
+        lines += [f"## {task}", "", *table_lines(head, rows)]
         if gap := policies.get(MODEL, {}).get("gap"):
             difference, low, high = (f"{100 * gap[name]:+.0f}" for name in ("difference", "low", "high"))
             scenes = "the scene" if gap["n"] == 1 else f"the {gap['n']} scenes"

@@ -21,6 +21,8 @@ from physisforcing.core.protocols import Policy, WorldModel
 from physisforcing.core.stats import mean_of_proportions, wilson
 from physisforcing.core.types import Observation, Rollout, RolloutRequest, WorldModelSpec
 
+from .summary import mean_over_tasks, means_table
+
 NAME = "worldarena"
 #: What ``protocol=`` of a command may be.
 PROTOCOLS = ("standard", NAME)
@@ -201,42 +203,15 @@ def block(tasks: Mapping[str, Mapping[str, Any]], settings: ProtocolSettings) ->
         | {"tasks": list(settings.tasks), "prompt_template": read_template(settings.prompt_template)},
         "deviations": settings.deviations(),
         "method": "mean of two independent proportions of equal weight; limits from their 95 % Wilson limits (Newcombe's method)",
-        "means": {name: _mean({task: policies.get(name) for task, policies in tasks.items()}) for name in names},
+        "means": {name: mean_over_tasks({task: tasks.get(task, {}).get(name) for task in TASKS}) for name in names},
         "published": {name: value for name, value in published().items() if name != "policy_evaluator"},
-    }
-
-
-def _mean(entries: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
-    missing = [task for task in TASKS if not (entries.get(task) or {}).get("n")]
-    if missing:
-        return {"skipped": f"needs finished episodes of {', '.join(missing)}"}
-    both = [entry for task in TASKS if (entry := entries[task]) is not None]
-    rate, low, high = mean_of_proportions([(entry["successes"], entry["n"]) for entry in both])
-    return {
-        "rate": rate,
-        "low": low,
-        "high": high,
-        "n": sum(entry["n"] for entry in both),
-        "errors": sum(entry["errors"] for entry in both),
-        "seeds": sorted({seed for entry in both for seed in entry.get("seeds", [])}),
     }
 
 
 def markdown(part: Mapping[str, Any]) -> str:
     """The block as Markdown: the means, how episodes were run, and the published rows under their own heading."""
     settings = part["protocol"]
-    head = [
-        "## WorldArena protocol: mean of the two tasks",
-        "",
-        "| policy | mean success | 95 % interval | n | errors |",
-    ]
-    lines = [*head, "| --- | --- | --- | --- | --- |"]
-    for name, mean in part["means"].items():
-        if "skipped" in mean:
-            lines.append(f"| {name} | skipped: {mean['skipped']} | - | - | - |")
-            continue
-        interval = f"{100 * mean['low']:.1f}-{100 * mean['high']:.1f} %"
-        lines.append(f"| {name} | {100 * mean['rate']:.1f} % | {interval} | {mean['n']} | {mean['errors']} |")
+    lines = ["## WorldArena protocol: mean of the two tasks", "", *means_table(part["means"])]
     prompt = "none" if settings["prompt_template"] == PLAIN_PROMPT else settings["prompt_template"]
     lines += [
         "",

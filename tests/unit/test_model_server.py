@@ -22,6 +22,7 @@ import pytest
 from physisforcing.core import message_server
 from physisforcing.core.connection import Connection, RemoteFailureError, hello
 from physisforcing.core.errors import MissingCapabilityError, UserError
+from physisforcing.core.message_client import parse_address
 from physisforcing.core.protocols import WorldModel
 from physisforcing.core.types import (
     ActionSpec,
@@ -33,7 +34,7 @@ from physisforcing.core.types import (
     WorldModelSpec,
 )
 from physisforcing.core.wire import WireError, encode
-from physisforcing.planner.model_client import ModelLostError, SocketWorldModel, parse_address
+from physisforcing.planner.model_client import ModelLostError, SocketWorldModel
 from physisforcing.planner.model_messages import (
     MOST_SAMPLES,
     SERVICE,
@@ -115,7 +116,7 @@ def serving(model: Any = None, **settings: Any) -> Iterator[tuple[str, ModelServ
 
 
 def raw(address: str) -> socket.socket:
-    host, port = parse_address(address)
+    host, port = parse_address(address, field="planner.server")
     return socket.create_connection((host, port), timeout=10)
 
 
@@ -320,10 +321,13 @@ def _sent(message: dict[str, Any]) -> Any:
 
 
 def test_addresses() -> None:
-    assert parse_address("10.0.0.1:7000") == ("10.0.0.1", 7000) and parse_address("[::1]:80") == ("::1", 80)
+    assert parse_address("10.0.0.1:7000", field="f") == ("10.0.0.1", 7000) and parse_address("[::1]:80", field="f") == (
+        "::1",
+        80,
+    )
     for text in ("auto", "host", "host:", ":80", "host:0", "host:70000", "host:x"):
         with pytest.raises(UserError, match=r"HOST:PORT"):
-            parse_address(text)
+            parse_address(text, field="planner.server")
     began = time.monotonic()
     with pytest.raises(ModelLostError, match="no world-model server"):
         SocketWorldModel("127.0.0.1:1", connect_s=0.5)
@@ -415,7 +419,10 @@ def test_a_server_that_hangs_or_dies(served: Any) -> None:
 def test_another_model_at_the_same_address_is_refused() -> None:
     with serving() as (address, _):
         client = SocketWorldModel(address)
-    with serving(Double("another"), port=parse_address(address)[1]), pytest.raises(UserError, match=r"planner\.server"):
+    with (
+        serving(Double("another"), port=parse_address(address, field="planner.server")[1]),
+        pytest.raises(UserError, match=r"planner\.server"),
+    ):
         client.rollout(a_request(1))
 
 
