@@ -11,9 +11,10 @@ from typing import Any
 
 from physisforcing.core.connection import raise_failure
 from physisforcing.core.errors import UserError
+from physisforcing.core.message_client import ServerLostError
 
 from .host import EnvHost, make_robotwin
-from .remote import ClientEnv, ServerLostError
+from .remote import ClientEnv
 
 
 def env_actor(**resources: Any) -> Any:

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from physisforcing.core.connection import TOKEN_VARIABLE, Connection, hello, raise_failure
 from physisforcing.core.errors import UserError
+from physisforcing.core.message_client import ServerLostError
 from physisforcing.core.protocols import Policy
 from physisforcing.core.types import DT, ActionSpec
 from physisforcing.core.wire import WireError
 
 from .rollout import EpisodeResult, run_episode
 from .spaces import build_space
-from .spawn import ServerLostError, ServerProcess
+from .spawn import ServerProcess
 
 SERVICE = "physis env"
 

@@ -7,7 +7,6 @@ or one who says nothing gets an answer, or is dropped, without disturbing the ep
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
 import socket
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 from physisforcing.core.connection import HELLO_LIMITS, Connection, check_hello, check_token, failure
 from physisforcing.core.errors import UserError, VulkanUnavailableError
-from physisforcing.core.serving import own_output, serve_command, stopped_by_signals, stopped_with_parent
+from physisforcing.core.serving import serve_command, serve_for_parent
 from physisforcing.core.wire import WireError
 
 from .host import EnvHost, make_robotwin
@@ -228,18 +227,8 @@ def main(argv: list[str]) -> int:
 
 def serve_parent() -> int:
     """The server that ``spawn.ServerProcess`` starts: settings on standard input, which is its lifeline."""
-    output = own_output()
-    lifeline = sys.stdin.buffer
-    try:
-        server = EnvServer(ServeConfig(**json.loads(lifeline.readline())))
-        stopped_with_parent(lifeline.fileno(), server.stop)
-        with stopped_by_signals(server.stop):
-            print(json.dumps({"ok": True, "port": server.open()}), file=output, flush=True)
-            server.run()
-    except (UserError, VulkanUnavailableError) as error:
-        print(json.dumps(failure(error)), file=output, flush=True)
-        return 1
-    return 0
+    told = (UserError, VulkanUnavailableError)
+    return serve_for_parent(lambda settings: EnvServer(ServeConfig(**settings)), told=told, orderly=True)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,9 @@ from typing import Any
 
 from physisforcing.core.connection import raise_failure
 from physisforcing.core.errors import UserError
+from physisforcing.core.message_client import ServerLostError
 
 _LONGEST_LINE = 2**16
-
-
-class ServerLostError(ConnectionError):
-    """The process that runs a server died, hung or went away; the message names where it was."""
 
 
 class SpawnedServer:

@@ -72,7 +72,7 @@ def make_server(config: ServePolicyConfig) -> PolicyServer:
     batch = 1 if device == "cpu" else config.batch or GPU_BATCH
     settings = MessageServerConfig(
         host=config.host, port=config.port, token=config.token, clients=config.clients, batch=batch,
-        pad=device != "cpu", wait_s=config.wait_s, grace_s=config.grace_s,
+        wait_s=config.wait_s, grace_s=config.grace_s,
     )  # fmt: skip
     settings.check()
     compute_repeatably(config.threads)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from physisforcing.core.message_client import MessageClient, ServerLostError
+from physisforcing.core.message_client import MessageClient
 from physisforcing.core.types import Rollout, RolloutRequest, WorldModelSpec
 from physisforcing.core.wire import WireError
 
 from .model_messages import ANSWER_LIMITS, REQUEST_LIMITS, SERVICE, pack_request, unpack_rollout, unpack_spec
-
-ModelLostError = ServerLostError
 
 
 class SocketWorldModel(MessageClient):

@@ -46,21 +46,26 @@ def serve_command(
     return 0
 
 
-def serve_for_parent(make: Callable[[dict[str, Any]], Any]) -> int:
+def serve_for_parent(
+    make: Callable[[dict[str, Any]], Any], *, told: tuple[type[Exception], ...] = (UserError,), orderly: bool = False
+) -> int:
     """A server whose settings its parent process writes, as one line of JSON, to standard input, which is its lifeline: the process ends with
-    its parent, also while ``make`` loads. One line with the port, or with what is wrong, goes to standard output."""
+    its parent, also while ``make`` loads. One line with the port, or with what is wrong, goes to standard output. ``told``: the errors that the
+    parent is told. ``orderly``: a server that was made is told to stop, and ends in its own time, in place of the process at once."""
     output, lifeline = own_output(), sys.stdin.buffer
     try:
         settings = json.loads(lifeline.readline())
-        # before anything is loaded, so that a parent that is gone is noticed while it is
-        stopped_with_parent(lifeline.fileno(), lambda: os._exit(0))
+        if not orderly:  # before anything is loaded, so that a parent that is gone is noticed while it is
+            stopped_with_parent(lifeline.fileno(), lambda: os._exit(0))
         server = make(settings)
+        if orderly:
+            stopped_with_parent(lifeline.fileno(), server.stop)
         with stopped_by_signals(server.stop):
             print(json.dumps({"ok": True, "port": server.open()}), file=output, flush=True)
             ended = server.run()
         if ended is False:
             _end_now()
-    except UserError as error:
+    except told as error:
         print(json.dumps(failure(error)), file=output, flush=True)
         return 1
     return 0

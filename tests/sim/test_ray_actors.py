@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from physisforcing.core.errors import UserError
-from physisforcing.envs.remote import ServerLostError
+from physisforcing.core.message_client import ServerLostError
 
 
 def test_ray_is_an_extra(monkeypatch):

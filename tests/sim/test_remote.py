@@ -11,10 +11,11 @@ import pytest
 
 from physisforcing.core.connection import Connection, RemoteFailureError, hello
 from physisforcing.core.errors import UnstableSceneError, UserError
+from physisforcing.core.message_client import ServerLostError
 from physisforcing.core.types import ActionSpec
 from physisforcing.core.wire import HEADER, MAGIC
 from physisforcing.envs.baselines import NoOp
-from physisforcing.envs.remote import SERVICE, ClientEnv, RemoteEnv, RemoteEpisodes, ServerLostError
+from physisforcing.envs.remote import SERVICE, ClientEnv, RemoteEnv, RemoteEpisodes
 from physisforcing.envs.serve import EnvServer, ServeConfig
 from physisforcing.envs.spaces import build_space, describe_space
 

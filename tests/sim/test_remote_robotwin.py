@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from physisforcing.core.errors import UserError
+from physisforcing.core.message_client import ServerLostError
 from physisforcing.envs.baselines import NoOp
-from physisforcing.envs.remote import RemoteEnv, RemoteEpisodes, ServerLostError
+from physisforcing.envs.remote import RemoteEnv, RemoteEpisodes
 
 
 def same(left, right):

@@ -22,7 +22,7 @@ import pytest
 from physisforcing.core import message_server
 from physisforcing.core.connection import Connection, RemoteFailureError, hello
 from physisforcing.core.errors import MissingCapabilityError, UserError
-from physisforcing.core.message_client import parse_address
+from physisforcing.core.message_client import ServerLostError, parse_address
 from physisforcing.core.protocols import WorldModel
 from physisforcing.core.types import (
     ActionSpec,
@@ -34,7 +34,7 @@ from physisforcing.core.types import (
     WorldModelSpec,
 )
 from physisforcing.core.wire import WireError, encode
-from physisforcing.planner.model_client import ModelLostError, SocketWorldModel
+from physisforcing.planner.model_client import SocketWorldModel
 from physisforcing.planner.model_messages import (
     MOST_SAMPLES,
     SERVICE,
@@ -329,7 +329,7 @@ def test_addresses() -> None:
         with pytest.raises(UserError, match=r"HOST:PORT"):
             parse_address(text, field="planner.server")
     began = time.monotonic()
-    with pytest.raises(ModelLostError, match="no world-model server"):
+    with pytest.raises(ServerLostError, match="no world-model server"):
         SocketWorldModel("127.0.0.1:1", connect_s=0.5)
     assert time.monotonic() - began < 5
 
@@ -395,7 +395,7 @@ def test_a_server_that_hangs_or_dies(served: Any) -> None:
     model.reply_s = 1.0
     os.kill(served.pid, signal.SIGSTOP)
     began = time.monotonic()
-    with pytest.raises(ModelLostError, match="no answer in 1 s"):
+    with pytest.raises(ServerLostError, match="no answer in 1 s"):
         model.rollout(a_request(1))
     assert time.monotonic() - began < 10
     os.kill(served.pid, signal.SIGCONT)
