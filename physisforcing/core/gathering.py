@@ -127,7 +127,9 @@ class Gatherer(ABC, Generic[Request, Answer]):
 
     def _answer(self, group: list[_Ticket]) -> None:
         try:
-            parts = self.compute([ticket.request for ticket in group])
+            parts = list(self.compute([ticket.request for ticket in group]))
+            if len(parts) != len(group):
+                raise RuntimeError(f"{self.what} gave {len(parts)} answers to {len(group)} requests")
         except BaseException as error:  # whatever it is: nobody may wait for ever
             if len(group) == 1:
                 group[0].fail(error)

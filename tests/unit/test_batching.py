@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from physisforcing.core.errors import MissingCapabilityError, UserError
+from physisforcing.core.gathering import Gatherer
 from physisforcing.core.protocols import WorldModel
 from physisforcing.core.types import Rollout, RolloutRequest, ViewLayout, WorldModelSpec
 from physisforcing.planner.batching import Batcher, BusyError, ClosedError
@@ -293,3 +294,23 @@ def test_merging_and_splitting_are_inverse() -> None:
     ):
         same(compute(), Counting().rollout(request))
     assert model.sizes == [(1, 3), (1, 2), (1, 3), (1, 2), (4, 1), (4, 1), (4, 1)]
+
+
+class Forgetful(Gatherer[int, int]):
+    """Gives fewer answers than it was asked, except to a single request above 0."""
+
+    def kind_of(self, request: int) -> None:
+        pass
+
+    def samples_of(self, request: int) -> int:
+        return 1
+
+    def compute(self, requests: Sequence[int]) -> list[int]:
+        return list(requests) if len(requests) == 1 and requests[0] > 0 else list(requests)[1:]
+
+
+def test_a_wrong_number_of_answers_is_an_error_and_not_the_end_of_the_thread() -> None:
+    with Forgetful(max_batch=4, wait_s=0.0, max_waiting=4, what="the double") as gatherer:
+        with pytest.raises(RuntimeError, match="the double gave 0 answers to 1 requests"):
+            gatherer.ask(0)
+        assert gatherer.ask(3) == 3, "it goes on"
