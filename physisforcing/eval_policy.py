@@ -146,7 +146,7 @@ class PolicyPlan:
     """Which episodes, under which keys. A job's task is ``<task>/<row>``, the name of a policy or a baseline.
 
     The keys of baselines and of the planner are those of ``physis eval plan``. ``films``: (task, row, seed) -> name of the video; it tells
-    evaluations with other weights or settings apart, as the key does. ``environments``: arguments of each task's environment.
+    evaluations with other weights or settings apart, as the key does.
     """
 
     def __init__(
@@ -164,12 +164,13 @@ class PolicyPlan:
         self.rows = [*policies, *self._baselines()]
         #: Row -> what a server of its policy must say of its plans.
         self.plans: dict[str, str] = {}
-        self.cameras: tuple[str, ...] = ("head",)
+        #: Row -> whose pictures its policy wants, where it is not the head's alone.
+        self.cameras: dict[str, tuple[str, ...]] = {}
         self.fingerprints = {name: self._identify(name) for name in self.rows}
         self._refuse_one_row_twice()
         self._config_hash = settings_hash(config)
         seeds = self.scenes.seeds
-        self.jobs = [Job(task=f"{t}/{row}", seed=s) for t in config.tasks for row in self.rows for s in seeds[t]]
+        self.jobs = [Job(task=f"{t}/{row}", seed=s) for t, row in self._cells() for s in seeds[t]]
         filmed = (*policies, EXPERT)
         self.films = {
             (task, row, seed): f"{task}_{seed}_{row}_{config_hash(self.key(Job(task=f'{task}/{row}', seed=seed)))[:8]}"
@@ -178,14 +179,17 @@ class PolicyPlan:
             if row in self.rows
             for seed in seeds[task][: config.videos]
         }
-        self.environments = {
-            task: self.scenes.environments.get(task, {})
-            | ({} if self.cameras == ("head",) else {"cameras": self.cameras})
-            for task in config.tasks
-        }
 
     def key(self, job: Any) -> ResultKey:
         return job_key(job, self.scenes, self.fingerprints, self._config_hash)
+
+    def _cells(self) -> list[tuple[str, str]]:
+        """(task, row) in the order of their episodes: one task after the other, so that a process rarely builds another environment. Several policies
+        that processes load act before that, one after the other: a process keeps one, and would load each once a task."""
+        loaded = [name for name, one in self.policies.items() if not one.is_planner and not one.settings.server]
+        first = loaded if len(loaded) > 1 else []
+        tasks, rest = self.config.tasks, [row for row in self.rows if row not in first]
+        return [(task, row) for row in first for task in tasks] + [(task, row) for task in tasks for row in rest]
 
     def _refuse_one_row_twice(self) -> None:
         """``UserError`` for two names of the same weights and settings, whose episodes would have one key."""
@@ -218,7 +222,8 @@ class PolicyPlan:
         server, threads = self._servers.get(name), self.config.threads
         identity = identify_policy(self.policies[name].settings, server, threads)
         self.plans[name] = identity.plans
-        self.cameras = tuple(dict.fromkeys((*self.cameras, *identity.cameras)))
+        if (wanted := tuple(dict.fromkeys(("head", *identity.cameras)))) != ("head",):
+            self.cameras[name] = wanted
         foreign = [task for task in self.config.tasks if identity.tasks and task not in identity.tasks]
         if foreign:
             self.notes.append(f"{name} was not trained on {', '.join(foreign)}, but on {', '.join(identity.tasks)}")

@@ -113,7 +113,7 @@ class EpisodeRunner:
         self.config, self.entries, self.filmed, self.environments = config, entries, filmed, environments
         self.folders, self.device, self._server = weight_folders(config), choose_device(config.planner.device), server
         self._env: Any = None
-        self._task = ""
+        self._made: tuple[str, dict[str, Any]] = ("", {})
         self._parts: dict[str, Any] = {}
 
     def handle(self, job: Any) -> Any:
@@ -287,20 +287,21 @@ class EpisodeRunner:
             self._parts[key] = open_decoder(name, self.device, field=field)
         return self._parts[key]
 
-    def _environment(self, task: str) -> Any:
+    def _environment(self, task: str, **options: Any) -> Any:
+        """The environment of this task, with ``options`` beside those that its scenes have; one is kept."""
         import gymnasium
 
         import physisforcing.envs.robotwin  # noqa: F401  (registers the tasks)
 
-        if self._env is None or self._task != task:
+        options = {**self.environments.get(task, {}), **options}
+        if self._env is None or self._made != (task, options):
             if self._env is not None:
                 self._close_perfect_model()
                 self._env.close()
-            options = self.environments.get(task, {})
             self._env = gymnasium.make(
                 f"RoboTwin/{task}-v0", control=self.config.control, disable_env_checker=True, **options
             )
-            self._task = task
+            self._made = task, options
         return self._env
 
     def _perfect_model(self, env: Any) -> Any:

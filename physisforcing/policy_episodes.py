@@ -29,7 +29,8 @@ class PolicyRunner(EpisodeRunner):
     """Runs episodes in one process (``envs.seeds.Handler``): keeps one policy and one environment a task.
 
     ``films``: (task, row, seed) -> name of its video. ``servers``: addresses of the processes that hold policies, and under ``planner`` the
-    planner's world model. ``plans``: row -> what its server must say of its plans, so that no process reads weights that another one holds.
+    planner's world model. ``cameras``: row -> whose pictures its policy
+    wants, where it is not the head's alone. ``plans``: row -> what its server must say of its plans, so that no process reads weights that another one holds.
     """
 
     def __init__(
@@ -41,10 +42,12 @@ class PolicyRunner(EpisodeRunner):
         environments: dict[str, dict[str, Any]],
         servers: Mapping[str, ServerAddress],
         plans: Mapping[str, str],
+        cameras: Mapping[str, tuple[str, ...]],
     ) -> None:
         planned = {(task, seed): stem for (task, row, seed), stem in films.items() if self._plans(policies, row)}
         super().__init__(config, entries, planned, environments, servers.get(PLANNER))
         self.policies, self.films, self._servers, self._known = policies, films, servers, plans
+        self._cameras, self._drawn = cameras, dict[str, Any]()
         self._held: tuple[str, ActionSpec, Policy] | None = None
 
     @staticmethod
@@ -55,7 +58,12 @@ class PolicyRunner(EpisodeRunner):
         self._drop_policy()
         super().close()
 
+    def _environment(self, task: str, **options: Any) -> Any:
+        return super()._environment(task, **self._drawn, **options)
+
     def _episode(self, task: str, policy_name: str, seed: int) -> dict[str, Any]:
+        # nobody's look draws a camera that only another row's policy wants
+        self._drawn = {"cameras": self._cameras[policy_name]} if policy_name in self._cameras else {}
         if self._plans(self.policies, policy_name):
             return super()._episode(task, MODEL, seed)
         if policy_name not in self.policies and policy_name != EXPERT:

@@ -52,8 +52,8 @@ def run_turns(
             continue
         with _started(config, plan.policies, rows if rows[0] in alone else ()) as own:
             make = partial(
-                PolicyRunner, config, plan.policies, plan.scenes.entries, plan.films, plan.environments,
-                {**servers, **own}, plan.plans,
+                PolicyRunner, config, plan.policies, plan.scenes.entries, plan.films, plan.scenes.environments,
+                {**servers, **own}, plan.plans, plan.cameras,
             )  # fmt: skip
             run_jobs(
                 todo,

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 
 import toy_policies
@@ -99,13 +100,26 @@ def test_killed_and_continued_gives_the_same_rows(whole: Path, tmp_path: Path) -
     assert stable(folder) == stable(whole)
 
 
-def test_errors_are_counted_and_give_exit_code_three(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_counted_and_give_exit_code_three(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     toy_policies.Falling.closed = 0
-    words = ["policy=toy_policies:falling", "manifest=none", "episodes=2", "max_steps=12", "threads=1", "baselines=[]"]
+    drawn: list[Any] = []
+    make = gymnasium.make
+    monkeypatch.setattr(gymnasium, "make", lambda *a, **k: drawn.append(k.get("cameras", ("head",))) or make(*a, **k))
+    words = [
+        "policy=toy_policies:falling",
+        "manifest=none",
+        "episodes=2",
+        "max_steps=12",
+        "threads=1",
+        "baselines=[noop]",
+    ]
     with pytest.raises(IncompleteCoverageError, match="1 episodes ended in errors") as caught:
         main([*words, "control=topp", "videos=0", f"output={tmp_path}"])
     assert caught.value.exit_code == 3
     assert toy_policies.Falling.closed == 2, "once when it said what it is, once when the episodes were done"
+    assert drawn == [("head", "left_wrist"), ("head",)], "a wrist is drawn for the row that looks at it"
     rows = stable(tmp_path)
     assert rows["falling", 100_000]["status"] == "failure" and rows["falling", 100_000]["steps"] == 12
     failed = rows["falling", 100_001]
@@ -113,7 +127,7 @@ def test_errors_are_counted_and_give_exit_code_three(tmp_path: Path, capsys: pyt
     entry = json.loads((tmp_path / "summary.json").read_text())["tasks"][TASK]["falling"]
     assert (entry["n"], entry["errors"]) == (1, 1)
     lines = json.loads((tmp_path / "measurements.json").read_text())
-    assert [line["claim"] for line in lines] == [f"policy/topp-falling/{TASK}/success"]
+    assert [line["claim"] for line in lines] == [f"policy/topp-{name}/{TASK}/success" for name in ("falling", "noop")]
     assert "| falling | 0/1 | 0 % |" in capsys.readouterr().out
 
 

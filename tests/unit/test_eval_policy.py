@@ -303,8 +303,19 @@ def test_baselines_and_the_planner_have_the_keys_of_eval_plan(
     assert {row for _, row, _ in acted.films} == {"swaying", "planner", "expert"}
     without = planned(EvalPolicyConfig(policy=PolicySettings(source="toy_policies:falling"), episodes=1))
     assert without.rows == ["falling", "noop", "random", "expert"] and "train_demos" in without.notes[0]
-    assert without.environments["click_bell"]["cameras"] == toy_policies.Falling.cameras
-    assert "cameras" not in acted.environments["click_bell"]
+    assert without.cameras == {"falling": toy_policies.Falling.cameras} and not acted.cameras
+
+
+def test_two_policies_that_are_loaded_act_one_after_the_other() -> None:
+    """A process keeps one of them: taking turns task by task would load each once a task."""
+    tasks = ["click_bell", "press_stapler"]
+    two = planned(settings(policies=[SWAYING, "toy_policies:standing", "planner"], tasks=tasks, episodes=1))
+    apart = [f"{task}/{row}" for row in ("swaying", "standing") for task in tasks]
+    assert [job.task for job in two.jobs] == apart + [f"{task}/{row}" for task in tasks for row in ("planner", "noop")]
+    one = planned(settings(policies=[SWAYING, "planner"], tasks=tasks, episodes=1))
+    assert [job.task for job in one.jobs] == [
+        f"{task}/{row}" for task in tasks for row in ("swaying", "planner", "noop")
+    ]
 
 
 def test_a_folder_of_manifests_is_a_set(tmp_path: Path) -> None:
@@ -556,7 +567,7 @@ def test_servers_are_started_for_open_episodes_alone_and_one_after_the_other(
 def test_a_policy_that_is_dropped_gives_its_memory_back(tmp_path: Path) -> None:
     """At once, not when Python next looks for circles: the next policy is loaded in its place."""
     folder = acting_policy(tmp_path / "mine" / "export")
-    runner = PolicyRunner(settings(), {}, {}, {}, {}, {}, {})
+    runner = PolicyRunner(settings(), {}, {}, {}, {}, {}, {}, {})
     opened: Any = open_policy(PolicySettings(source=str(folder), steps=2))
     model = weakref.ref(opened.source)
     runner._held = ("mine", cast(Any, None), opened)
