@@ -26,6 +26,12 @@ class PipelineVae:
         self.stride = (int(config.scale_factor_temporal), side, side)
         self.scale = LatentScale(config)
 
+    def to(self, device: torch.device) -> PipelineVae:
+        """Itself, with the statistics of its latents, on ``device``."""
+        self.vae.to(device)
+        self.scale.to(device)
+        return self
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """[C,F,h,w] of the latents of so many pictures of this size."""
         time, side, _ = self.stride

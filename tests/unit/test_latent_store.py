@@ -23,6 +23,7 @@ from physisforcing.worldmodel.data import latent_shards
 from physisforcing.worldmodel.data.buckets import Bucket, choose
 from physisforcing.worldmodel.data.clips.decode import cover
 from physisforcing.worldmodel.data.clips.manifest import ClipManifest
+from physisforcing.worldmodel.data.latent_maker import LatentMaker
 from physisforcing.worldmodel.data.latent_shards import read_store, read_window
 from physisforcing.worldmodel.data.latent_sources import ClipEpisodes, SizedEpisodes
 from physisforcing.worldmodel.data.latents import LatentsCommand, make_latents
@@ -107,6 +108,13 @@ def test_latents_and_sentences_are_those_of_the_pipeline(models, dataset, tmp_pa
         assert torch.equal(kept["text_L"], ids)
     else:
         assert torch.equal(kept["text_LD"], UMT5Text(model, cache=tmp_path / "text").tokens("turn the cube"))
+
+
+def test_the_statistics_of_latents_lie_where_the_autoencoder_does(models):
+    maker = LatentMaker(models["ti2v"], device=torch.device("meta"), dtype=torch.float32)
+    maker.load()
+    scale = maker._vae.scale
+    assert maker._vae.vae.device.type == scale._mean.device.type == scale._std.device.type == "meta"
 
 
 def test_targets_are_those_of_the_dataset(models, dataset, tmp_path):

@@ -125,8 +125,7 @@ class LatentMaker:
     def load(self) -> None:
         """The autoencoder to the device, in float32, as where videos are generated."""
         if self._vae is None:
-            self._vae = load_vae(self.model / "vae")
-            self._vae.vae.to(self.device)
+            self._vae = load_vae(self.model / "vae").to(self.device)
 
     def _on_device(self, encoder: torch.nn.Module, call: Callable[[], Tensor]) -> Tensor:
         """The text encoder goes to the device for its turn."""

@@ -65,8 +65,7 @@ def _autoencoder(trainer: Trainer, step: int, log: StepLog) -> PipelineVae | Non
     except UserError as error:
         log.event({"step": step, "videos": f"not made: {error}"})
         return None
-    vae.vae.to(trainer.device)
-    return vae
+    return vae.to(trainer.device)
 
 
 def _write(
