@@ -21,8 +21,10 @@ import tiny_paper
 from physisforcing import cli
 from physisforcing.core.errors import DatasetError, UserError
 from physisforcing.core.video import write_mp4
+from physisforcing.worldmodel.data.latent_bank import LatentBank
 from physisforcing.worldmodel.data.latent_maker import LatentMaker
 from physisforcing.worldmodel.data.latents import LatentsCommand, make_latents
+from physisforcing.worldmodel.data.target_maker import TargetMaker
 from physisforcing.worldmodel.teachers.selection import TeachersConfig
 from physisforcing.worldmodel.text_encoders import UMT5Text
 from physisforcing.worldmodel.training.banks import prepare_banks
@@ -161,6 +163,40 @@ def test_each_window_of_a_batch_is_encoded_once_and_no_other(models, data, tmp_p
     assert len(encoded) == 2 and torch.equal(twice["latents_BCFhw"][0], twice["latents_BCFhw"][2])
     assert same(bank.batch(torch.tensor([0])), {k: v if v is None else v[1:2] for k, v in twice.items()})
     bank.close()
+
+
+def test_encoders_and_teachers_compute_as_in_commands_whatever_a_run_chose(models, data, tmp_path, monkeypatch):
+    found = {}
+
+    def noted(kind: type, name: str) -> None:
+        call = getattr(kind, name)
+
+        def told(*given, **named):
+            found[name] = (
+                torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark, torch.is_autocast_enabled("cpu"),
+                torch.is_grad_enabled(),
+            )  # fmt: skip
+            return call(*given, **named)
+
+        monkeypatch.setattr(kind, name, told)
+
+    for kind, name in ((UMT5Text, "_encode"), (TargetMaker, "finish"), (LatentMaker, "encode")):
+        noted(kind, name)
+    config = live(models["ti2v"], data, tmp_path / "run")
+    config.data.heldout, chosen = 0, ("medium", True, True, True)
+    torch.set_float32_matmul_precision(chosen[0])
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            bank = prepare_banks(config, CPU)[0]
+            bank.batch(torch.tensor([0]))
+            noted(LatentBank, "physics_rows")
+            bank.physics_rows()
+        bank.close()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert found.pop("physics_rows") == chosen, "and the run's choice is there again"
+    assert set(found.values()) == {("highest", False, False, False)} and len(found) == 3
 
 
 def losses(run: Path) -> list[tuple]:

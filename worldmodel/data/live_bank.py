@@ -69,7 +69,8 @@ class LiveWindows:
         """What the first batch needs: embeddings of the sentences, the autoencoder, and the targets that are not cached, or with ``online``
         the ``teachers``."""
         self.maker.load()
-        self.maker.embed(_sentences(self.plan.jobs))
+        with as_in_commands(self.maker.device):
+            self.maker.embed(_sentences(self.plan.jobs))
         device = str(self.maker.device)
         if self.recipes and online:
             self.online = Teachers(teachers, device)

@@ -167,16 +167,16 @@ def _maker(job: _Job) -> TargetMaker:
 def _here(job: _Job, dataset: EpisodeSource, missing: Sequence[int], maker: TargetMaker) -> Iterator[int]:
     import torch
 
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # a training run may have chosen faster ones
-    try:
-        with ThreadPoolExecutor(max_workers=max(job.workers, 1)) as pool:
-            for index, prepared in _bounded_map(pool, lambda i: maker.prepare(dataset, i), missing, job.workers + 2):
-                path = shard_path(dataset, index, job.recipe, job.cache)
-                write_shard(path, maker.finish(prepared), job.recipe, prepared.content)
-                yield index
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    from .latent_maker import as_in_commands
+
+    device = torch.device(job.device)
+    with ThreadPoolExecutor(max_workers=max(job.workers, 1)) as pool:
+        for index, prepared in _bounded_map(pool, lambda i: maker.prepare(dataset, i), missing, job.workers + 2):
+            path = shard_path(dataset, index, job.recipe, job.cache)
+            with as_in_commands(device):
+                made = maker.finish(prepared)
+            write_shard(path, made, job.recipe, prepared.content)
+            yield index
 
 
 #: What a process of ``_with_processes`` keeps: its job, dataset and maker.
