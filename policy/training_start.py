@@ -154,7 +154,7 @@ def _large_banks(
         banks = open_datasets(config, device, physics, quiet=quiet)
     for bank in banks:
         if bank is not None:
-            bank.sentence_tokens = config.text_tokens
+            bank.pad_sentences(config.text_tokens)
     stored = initial_statistics(config)
     more = {} if quiet else {"look": _tell_clamped}
     made, heldout = latent_banks(*banks, config.normalization, config.policy.chunk, stored, **more)

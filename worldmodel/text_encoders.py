@@ -80,19 +80,31 @@ class UMT5Text:
     def cached(self, sentence: str) -> Tensor:
         """The same, read from the cache on disk (and put there first) every time: for more sentences than memory holds. Without ``store`` one
         that is not there is computed every time."""
-        text = clean(sentence)
-        key = hashlib.sha256(f"{self.fingerprint}\n{text}".encode()).hexdigest()[:32]
-        path = self.cache / f"{key}.safetensors"
-        if not self._keep and not path.is_file():
-            tokens, cut = self._encode(text)
-        else:
-            if not path.is_file():
-                self._store(path, text)
-            tokens, cut = self._load(path)
+        path = self._path(sentence)
+        tokens, cut = self._load(self.make(sentence)) if self._keep or path.is_file() else self._encode(clean(sentence))
         if cut:
+            text = clean(sentence)
             said = f"a prompt is {cut} tokens longer than the {self.max_tokens} that are read: {text[:60]!r}..."
             warnings.warn(said, stacklevel=3)
         return tokens
+
+    def length(self, sentence: str) -> int:
+        """Tokens of one sentence, as many as ``tokens`` gives; its embeddings are made first where they are not cached, and not read."""
+        from safetensors import safe_open
+
+        with safe_open(self.make(sentence), "pt") as file:
+            return int(file.get_slice("tokens_LD").get_shape()[0])
+
+    def make(self, sentence: str) -> Path:
+        """The file of a sentence in the cache, made where it is not there."""
+        path = self._path(sentence)
+        if not path.is_file():
+            self._store(path, clean(sentence))
+        return path
+
+    def _path(self, sentence: str) -> Path:
+        key = hashlib.sha256(f"{self.fingerprint}\n{clean(sentence)}".encode()).hexdigest()[:32]
+        return self.cache / f"{key}.safetensors"
 
     def release(self) -> None:
         """Let go of tokenizer and encoder; the next sentence that is not cached loads them again."""

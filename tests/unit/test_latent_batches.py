@@ -11,6 +11,7 @@ import torch
 
 import tiny_large
 from physisforcing.core.errors import DatasetError, UserError
+from physisforcing.worldmodel.data import latent_bank
 from physisforcing.worldmodel.data.latent_bank import EpochSampler, LatentBank
 from physisforcing.worldmodel.data.latent_shards import read_store, read_window, write_store
 from physisforcing.worldmodel.physics.config import PhysicsConfig
@@ -65,6 +66,22 @@ def test_a_batch_holds_what_the_store_holds(large_models):
         not without["select_BN"].any() and not without["token_mask_BFhw"].any() and batch["targets"]["select_BN"].any()
     )
     bank.close()
+
+
+def test_a_sentence_that_is_too_long_is_named_before_any_batch(large_models, monkeypatch):
+    """The sentences of the four episodes have 4 to 7 tokens."""
+    store = large_models["ti2v"][1]
+    bank = open_stores([store], 0, CPU, None)[0]
+    asked, length = [], latent_bank.sentence_length
+    monkeypatch.setattr(latent_bank, "sentence_length", lambda *window: asked.append(window) or length(*window))
+    monkeypatch.setattr(LatentBank, "_read", lambda *_: pytest.fail("lengths are told by headers"))
+    bank.pad_sentences(7)
+    assert bank.text_tokens == 7 and [window.episode for _, window in asked] == [0, 1, 2, 3], "each once"
+    message = (
+        r"data\.latents: got 'a sentence of 7 tokens, set0 episode 3 from step 0', wanted at most 6.*text_tokens=7"
+    )
+    with pytest.raises(UserError, match=message):
+        bank.pad_sentences(6)
 
 
 def test_the_next_batch_is_read_while_this_one_is_computed(large_models, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from physisforcing.core.video import write_mp4
 from physisforcing.worldmodel.data.latent_bank import LatentBank
 from physisforcing.worldmodel.data.latent_maker import LatentMaker
 from physisforcing.worldmodel.data.latents import LatentsCommand, make_latents
+from physisforcing.worldmodel.data.live_bank import LiveBank
 from physisforcing.worldmodel.data.target_maker import TargetMaker
 from physisforcing.worldmodel.teachers.selection import TeachersConfig
 from physisforcing.worldmodel.text_encoders import UMT5Text
@@ -125,7 +126,7 @@ def same(a, b) -> bool:
         ("cosmos3", "clips", SEEN, {"buckets": ["9x64x96", "9x96x64"], "fps": 5.0}),
     ],
 )
-def test_batches_are_those_of_a_store(models, tmp_path, request, kind, source, names, more):
+def test_batches_are_those_of_a_store(models, tmp_path, request, monkeypatch, kind, source, names, more):
     source = request.getfixturevalue(source)
     config = live(models[kind], source, tmp_path / "run", names, **more)
     wanted = prepare_banks(stored(config, tmp_path / "store", tmp_path / "other"), CPU)
@@ -138,7 +139,10 @@ def test_batches_are_those_of_a_store(models, tmp_path, request, kind, source, n
             assert other.info == bank.info and other.fingerprint == bank.fingerprint
             assert [other.name(row) for row in range(len(other))] == [bank.name(row) for row in range(len(bank))]
             assert torch.equal(other.sampler().rows(2, 7, 3), bank.sampler().rows(2, 7, 3))
-            assert other.text_tokens == bank.text_tokens and other.targets.identity == bank.targets.identity
+            with monkeypatch.context() as patched:
+                patched.setattr(LiveBank, "_read", lambda *_: pytest.fail("no picture is wanted for a sentence"))
+                assert other.text_tokens == bank.text_tokens
+            assert other.targets.identity == bank.targets.identity
             for rows in other.sampler().groups:
                 batch = bank.batch(rows)
                 selected += int(batch["targets"]["select_BN"].sum())
@@ -163,6 +167,12 @@ def test_each_window_of_a_batch_is_encoded_once_and_no_other(models, data, tmp_p
     assert len(encoded) == 2 and torch.equal(twice["latents_BCFhw"][0], twice["latents_BCFhw"][2])
     assert same(bank.batch(torch.tensor([0])), {k: v if v is None else v[1:2] for k, v in twice.items()})
     bank.close()
+    monkeypatch.setattr(UMT5Text, "_load", lambda *_: pytest.fail("lengths are told by headers"))
+    assert len(prepare_banks(config, CPU)[0]) == len(bank), "sentences that are there are not read at the start"
+    bank.pad_sentences(twice["text"][0].any(-1).sum().item())
+    assert torch.equal(twice["text"][:, : bank.text_tokens].any(-1), torch.ones(3, bank.text_tokens, dtype=torch.bool))
+    with pytest.raises(UserError, match=r"^data\.roots: got 'a sentence of \d+ tokens, data episode 0 .*text_tokens="):
+        bank.pad_sentences(bank.text_tokens - 1)
 
 
 def test_encoders_and_teachers_compute_as_in_commands_whatever_a_run_chose(models, data, tmp_path, monkeypatch):

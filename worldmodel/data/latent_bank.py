@@ -22,7 +22,7 @@ from physisforcing.core.errors import DatasetError, UserError
 from ..physics.config import PhysicsConfig
 from .batches import step_generator
 from .latent_actions import ACTION, STATE, RecordedActions, read_actions
-from .latent_shards import LatentWindow, StoreInfo, read_window
+from .latent_shards import LatentWindow, StoreInfo, read_window, sentence_length
 from .target_shards import EpisodeTargets, TargetRecipe, open_shard
 from .window_targets import check_recipe, reduce_shard
 
@@ -77,7 +77,7 @@ class StoreTargets:
 class LatentBank:
     """``windows``: (store, window), a row each. ``physics``: None where a run has no physics losses. ``ahead``: threads that read.
 
-    ``close`` ends them. ``sentence_tokens``: what a Wan sentence is padded to.
+    ``close`` ends them. ``sentence_tokens``: what a Wan sentence is padded to (``pad_sentences``).
     """
 
     info: StoreInfo
@@ -87,6 +87,8 @@ class LatentBank:
     ahead: int = 4
     sentence_tokens: int = WAN_TOKENS
     targets: StoreTargets | None = None
+    #: The setting that names the windows.
+    SETTING: ClassVar[str] = "data.latents"
     #: What to do where targets are missing.
     AGAIN: ClassVar[str] = "physis data latents again, or copy the whole store"
     _lenders: dict[tuple[int, ...], int] = field(default_factory=dict)
@@ -136,12 +138,30 @@ class LatentBank:
                 self._lender(shape)
         return EpochSampler(groups=[torch.tensor(rows) for _, rows in sorted(groups.items())])
 
+    def pad_sentences(self, tokens: int) -> None:
+        """Pad Wan sentences to so many ``tokens``, the setting ``text_tokens`` of a policy. ``UserError`` for a longer one: of each only the length
+        is read."""
+        if self.info.kind == "wan":
+            once = {window.caption: row for row, (_, window) in reversed(list(enumerate(self.windows)))}
+            for row in sorted(once.values()):
+                self._check_sentence(self._sentence_length(row), tokens, self.name(row))
+        self.sentence_tokens = tokens
+
+    def _check_sentence(self, found: int, tokens: int, name: str) -> None:
+        if found > tokens:
+            got, wanted = f"a sentence of {found} tokens, {name}", f"at most {tokens}"
+            raise UserError(
+                self.SETTING, got=got, wanted=wanted, fix=f"a shorter one, or text_tokens={found} of a policy"
+            )
+
+    def _sentence_length(self, row: int) -> int:
+        """Tokens of a window's sentence, without those that it is padded by."""
+        return sentence_length(*self.windows[row])
+
     @property
     def text_tokens(self) -> int:
         """Tokens of a sentence as the blocks read it; of Cosmos3 those of the first window's."""
-        if self.info.kind == "wan":
-            return self.sentence_tokens
-        return len(self._read(0)["text_L"])
+        return self.sentence_tokens if self.info.kind == "wan" else self._sentence_length(0)
 
     def latent_shape(self, rows_B: Tensor) -> tuple[int, ...]:
         """[B,C,F,h,w] of the latents of rows of one shape."""
@@ -177,7 +197,7 @@ class LatentBank:
         made["latents_BCFhw"] = self._stack([sample["latents_CFhw"] for sample in samples]).float()
         if "condition_CFhw" in samples[0]:
             made["condition_BCFhw"] = self._stack([sample["condition_CFhw"] for sample in samples])
-        made["text"] = self._text(samples)
+        made["text"] = self._text(rows, samples)
         if self.targets is not None:
             names = samples[0]["targets"]
             made["targets"] = {name: self._stack([sample["targets"][name][0] for sample in samples]) for name in names}
@@ -209,21 +229,14 @@ class LatentBank:
             return whole
         return whole.pin_memory().to(self.device, non_blocking=True)
 
-    def _text(self, samples: Sequence[Mapping[str, Any]]) -> Tensor:
+    def _text(self, rows: Sequence[int], samples: Sequence[Mapping[str, Any]]) -> Tensor:
         """Embeddings [B,512,D] with zeros behind the sentence (``sentence_tokens``), or ids [B,L] with -1 behind it."""
         if self.info.kind == "cosmos3":
             ids = [sample["text_L"] for sample in samples]
             return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1).to(self.device)
         first = samples[0]["text_LD"]
-        longest = max(len(sample["text_LD"]) for sample in samples)
-        if longest > self.sentence_tokens:
-            wanted = f"at most {self.sentence_tokens}"
-            raise UserError(
-                "data.latents",
-                got=f"a sentence of {longest} tokens",
-                wanted=wanted,
-                fix=f"a shorter one, or for a policy text_tokens={longest}",
-            )
+        for row, sample in zip(rows, samples, strict=True):
+            self._check_sentence(len(sample["text_LD"]), self.sentence_tokens, self.name(row))
         text = torch.zeros(len(samples), self.sentence_tokens, first.shape[1], dtype=first.dtype, device=self.device)
         for row, sample in enumerate(samples):
             text[row, : len(sample["text_LD"])] = sample["text_LD"].to(self.device, non_blocking=True)

@@ -99,6 +99,12 @@ class LatentMaker:
                 return {"text_L": self.text.batch([sentence], fps=fps, **size)[0]}
         return {"text_LD": (self.text.tokens if keep else self.text.cached)(sentence).to(self.dtype)}
 
+    def sentence_length(self, sentence: str, bucket: Bucket, fps: float) -> int:
+        """Tokens of what ``sentence`` gives."""
+        if isinstance(self.text, UMT5Text):
+            return self.text.length(sentence)
+        return len(self.sentence(sentence, bucket, fps)["text_L"])
+
     def embed(self, sentences: Iterable[str]) -> None:
         """Put embeddings of all ``sentences`` into the cache on disk. The encoder stays on the device meanwhile, and nowhere after it."""
         if isinstance(self.text, CosmosText):
@@ -106,7 +112,7 @@ class LatentMaker:
         self._stays = True
         try:
             for sentence in sentences:
-                self.text.cached(sentence)
+                self.text.make(sentence)
         finally:
             self._stays = False
             self.text.release()

@@ -15,12 +15,13 @@ autoencoder), of a backbone with conditioning channels also ``condition_WCFhw`` 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -150,29 +151,40 @@ def read_window(folder: Path, window: LatentWindow) -> dict[str, Tensor]:
 
     ``DatasetError`` for a shard that is missing, damaged or not the window's. Its checksum is compared once a process.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / window.shard
-    fix = "delete it and run physis data latents again"
-    if not path.is_file():
-        raise DatasetError(f"latents of {window.name}", got="none", wanted=str(path), fix=fix.split(" and ")[1])
-    try:
-        check_shard(path)
-        found = {}
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                whole = file.get_slice(name)
-                stem, axes = name.split("_")
-                found[name if axes[0] != "W" else f"{stem}_{axes[1:]}"] = (
-                    whole[window.row] if axes[0] == "W" else whole[:]
-                )
+    found = {}
+    with _opened(folder, window) as file:
+        check_shard(folder / window.shard)
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            whole = file.get_slice(name)
+            stem, axes = name.split("_")
+            found[name if axes[0] != "W" else f"{stem}_{axes[1:]}"] = whole[window.row] if axes[0] == "W" else whole[:]
         if tuple(found["latents_CFhw"].shape) != window.shape:
             raise ValueError(f"latents of shape {list(found['latents_CFhw'].shape)}, not {list(window.shape)}")
-    except (SafetensorError, ValueError, KeyError, IndexError, OSError) as error:
-        raise DatasetError(
-            f"latents of {window.name}", got=f"{path}: {error}", wanted="a whole shard", fix=fix
-        ) from error
     return found
+
+
+def sentence_length(folder: Path, window: LatentWindow) -> int:
+    """Tokens of the sentence of a window, by the header of its shard alone. ``DatasetError`` as ``read_window``."""
+    with _opened(folder, window) as file:
+        name = "text_LD" if "text_LD" in file.keys() else "text_L"  # noqa: SIM118 (not a dict)
+        return int(file.get_slice(name).get_shape()[0])
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, window: LatentWindow) -> Iterator[Any]:
+    """The shard of a window. ``DatasetError`` where it is missing, and where what is done with it shows that it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    path, again = folder / window.shard, "run physis data latents again"
+    name = f"latents of {window.name}"
+    if not path.is_file():
+        raise DatasetError(name, got="none", wanted=str(path), fix=again)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, ValueError, KeyError, IndexError, OSError) as error:
+        fix = f"delete it and {again}"
+        raise DatasetError(name, got=f"{path}: {error}", wanted="a whole shard", fix=fix) from error
 
 
 def check_shard(path: Path) -> None:

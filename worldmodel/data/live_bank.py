@@ -95,6 +95,7 @@ class LiveWindows:
 class LiveBank(LatentBank):
     """``LatentBank`` over ``live``: ``windows`` say where each was cut out."""
 
+    SETTING: ClassVar[str] = "data.roots"
     AGAIN: ClassVar[str] = "run.resume=true, which makes the targets that are missing first"
     live: LiveWindows
 
@@ -109,6 +110,9 @@ class LiveBank(LatentBank):
         if self.device.type == "cuda":
             frames = frames.pin_memory()  # else the copy would wait for the update under way
         return {"frames_THWC": frames} | live.maker.sentence(window.caption, job.bucket, self.info.fps, keep=False)
+
+    def _sentence_length(self, row: int) -> int:
+        return self.live.maker.sentence_length(self.windows[row][1].caption, self._job(row).bucket, self.info.fps)
 
     def _load(self, row: int) -> dict[str, Any]:
         if self.live.online is None:
