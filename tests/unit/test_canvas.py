@@ -48,7 +48,6 @@ def test_resizing_is_the_antialiased_triangle_filter() -> None:
         {"image": np.kron(picture[:224, :224], np.ones((1, 1, 1), np.uint8)), "wrist_image": flat(224, 224, 0)},
     )
     assert np.array_equal(made[:, :224], picture[:224, :224]), "the right size already: untouched"
-    small = compose("libero", {"image": picture[:336, :336], "wrist_image": flat(224, 224, 0)})[:, :224].astype(float)
 
     def weights(count: int, size: int) -> np.ndarray:
         scale = count / size
@@ -56,8 +55,13 @@ def test_resizing_is_the_antialiased_triangle_filter() -> None:
         table = np.clip(1 - np.abs((np.arange(count) + 0.5 - at[:, None]) / scale), 0, None)
         return table / table.sum(1, keepdims=True)
 
-    wanted = np.einsum("rh,cw,hwk->rck", weights(336, 224), weights(336, 224), picture[:336, :336].astype(float))
-    assert np.abs(small - wanted).max() <= 1.0
+    for side in (336, 448):
+        some = picture[:side, :side]
+        small = compose("libero", {"image": some, "wrist_image": flat(224, 224, 0)})[:, :224].astype(float)
+        wanted = np.einsum("rh,cw,hwk->rck", weights(side, 224), weights(side, 224), some.astype(float), optimize=True)
+        assert np.abs(small - wanted).max() <= 1.0
+        if side == 448:
+            assert np.abs(small - resize_area(some)).max() > 20, "also of exactly twice the size no mean of four pixels"
 
 
 def test_the_small_models_see_what_their_windows_show() -> None:

@@ -83,18 +83,16 @@ def compose(name: str, pictures: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.
             raise UserError(
                 f"images.{layout.names[0]}", got=list(picture.shape[:2]), wanted=wanted, fix="record it at that size"
             )
-        return _resized(picture, (height, width))
-    canvas = np.zeros((layout.height, layout.width, 3), dtype=np.uint8)
-    for camera, (top, left, height, width) in zip(layout.names, layout.tiles, strict=True):
-        canvas[top : top + height, left : left + width] = _resized(pictures[cameras[camera]], (height, width))
-    return canvas
+        return (
+            picture if picture.shape[:2] == (height, width) else resize_area(picture)
+        )  # as the small models' windows are made
+    sizes = dict(zip(layout.names, layout.tiles, strict=True))
+    return layout.compose({name: _resized(pictures[alias], sizes[name][2:]) for name, alias in cameras.items()})
 
 
 def _resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     if picture.shape[:2] == size:
         return picture
-    if picture.shape[:2] == (2 * size[0], 2 * size[1]):
-        return resize_area(picture)  # as the small models' windows are made
     from PIL import Image
 
     return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize(size[::-1], Image.Resampling.BILINEAR))
