@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 
 from physisforcing.core.episodes import EpisodeSource
 from physisforcing.core.errors import UserError
+from physisforcing.worldmodel.data import canvas
 from physisforcing.worldmodel.data.canvas import compose
 from physisforcing.worldmodel.data.latent_settings import WindowSettings
+from physisforcing.worldmodel.data.latent_shards import StoreInfo, check_same
 from physisforcing.worldmodel.data.latent_sources import CanvasEpisodes
 from physisforcing.worldmodel.data.windows import resize_area
 
@@ -120,6 +123,30 @@ def test_a_dataset_with_three_cameras_is_seen_as_one_picture_and_decodes_what_is
     assert seen.content_hash(0) != CanvasEpisodes(Cameras("image", "wrist_image"), "libero").content_hash(0)
     with pytest.raises(UserError, match=r"canvas.*right_wrist"):
         CanvasEpisodes(Cameras("head", "left_wrist"), "robotwin")
+
+
+@pytest.mark.parametrize("changed", ["layout", "version", "camera"])
+def test_what_changes_the_pixels_of_a_canvas_changes_what_its_episodes_are(monkeypatch, changed: str) -> None:
+    source = Cameras("image", "agentview", "wrist_image")
+    before = CanvasEpisodes(source, "libero").content_hash(0)
+    monkeypatch.setitem(canvas.ALIASES, "head", (*canvas.ALIASES["head"], "another"))
+    assert CanvasEpisodes(source, "libero").content_hash(0) == before, "nothing that it shows"
+    if changed == "layout":
+        tiles = ((0, 224, 224, 224), (0, 0, 224, 224))
+        monkeypatch.setitem(canvas.CANVASES, "libero", dataclasses.replace(canvas.CANVASES["libero"], tiles=tiles))
+    elif changed == "version":
+        monkeypatch.setattr(canvas, "VERSION", canvas.VERSION + 1)
+    else:
+        monkeypatch.setitem(canvas.ALIASES, "image", ("agentview", "image"))
+    assert CanvasEpisodes(source, "libero").content_hash(0) != before
+
+
+def test_a_store_of_another_version_of_a_canvas_is_not_mixed_with_new_ones() -> None:
+    options = {"kind": "wan", "latents": "a", "text": "b", "channels": 8, "stride": (4, 16, 16), "conditioned": False}
+    new, old = (StoreInfo(**options, fps=12.5, canvas="libero", canvas_digest=one) for one in ("0123", ""))
+    assert check_same({Path("new"): new, Path("another"): new}) == new
+    with pytest.raises(UserError, match=r"canvas_digest of old: got '', wanted '0123'.*again"):
+        check_same({Path("new"): new, Path("old"): old})
 
 
 def test_settings_of_a_canvas_are_checked() -> None:

@@ -6,6 +6,7 @@ in integers: the same bytes on every machine, unlike torch's and OpenCV's, whose
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -27,6 +28,8 @@ CANVASES = {
         names=("image", "wrist_image"), height=224, width=448, tiles=((0, 0, 224, 224), (0, 224, 224, 224)),
     ),
 }  # fmt: skip
+#: Of how pictures are resized: another one where the same cameras give other pixels.
+VERSION = 2
 #: What others call the cameras of a canvas; the first name that a dataset or an observation has is taken.
 ALIASES = {
     "head": ("head", "cam_high", "head_camera", "cam_head"),
@@ -42,6 +45,11 @@ def canvas_layout(name: str) -> ViewLayout:
     if name not in CANVASES:
         raise unknown_name("canvas", name, CANVASES, see="docs/policy.md")
     return CANVASES[name]
+
+
+def canvas_digest(name: str) -> str:
+    """12 hex digits of what a canvas makes of the pictures of its cameras: where they stand and how they are resized."""
+    return hashlib.sha256(f"{canvas_layout(name)!r} {VERSION}".encode()).hexdigest()[:12]
 
 
 def canvas_cameras(name: str, known: Mapping[str, object] | tuple[str, ...] | list[str]) -> dict[str, str]:

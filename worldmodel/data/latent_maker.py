@@ -23,6 +23,7 @@ from ..pipeline_vae import PipelineVae, load_vae
 from ..storage import latents_fingerprint
 from ..text_encoders import CosmosText, UMT5Text, file_hashes
 from .buckets import Bucket
+from .canvas import canvas_digest
 from .latent_shards import StoreInfo
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -55,7 +56,7 @@ class LatentMaker:
         return StoreInfo(
             kind="cosmos3" if found.cosmos else "wan", latents=self.latents, text=self._text_fingerprint(),
             channels=found.channels, stride=found.stride, conditioned=found.conditioned, fps=fps, teachers=teachers,
-            canvas=canvas,
+            canvas=canvas, canvas_digest=canvas_digest(canvas) if canvas else "",
         )  # fmt: skip
 
     def shard_name(

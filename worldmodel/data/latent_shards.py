@@ -45,7 +45,7 @@ class StoreInfo:
     ``kind``: one of ``KINDS``. ``latents``, ``text``: fingerprints of the autoencoder (``storage.latents_fingerprint``) and of what read
     the sentences. ``channels``, ``stride``: of the latents. ``conditioned``: whether there are latents of the first picture and grey.
     ``fps``: frames a second of the videos. ``teachers``: who made the targets, by kind, or None where there are none. ``canvas``: how several
-    cameras became one picture (``canvas.py``), "" where one camera is seen.
+    cameras became one picture (``canvas.py``), "" where one camera is seen; ``canvas_digest``: what that canvas did then.
     """
 
     kind: str
@@ -57,6 +57,7 @@ class StoreInfo:
     fps: float
     teachers: dict[str, Any] | None = None
     canvas: str = ""
+    canvas_digest: str = ""
 
     def __post_init__(self) -> None:
         self.stride = (int(self.stride[0]), int(self.stride[1]), int(self.stride[2]))
@@ -219,9 +220,11 @@ def check_same(stores: Mapping[Path, StoreInfo]) -> StoreInfo:
     """What several stores share. ``UserError`` names the first that differs in what a run needs to be one."""
     (first, info), *others = stores.items()
     for folder, other in others:
-        for name in ("kind", "latents", "text", "channels", "stride", "conditioned", "fps", "teachers", "canvas"):
+        for name in (item.name for item in fields(StoreInfo)):
             if getattr(other, name) != getattr(info, name):
                 fix = "make them with the same model=, fps=, teacher= and canvas="
+                if name == "canvas_digest":
+                    fix = "make the older one again: its canvas was put together in another way"
                 wanted = f"{getattr(info, name)!r}, as in {first}"
                 raise UserError(f"data.latents: {name} of {folder}", got=getattr(other, name), wanted=wanted, fix=fix)
     return info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.lerobot_format import HEAD, EpisodeInfo
 from physisforcing.core.readers import open_dataset
 
-from .canvas import canvas_cameras, canvas_layout, compose
+from .canvas import canvas_cameras, canvas_digest, canvas_layout, compose
 from .clips.decode import Span, cover, sample
 from .clips.manifest import NAME, ClipManifest
 
@@ -100,7 +101,9 @@ class CanvasEpisodes(EpisodeSource):
         keys = {key.removeprefix(CAMERA): key for key in source.video_keys}
         layout = canvas_layout(canvas)
         self.source, self.canvas = source, canvas
-        self._keys = {name: keys[name] for name in canvas_cameras(canvas, keys).values()}
+        cameras = canvas_cameras(canvas, keys)
+        self._keys = {name: keys[name] for name in cameras.values()}
+        self._seen = f"canvas {canvas_digest(canvas)} of {json.dumps(cameras)}"
         self.root, self.info, self.fps = source.root, source.info, source.fps
         self.tasks, self.episodes, self.layout = source.tasks, source.episodes, source.layout
         self.features = {HEAD: {"dtype": "video", "shape": [layout.height, layout.width, 3], "names": None}}
@@ -116,8 +119,8 @@ class CanvasEpisodes(EpisodeSource):
         return np.stack([compose(self.canvas, {name: rows[k] for name, rows in shown.items()}) for k in range(count)])
 
     def content_hash(self, index: int) -> str:
-        """Of what the source holds, and the canvas."""
-        return hashlib.sha256(f"{self.source.content_hash(index)} canvas {self.canvas}".encode()).hexdigest()
+        """Of what the source holds, what the canvas makes of pictures, and which camera is which."""
+        return hashlib.sha256(f"{self.source.content_hash(index)} {self._seen}".encode()).hexdigest()
 
 
 def open_source(root: str | Path, fps: float, canvas: str = "") -> EpisodeSource:
