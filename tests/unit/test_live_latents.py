@@ -31,6 +31,7 @@ from physisforcing.worldmodel.text_encoders import UMT5Text
 from physisforcing.worldmodel.training.banks import prepare_banks
 from physisforcing.worldmodel.training.config import TrainWorldModelConfig
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
+from ranks import fork
 
 _other = importlib.util.spec_from_file_location("targets_of_boxes", Path(__file__).with_name("test_targets.py"))
 assert _other is not None and _other.loader is not None
@@ -221,8 +222,7 @@ def test_a_run_equals_that_of_a_store_also_killed_and_continued_with_either(mode
     wanted = load_file(train_world_model(reference) / "physics_heads.safetensors")
     assert len(losses(tmp_path / "stored")) == 4 + 3
     capfd.readouterr()
-    if (child := os.fork()) == 0:
-        kill_itself(config)
+    child = fork(lambda: kill_itself(config), "the copy")
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert "data.roots: 5 windows\n  left out, too short: 1" in capfd.readouterr().err
     run = tmp_path / "live"
@@ -249,12 +249,8 @@ def kill_itself(config: TrainWorldModelConfig) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return made
 
-    try:
-        torch.set_num_threads(torch.get_num_threads())  # before there are other threads, as in ``ranks.fork``
-        Trainer.step = dies  # type: ignore[method-assign]
-        train_world_model(config)
-    finally:
-        os._exit(1)
+    Trainer.step = dies  # type: ignore[method-assign]
+    train_world_model(config)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +275,29 @@ def test_what_does_not_go_together_is_refused(models, data, tmp_path, change, er
     change(config)
     with pytest.raises(error, match=message):
         train_world_model(config)
+
+
+def test_only_the_tasks_that_are_asked_for_are_prepared(models, data, tmp_path):
+    other = tmp_path / "other"
+    writer = boxes.LeRobotWriter(other, boxes.robot_features([f"joint{i}" for i in range(14)]), robot_type="boxes")
+    add = writer.add_episode
+    writer.add_episode = lambda **given: add(**given | {"task_name": "spheres", "instruction": "roll them"})
+    boxes._add(writer, boxes.scene.make_truth(frames=17), 9)
+    writer.finalize()
+    shutil.rmtree(other / "ground_truth")
+    config = live(models["ti2v"], data, tmp_path / "run")
+    config.data.heldout = 0
+    alone = prepare_banks(config, CPU)[0].fingerprint
+    shutil.rmtree(tmp_path / "text")
+    config.data.roots.append(str(other))
+    with pytest.raises(DatasetError, match=r"ground truth of episode 0: got 'none'"):
+        prepare_banks(config, CPU)
+    config.data.tasks = ["boxes"]
+    assert prepare_banks(config, CPU)[0].fingerprint == alone
+    assert len(list((tmp_path / "text").iterdir())) == 1, "no sentence of the other task"
+    config.data.tasks = ["sphere"]
+    with pytest.raises(UserError, match=r"data\.tasks: got 'sphere'.*did you mean 'spheres'"):
+        prepare_banks(config, CPU)
 
 
 def test_data_without_truth_or_of_another_rate_is_refused(models, data, clips, tmp_path):

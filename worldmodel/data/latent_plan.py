@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from physisforcing.core.errors import UserError
+from physisforcing.core.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from physisforcing.core.episodes import EpisodeSource
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .latent_settings import WindowSettings
     from .latent_shards import LatentWindow, StoreInfo
 
+T = TypeVar("T")
 #: Rates that differ by less are one: datasets round theirs.
 RATE_TOLERANCE = 0.01
 
@@ -33,6 +34,16 @@ class Job:
     camera: str
     content: str
     shard: str
+
+    @property
+    def task(self) -> str:
+        """The name of its episode's task, "" where none is known."""
+        return self.source.episode(self.index).task_name
+
+    @property
+    def name(self) -> str:
+        """What its episode is called in messages."""
+        return f"{Path(self.source.root).name} episode {self.index}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,10 +132,27 @@ def job_windows(job: Job, info: StoreInfo, targets: str, actions: str = "") -> l
             shard=job.shard, row=row, shape=shape, caption=job.source.episode(job.index).instruction,
             source=Path(job.source.root).name, episode=job.index, start=start, targets=targets,
             target_row=row if targets else -1, content=job.content[:32],
-            actions=actions, task=job.source.episode(job.index).task_name,
+            actions=actions, task=job.task,
         )
         for row, start in enumerate(job.starts)
     ]  # fmt: skip
+
+
+def of_tasks(items: Sequence[T], tasks: Sequence[str], known_as: Callable[[T], tuple[str, str]]) -> list[T]:
+    """The windows or episodes of these tasks, all where no task is named. ``known_as``: -> (the name of its task, "" for none; what it is
+    called). ``UserError`` for a task of which there are none, and for something whose task nobody knows."""
+    if not tasks:
+        return list(items)
+    found = [known_as(item) for item in items]
+    if unknown := [name for task, name in found if not task]:
+        fix = "leave data.tasks out, or physis data latents again for a store that was made before it knew its tasks"
+        got, wanted = f"{unknown[0]} of no known task", "windows that know their tasks"
+        raise UserError("data.tasks", got=got, wanted=wanted, fix=fix)
+    known = {task for task, _ in found}
+    for task in tasks:
+        if task not in known:
+            raise unknown_name("data.tasks", task, known, see="physis data inspect")
+    return [item for item, (task, _) in zip(items, found, strict=True) if task in tasks]
 
 
 def told(left_out: Mapping[str, Sequence[str]], repeating: Sequence[str]) -> Iterator[str]:

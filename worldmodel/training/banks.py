@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from physisforcing.core.errors import UserError, unknown_name
+from physisforcing.core.errors import UserError
 
 from ..codec import VideoCodec, load_codec
 from ..data.batches import BankTargets, OnlineTargets, WindowBank, build_bank
 from ..data.latent_bank import LatentBank
-from ..data.latent_plan import told
+from ..data.latent_plan import of_tasks, told
 from ..data.latent_settings import WindowSettings
 from ..data.latent_shards import LatentWindow, check_same, read_store
 from ..data.live_bank import LiveBank, LiveWindows
@@ -113,7 +113,8 @@ def open_stores(
     windows = [(folder, window) for folder, (_, some) in stores.items() for window in some]
     if not windows:
         raise UserError("data.latents", got="stores without windows", wanted="windows", fix="see physis data latents")
-    parts = _split(of_tasks(windows, tasks), heldout)
+    windows = of_tasks(windows, tasks, lambda placed: (placed[1].task, placed[1].name))
+    parts = _split(windows, heldout)
     options: dict[str, Any] = {"info": info, "device": device, "physics": physics, "ahead": ahead}
     training = LatentBank(windows=parts[0], **options)
     if parts[1] and physics is not None:
@@ -130,9 +131,9 @@ def open_datasets(
     with _named_as_here():
         live = LiveWindows.planned(
             data.roots, data.live, Path(config.model), device, teachers=config.teacher if physics else None,
-            cache=targets, text_cache=text,
+            cache=targets, text_cache=text, tasks=data.tasks,
         )  # fmt: skip
-    windows = of_tasks(live.windows(), data.tasks)
+    windows = live.windows()
     parts = _split(windows, data.heldout)
     if not quiet:
         lines = [f"data.roots: {len(windows)} windows", *told(live.plan.left_out, live.plan.repeating)]
@@ -164,22 +165,6 @@ def _split(windows: Sequence[Placed], heldout: int) -> tuple[list[Placed], list[
     """-> (windows of some episodes, those of ``heldout`` others)."""
     rest, kept = split_heldout(_episodes(windows), heldout)
     return [windows[row] for rows in rest for row in rows], [windows[row] for rows in kept for row in rows]
-
-
-def of_tasks(windows: Sequence[Placed], tasks: Sequence[str]) -> list[Placed]:
-    """The windows of these tasks, of all where there are none. ``UserError`` for a task of which there are none."""
-    if not tasks:
-        return list(windows)
-    known = sorted({window.task for _, window in windows})
-    if "" in known:
-        unknown = next(window for _, window in windows if not window.task)
-        got, fix = f"{unknown.source} episode {unknown.episode} of no known task", "leave data.tasks out"
-        fix += ", or physis data latents again for a store that was made before it knew its tasks"
-        raise UserError("data.tasks", got=got, wanted="windows that know their tasks", fix=fix)
-    for task in tasks:
-        if task not in known:
-            raise unknown_name("data.tasks", task, known, see="physis data inspect")
-    return [(place, window) for place, window in windows if window.task in tasks]
 
 
 def _check_heldout(windows: Sequence[Placed]) -> None:
