@@ -9,7 +9,8 @@ A step is forward, backward and AdamW, as `physis train worldmodel` makes it: ad
 480x640 pixels, one sample. Row: model, what is trained, activation checkpointing, pixel frames. Without --eager blocks are compiled.
 
 ``value`` is what PyTorch's allocator had at most in tensors. A card fits if what it had reserved at most, with the CUDA context (measured),
-is no more than the card has (what other processes hold there counts as context: run it alone); --limit-gib tries a limit out, where the allocator gives back what lies unused before it fails.
+is no more than the card has; --limit-gib tries a limit out, where the allocator gives back what lies unused before it fails. What others hold
+on the card when the script starts is no context and stands in the rows (`others_gib`); what they take or give back meanwhile counts as context.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -205,11 +208,24 @@ def run(case: Case, options: argparse.Namespace) -> tuple[float | None, dict[str
     if not gpu:
         return None, found | {"skipped": "memory needs a GPU"}
     free, total = torch.cuda.mem_get_info()
-    context = max(0, total - free - torch.cuda.memory_reserved())
-    reserved = torch.cuda.max_memory_reserved()
-    found |= {"reserved_gib": round(reserved / 2**30, 2), "context_gib": round(context / 2**30, 2)}
-    found["fits_gb"] = [card for card, mib in CARDS.items() if reserved + context <= mib * 2**20]
+    context = max(0, total - free - torch.cuda.memory_reserved() - options.others)
+    found |= {"others_gib": round(options.others / 2**30, 2), **fitting(torch.cuda.max_memory_reserved(), context)}
     return torch.cuda.max_memory_allocated() / 2**30, found
+
+
+def fitting(reserved: int, context: int) -> dict[str, Any]:
+    """What a line says of bytes that the allocator had reserved at most and of those of the context: the cards that have both."""
+    fits = [card for card, mib in CARDS.items() if reserved + context <= mib * 2**20]
+    return {"reserved_gib": round(reserved / 2**30, 2), "context_gib": round(context / 2**30, 2), "fits_gb": fits}
+
+
+def held_by_others() -> int:
+    """Bytes in use on the card before this process has a context there, by nvidia-smi; the driver's own share, which no process can have, is
+    none of them."""
+    assert not torch.cuda.is_initialized(), "its own context would be counted"
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    asked = ["nvidia-smi", f"--id={card}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(asked, check=True, capture_output=True, text=True).stdout) * 2**20
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -223,6 +239,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for name in options.only:
         if name not in CASES:
             parser.error(f"--only {name}: one of {', '.join(CASES)}")
+    options.others = 0 if options.tiny else held_by_others()
     if options.limit_gib and not options.tiny:
         torch.cuda.set_per_process_memory_fraction(
             options.limit_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory

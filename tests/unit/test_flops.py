@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -90,21 +91,22 @@ def test_the_large_models_cost_what_is_known_of_them(config, channels, size, for
     assert frozen == pytest.approx(3 * attention + 2 * (forward - attention), rel=0.03)
 
 
-def test_steps_of_generation_are_counted_so_in_the_results(repository):
+def test_results_are_gathered_as_they_were_measured(repository):
     place = importlib.util.spec_from_file_location("gathering", repository / "docs" / "results" / "large_training.py")
     module = importlib.util.module_from_spec(place)
     place.loader.exec_module(module)
-    line = {
-        "claim": "training/generate_5b/plain/step_ms",
-        "value": 100.0,
-        "hardware": "NVIDIA H100 80GB HBM3",
+    stored = json.loads(module.DATA.read_text())
+    assert (
+        module.gathered(stored, []) == stored
+        and module.page(module.PAGE.read_text(), stored) == module.PAGE.read_text()
+    )
+    new = {
+        "claim": "training/memory/5b",
+        "value": 1.5,
+        "hardware": "NVIDIA H200",
         "command": "c",
+        "against": {"fits_gb": [24]},
     }
-    rows = [line | {"against": {"tflop": tflop}} for tflop in (23.7, 71.1, 142.3)]
-    for row, samples in zip(rows, (1, 1, 2), strict=True):
-        (found,) = module.gathered([], [row])
-        assert found["claim"] == "training/generate_5b/h100/plain/step_ms"
-        assert found["against"] == {"tflop": round(71.138 * samples, 2), "mfu_pct": round(71.93 * samples, 2)}
-        assert module.gathered([found], []) == [found]
-    other = line | {"claim": "training/pf_wan_5b/h100/plain/step_ms", "against": {"tflop": 213.4, "mfu_pct": 1.0}}
-    assert module.gathered([other], []) == [other]
+    known = new | {"claim": "training/memory/h200/5b", "value": 2.0}
+    other = new | {"claim": "training/memory/h100/5b", "value": 3.0}
+    assert module.gathered([known, other], [new]) == [other, new | {"claim": "training/memory/h200/5b"}]

@@ -134,6 +134,41 @@ def test_rows_of_variants_and_of_passes_are_written(benchmarks, tmp_path):
         assert line["against"]["relative_difference"] < 0.02  # bfloat16
 
 
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("triton_poi_fused__scaled_dot_product_flash_attention_mul_0", "fused"),
+        ("triton_red_fused__to_copy_addmm_native_layer_norm_3", "fused"),
+        ("triton_tem_fused_addmm_gelu_7", "matrix_products"),
+        ("triton_tem_fused__scaled_dot_product_attention_mm_t_2", "matrix_products"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 64>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_bias_TNT", "matrix_products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix_products"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", "other"),
+    ],
+)
+def test_kernels_are_told_by_their_names(benchmarks, kernel, kind):
+    from paper_generate import kind_of
+
+    assert kind_of(kernel) == kind
+
+
+def test_what_others_hold_on_a_card_is_no_context(benchmarks, tmp_path, monkeypatch):
+    import paper_memory
+
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\ntest "$1" = --id=GPU-7 && test "$2" = --query-gpu=memory.used && echo 1536\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7,GPU-8")
+    assert paper_memory.held_by_others() == 1536 * 2**20
+    reserved = (24564 - 288) * 2**20
+    found = paper_memory.fitting(reserved, 289 * 2**20)
+    assert found == {"reserved_gib": 23.71, "context_gib": 0.28, "fits_gb": [48, 80, 141]}
+    assert paper_memory.fitting(reserved, 288 * 2**20)["fits_gb"] == [24, 48, 80, 141]
+
+
 def test_memory_and_seconds_of_clips_are_written(benchmarks, tmp_path):
     import paper_clips
     import paper_memory
