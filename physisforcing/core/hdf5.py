@@ -7,7 +7,6 @@ with a comment ``XPL-RGB1``. Both come back as RGB here.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .digests import file_sha256
 from .episodes import EpisodeSource
 from .errors import DatasetError, UserError, unknown_name
 from .lerobot_format import HEAD, INDEX_FEATURES, EpisodeInfo, video_feature
@@ -122,10 +122,7 @@ class Hdf5Dataset(EpisodeSource):
     def content_hash(self, index: int) -> str:
         self.episode(index)
         one = self._found[index]
-        digest = hashlib.sha256(f"{self._channels}|{one.instruction}|{one.fps}|".encode())
-        digest.update(one.kept.tobytes())
-        digest.update(one.path.read_bytes())
-        return digest.hexdigest()
+        return file_sha256(one.path, f"{self._channels}|{one.instruction}|{one.fps}|".encode() + one.kept.tobytes())
 
     def columns(self, index: int) -> dict[str, NDArray[Any]]:
         episode, one = self.episode(index), self._found[index]

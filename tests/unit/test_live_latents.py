@@ -19,8 +19,11 @@ from safetensors.torch import load_file
 import drawn_clips
 import tiny_paper
 from physisforcing import cli
+from physisforcing.core import ground_truth
 from physisforcing.core.errors import DatasetError, UserError
+from physisforcing.core.lerobot import LeRobotDataset
 from physisforcing.core.video import write_mp4
+from physisforcing.worldmodel.data import target_maker
 from physisforcing.worldmodel.data.latent_bank import LatentBank
 from physisforcing.worldmodel.data.latent_maker import LatentMaker
 from physisforcing.worldmodel.data.latents import LatentsCommand, make_latents
@@ -208,6 +211,29 @@ def test_encoders_and_teachers_compute_as_in_commands_whatever_a_run_chose(model
         torch.set_float32_matmul_precision("highest")
     assert found.pop("physics_rows") == chosen, "and the run's choice is there again"
     assert set(found.values()) == {("highest", False, False, False)} and len(found) == 3
+
+
+@pytest.mark.parametrize("names", [SEEN, {"depth": "none"}])
+def test_teachers_of_a_batch_decode_and_read_nothing_twice(models, data, tmp_path, monkeypatch, names):
+    """With the classical tracker the pictures of the bucket, with the simulator's truth and an encoder the recorded ones."""
+    config = live(models["ti2v"], data, tmp_path / "run", names)
+    config.data.heldout, config.data.targets = 0, "online"
+    bank = prepare_banks(config, CPU)[0]
+    same_episode = [row for row, (_, window) in enumerate(bank.windows) if window.episode == 1]
+    assert len(same_episode) == 2
+    decoded, frames = [], LeRobotDataset.frames
+    truths, load = [], ground_truth.load
+    monkeypatch.setattr(
+        LeRobotDataset, "frames",
+        lambda self, index, steps, key: decoded.extend((index, step) for step in steps) or frames(self, index, steps, key),
+    )  # fmt: skip
+    monkeypatch.setattr(ground_truth, "load", lambda *given, **named: truths.append(given) or load(*given, **named))
+    target_maker._loaded.cache_clear()
+    for row in same_episode:
+        bank.batch(torch.tensor([row]))
+    assert decoded == [(1, start + step) for start in (0, 16) for step in range(9)]
+    assert len(truths) == (0 if names is SEEN else 1)
+    bank.close()
 
 
 def losses(run: Path) -> list[tuple]:

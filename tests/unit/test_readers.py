@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -107,6 +108,19 @@ def test_robotwin_episodes(robotwin) -> None:
     assert data.features["action"]["names"][:7] == [*(f"left_joint_{k}" for k in range(1, 7)), "left_gripper"]
     assert "pointcloud" in data.info["left_out"] and data.ground_truth_path(0) is None
     assert data.verify() == {"episodes": 2, "frames": 18, "videos": 4}
+
+
+def test_a_file_is_read_once_for_its_digest_and_again_when_it_changes(robotwin, monkeypatch) -> None:
+    data = open_dataset(robotwin)
+    one, opened, read = data._found[0], [], hashlib.file_digest
+    wanted = hashlib.sha256(b"auto|Ring bell 0.|" + f"{one.fps}|".encode() + one.kept.tobytes() + one.path.read_bytes())
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: opened.append(file.name) or read(file, kind))
+    assert data.content_hash(0) == data.content_hash(0) == wanted.hexdigest()
+    assert opened == [str(one.path)]
+    with one.path.open("ab") as file:
+        file.write(b"more")
+    wanted.update(b"more")
+    assert data.content_hash(0) == wanted.hexdigest() and len(opened) == 2
 
 
 def test_robotwin_rows_and_repeats(robotwin) -> None:

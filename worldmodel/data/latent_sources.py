@@ -70,6 +70,34 @@ class ClipEpisodes(EpisodeSource):
         return hashlib.sha256(f"{self.manifest.clips[index].id} {self.fps!r}".encode()).hexdigest()
 
 
+class RememberedFrames(EpisodeSource):
+    """A source whose pictures are not decoded again once they were shown: for a few windows, since all of them stay in memory."""
+
+    def __init__(self, source: EpisodeSource) -> None:
+        self.source, self.root, self.info, self.fps = source, source.root, source.info, source.fps
+        self.tasks, self.episodes, self.layout, self.features = (
+            source.tasks, source.episodes, source.layout, source.features,
+        )  # fmt: skip
+        self._shown: dict[tuple[int, str, int], NDArray[np.uint8]] = {}
+
+    def columns(self, index: int) -> dict[str, NDArray[Any]]:
+        return self.source.columns(index)
+
+    def frames(self, index: int, indices: Sequence[int] | None = None, key: str = HEAD) -> NDArray[np.uint8]:
+        """See ``EpisodeSource``."""
+        wanted = self._wanted(index, indices)
+        if missing := sorted({step for step in wanted if (index, key, step) not in self._shown}):
+            made = self.source.frames(index, missing, key)
+            self._shown |= {(index, key, step): picture for step, picture in zip(missing, made, strict=True)}
+        return np.stack([self._shown[index, key, step] for step in wanted])
+
+    def ground_truth_path(self, index: int) -> Path | None:
+        return self.source.ground_truth_path(index)
+
+    def content_hash(self, index: int) -> str:
+        return self.source.content_hash(index)
+
+
 class SizedEpisodes(EpisodeSource):
     """One camera of a source, its pictures scaled to cover ``size`` (H, W) and cut at the centre."""
 

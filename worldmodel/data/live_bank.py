@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from physisforcing.core.episodes import EpisodeSource
+
 from ..teachers.selection import Teachers, TeachersConfig
 from .buckets import Bucket
 from .latent_actions import RecordedActions, recorded_actions
@@ -23,8 +25,8 @@ from .latent_maker import DTYPES, LatentMaker, as_in_commands, window_frames
 from .latent_plan import Job, Plan, job_windows, make_plan, of_tasks
 from .latent_settings import WindowSettings
 from .latent_shards import LatentWindow, StoreInfo
-from .latent_sources import SizedEpisodes
-from .latent_targets import bucket_recipes, make_targets, seen_by, targets_of, teachers_of
+from .latent_sources import RememberedFrames, SizedEpisodes
+from .latent_targets import bucket_recipes, make_targets, targets_of, teachers_of
 from .target_maker import TargetMaker
 from .target_shards import TargetRecipe, cache_folder
 from .window_targets import reduce_shard
@@ -104,10 +106,10 @@ class LiveBank(LatentBank):
     def _job(self, row: int) -> Job:
         return self.live.jobs[self.windows[row][1].shard]
 
-    def _read(self, row: int) -> dict[str, Any]:
-        """Pictures and sentence."""
+    def _read(self, row: int, sized: EpisodeSource | None = None) -> dict[str, Any]:
+        """Pictures and sentence. ``sized``: the episodes of the window's job at the size of its bucket, where they are at hand."""
         live, job, window = self.live, self._job(row), self.windows[row][1]
-        sized = SizedEpisodes(job.source, job.bucket.size, job.camera)
+        sized = sized or SizedEpisodes(job.source, job.bucket.size, job.camera)
         frames = torch.from_numpy(window_frames(sized, job.index, job.bucket, window.start, live.settings.stride))
         if self.device.type == "cuda":
             frames = frames.pin_memory()  # else the copy would wait for the update under way
@@ -120,7 +122,11 @@ class LiveBank(LatentBank):
         if self.live.online is None:
             return LatentBank._load(self, row)
         job, maker = self._job(row), self._target_maker(row)
-        return self._read(row) | {"prepared": maker.prepare(seen_by(maker.recipe, job), job.index)}
+        # the autoencoder and the teachers see the same pictures, which are decoded once
+        recorded = RememberedFrames(job.source)
+        sized = RememberedFrames(SizedEpisodes(recorded, job.bucket.size, job.camera))
+        seen = recorded if maker.recipe.needs_truth else sized
+        return self._read(row, sized) | {"prepared": maker.prepare(seen, job.index)}
 
     def _complete(self, row: int, sample: dict[str, Any]) -> dict[str, Any]:
         """Latents, and targets that are made with the batch."""

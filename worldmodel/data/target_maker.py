@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,8 +109,7 @@ class TargetMaker:
     def _exact(self, dataset: EpisodeSource, index: int, content: str) -> list[PointTracks]:
         truth_path, length = dataset.ground_truth_path(index), dataset.episode(index).length
         assert truth_path is not None, "content_digest has checked it"
-        truth = ground_truth.load(truth_path, frames=length)
-        recipe = self.recipe
+        truth, recipe = _truth(truth_path, length), self.recipe
         maps: exact.MapCache = {}
         grid = (recipe.grid_rows, recipe.grid_columns)
         tracks = []
@@ -205,6 +206,17 @@ class TargetMaker:
             found.append(compact_relations(features.flatten(1, 3), targets, some, recipe, episode.content))
         for name, parts in zip(("token_WK", "count_W", "relation_WR"), zip(*found, strict=True), strict=True):
             setattr(targets, name, np.concatenate(parts))
+
+
+def _truth(path: Path, frames: int) -> ground_truth.GroundTruth:
+    state = path.stat()
+    return _loaded(path, state.st_mtime_ns, state.st_size, frames)
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(path: Path, _modified: int, _size: int, frames: int) -> ground_truth.GroundTruth:
+    """The truth of the last few episodes stays in memory, read-only: windows of one episode may be asked for one by one."""
+    return ground_truth.load(path, frames=frames)
 
 
 def compact_relations(
