@@ -63,8 +63,9 @@ def unknown_name(field: str, name: str, known: Iterable[str], *, see: str) -> Us
     return UserError(field, got=name, wanted=f"one of {len(names)} known names ({see})", fix=fix)
 
 
-def check_at_least(settings: object, **lowest: float) -> None:
-    """``UserError`` for the first of these fields of ``settings`` that is below its lowest value."""
+def check_at_least(settings: object, prefix: str = "", /, **lowest: float) -> None:
+    """``UserError`` for the first of these fields of ``settings`` that is below its lowest value. ``prefix``: before its name in the message."""
     for name, low in lowest.items():
         if (value := getattr(settings, name)) < low:
-            raise UserError(name, got=value, wanted=f"at least {low}", fix=f"write {name}={low} or more")
+            said = f"{prefix}{name}"
+            raise UserError(said, got=value, wanted=f"at least {low}", fix=f"write {said}={low} or more")

@@ -18,16 +18,17 @@ class Bucket:
     columns: int
 
     @classmethod
-    def parse(cls, text: str, stride: Sequence[int], patch: Sequence[int]) -> Bucket:
-        """``81x480x640``. ``stride``: pixel frames, rows and columns of a latent cell; ``patch``: latent cells of a token.
+    def parse(cls, text: str, stride: Sequence[int], patch: Sequence[int], prefix: str = "") -> Bucket:
+        """``81x480x640``. ``stride``: pixel frames, rows and columns of a latent cell; ``patch``: latent cells of a token; ``prefix``: before the
+        name of the setting in messages.
 
         ``UserError`` for other text, and for a shape that is not a whole number of tokens, with the nearest one that is.
         """
         try:
             frames, rows, columns = (int(part) for part in text.lower().split("x"))
         except ValueError as error:
-            fix = "buckets=[81x480x640]"
-            raise UserError("buckets", got=text, wanted="FRAMESxROWSxCOLUMNS", fix=fix) from error
+            fix = f"{prefix}buckets=[81x480x640]"
+            raise UserError(f"{prefix}buckets", got=text, wanted="FRAMESxROWSxCOLUMNS", fix=fix) from error
         near = [1 + stride[0] * max(1, round((frames - 1) / stride[0]))]
         for side, cell, cells in zip((rows, columns), stride[1:], patch[1:], strict=True):
             near.append(cell * cells * max(1, round(side / (cell * cells))))
@@ -35,7 +36,8 @@ class Bucket:
             wanted = (
                 f"1 + {stride[0]}k frames, multiples of {stride[1] * patch[1]} rows and {stride[2] * patch[2]} columns"
             )
-            raise UserError("buckets", got=text, wanted=wanted, fix=f"buckets=[{'x'.join(map(str, near))}]")
+            fix = f"{prefix}buckets=[{'x'.join(map(str, near))}]"
+            raise UserError(f"{prefix}buckets", got=text, wanted=wanted, fix=fix)
         return cls(frames, rows, columns)
 
     @property

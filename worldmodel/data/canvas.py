@@ -40,10 +40,10 @@ ALIASES = {
 }
 
 
-def canvas_layout(name: str) -> ViewLayout:
-    """The canvas of this name. ``UserError`` for another one."""
+def canvas_layout(name: str, prefix: str = "") -> ViewLayout:
+    """The canvas of this name. ``UserError`` for another one, with ``prefix`` before the name of the setting."""
     if name not in CANVASES:
-        raise unknown_name("canvas", name, CANVASES, see="docs/policy.md")
+        raise unknown_name(f"{prefix}canvas", name, CANVASES, see="docs/policy.md")
     return CANVASES[name]
 
 
@@ -52,20 +52,18 @@ def canvas_digest(name: str) -> str:
     return hashlib.sha256(f"{canvas_layout(name)!r} {VERSION}".encode()).hexdigest()[:12]
 
 
-def canvas_cameras(name: str, known: Mapping[str, object] | tuple[str, ...] | list[str]) -> dict[str, str]:
-    """Camera of the canvas -> what it is called among ``known``. ``UserError`` where one is missing."""
+def canvas_cameras(
+    name: str, known: Mapping[str, object] | tuple[str, ...] | list[str], prefix: str = ""
+) -> dict[str, str]:
+    """Camera of the canvas -> what it is called among ``known``. ``UserError`` where one is missing, as ``canvas_layout``."""
     found = {}
-    for camera in canvas_layout(name).names:
+    for camera in canvas_layout(name, prefix).names:
         names = ALIASES.get(camera, (camera,))
         there = [alias for alias in names if alias in known]
         if not there:
-            wanted = f"a camera {camera} (or {', '.join(names[1:])}) for canvas={name}"
-            raise UserError(
-                "canvas",
-                got=f"cameras {', '.join(sorted(known))}",
-                wanted=wanted,
-                fix="record that camera, or canvas=head",
-            )
+            wanted = f"a camera {camera} (or {', '.join(names[1:])}) for {prefix}canvas={name}"
+            got, fix = f"cameras {', '.join(sorted(known))}", f"record that camera, or {prefix}canvas=head"
+            raise UserError(f"{prefix}canvas", got=got, wanted=wanted, fix=fix)
         found[camera] = there[0]
     return found
 

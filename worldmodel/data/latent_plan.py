@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from physisforcing.core.errors import UserError, unknown_name
 
+from .latent_settings import COMMAND, SettingNames, WindowSettings
+
 if TYPE_CHECKING:
     from physisforcing.core.episodes import EpisodeSource
 
     from .buckets import Bucket
     from .latent_maker import LatentMaker
-    from .latent_settings import WindowSettings
     from .latent_shards import LatentWindow, StoreInfo
 
 T = TypeVar("T")
@@ -57,19 +58,26 @@ class Plan:
     repeating: list[str] = field(default_factory=list)
 
 
-def make_plan(settings: WindowSettings, data: Sequence[str], maker: LatentMaker, store: Path | None = None) -> Plan:
+def make_plan(
+    settings: WindowSettings,
+    data: Sequence[str],
+    maker: LatentMaker,
+    store: Path | None = None,
+    names: SettingNames = COMMAND,
+) -> Plan:
     """Read what all ``data`` say of themselves. ``UserError`` for data of another rate than the rest or than the ``store``, where it is
     there, for buckets that do not fit the model, and where no episode fills a bucket."""
     from .buckets import Bucket
     from .latent_sources import ClipEpisodes, camera_of, open_source
 
-    buckets = [Bucket.parse(text, maker.described.stride, maker.patch) for text in settings.buckets]
-    sources = [(root, open_source(root, settings.fps * settings.stride, settings.canvas)) for root in data]
-    plan = Plan(fps=_common_rate(store, {root: found.fps / settings.stride for root, found in sources}))
+    prefix, fps = names.prefix, settings.fps * settings.stride
+    buckets = [Bucket.parse(text, maker.described.stride, maker.patch, prefix) for text in settings.buckets]
+    sources = [(root, open_source(root, fps, settings.canvas, prefix)) for root in data]
+    plan = Plan(fps=_common_rate(store, {root: found.fps / settings.stride for root, found in sources}, names))
     seen: set[str] = set()
     for root, source in sources:
         clips = isinstance(source, ClipEpisodes)
-        camera = camera_of(source, None if clips else settings.camera)
+        camera = camera_of(source, None if clips else settings.camera, prefix)
         for episode in source.episodes:
             name = f"{root} episode {episode.index}"
             if settings.success_only and episode.success is False:
@@ -88,7 +96,7 @@ def make_plan(settings: WindowSettings, data: Sequence[str], maker: LatentMaker,
     if not plan.jobs:
         got = f"{sum(map(len, plan.left_out.values()))} episodes left out"
         wanted = "an episode that fills a bucket"
-        raise UserError("buckets", got=got, wanted=wanted, fix="buckets with fewer frames")
+        raise UserError(f"{prefix}buckets", got=got, wanted=wanted, fix="buckets with fewer frames")
     return plan
 
 
@@ -168,7 +176,7 @@ def _some(names: Sequence[str]) -> str:
     return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
-def _common_rate(store: Path | None, rates: Mapping[str, float]) -> float:
+def _common_rate(store: Path | None, rates: Mapping[str, float], names: SettingNames) -> float:
     """Frames a second of all windows: the store's, where there is one, else those of the first data."""
     from .latent_shards import STORE_NAME, read_store
 
@@ -177,8 +185,9 @@ def _common_rate(store: Path | None, rates: Mapping[str, float]) -> float:
         first, fps = str(store), read_store(store)[0].fps
     for root, rate in rates.items():
         if abs(rate - fps) > RATE_TOLERANCE * fps:
-            fix = "stride= or fps= that fits both, or keep them apart"
-            raise UserError(f"data: {root}", got=f"{rate:.4g} frames a second", wanted=f"{fps:.4g} as {first}", fix=fix)
+            fix = f"{names.prefix}stride= or {names.prefix}fps= that fits both, or keep them apart"
+            got, wanted = f"{rate:.4g} frames a second", f"{fps:.4g} as {first}"
+            raise UserError(f"{names.data}: {root}", got=got, wanted=wanted, fix=fix)
     return fps
 
 

@@ -9,6 +9,21 @@ from physisforcing.core.errors import UserError, check_at_least, unknown_name
 from .canvas import canvas_layout
 
 
+@dataclass(slots=True, kw_only=True, frozen=True)
+class SettingNames:
+    """What settings are called in messages, where they are given: ``prefix`` before the fields of ``WindowSettings``, ``data`` for the datasets,
+    ``no_targets`` for what leaves targets out."""
+
+    prefix: str = ""
+    data: str = "data"
+    no_targets: str = "targets=false"
+
+
+#: Of ``physis data latents``, and of a training.
+COMMAND = SettingNames()
+TRAINING = SettingNames(prefix="data.live.", data="data.roots", no_targets="physics=none")
+
+
 @dataclass(slots=True, kw_only=True)
 class WindowSettings:
     """Fields of ``physis data latents``, whose ``--help`` describes them, and of ``data.live`` in a run that encodes while it trains.
@@ -32,16 +47,18 @@ class WindowSettings:
     grid_columns: int = 25
     dtype: str = "bf16"
 
-    def check_windows(self) -> None:
+    def check_windows(self, names: SettingNames = COMMAND) -> None:
         """``UserError`` for what can be no window."""
-        check_at_least(self, stride=1, start_stride=0, grid_rows=1, grid_columns=1)
+        prefix = names.prefix
+        check_at_least(self, prefix, stride=1, start_stride=0, grid_rows=1, grid_columns=1)
         if self.dtype not in ("bf16", "fp32"):
-            raise unknown_name("dtype", self.dtype, ("bf16", "fp32"), see="physis data latents --help")
+            raise unknown_name(f"{prefix}dtype", self.dtype, ("bf16", "fp32"), see="physis data latents --help")
         if not self.fps > 0:
-            raise UserError("fps", got=self.fps, wanted="frames a second", fix="fps=16")
+            raise UserError(f"{prefix}fps", got=self.fps, wanted="frames a second", fix=f"{prefix}fps=16")
         if self.canvas:
-            canvas_layout(self.canvas)
+            canvas_layout(self.canvas, prefix)
             if self.camera:
-                raise UserError("camera", got=self.camera, wanted="none beside canvas=", fix="leave one of them out")
+                wanted, fix = f"none beside {prefix}canvas=", "leave one of them out"
+                raise UserError(f"{prefix}camera", got=self.camera, wanted=wanted, fix=fix)
         if self.limit is not None:
-            check_at_least(self, limit=1)
+            check_at_least(self, prefix, limit=1)

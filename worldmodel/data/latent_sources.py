@@ -125,11 +125,11 @@ class CanvasEpisodes(EpisodeSource):
     """Several cameras of a source as one picture (``canvas.compose``), under the head camera's key. It has no ground truth: the simulator's
     points are those of one camera's picture."""
 
-    def __init__(self, source: EpisodeSource, canvas: str) -> None:
+    def __init__(self, source: EpisodeSource, canvas: str, prefix: str = "") -> None:
         keys = {key.removeprefix(CAMERA): key for key in source.video_keys}
-        layout = canvas_layout(canvas)
+        layout = canvas_layout(canvas, prefix)
         self.source, self.canvas = source, canvas
-        cameras = canvas_cameras(canvas, keys)
+        cameras = canvas_cameras(canvas, keys, prefix)
         self._keys = {name: keys[name] for name in cameras.values()}
         self._seen = f"canvas {canvas_digest(canvas)} of {json.dumps(cameras)}"
         self.root, self.info, self.fps = source.root, source.info, source.fps
@@ -151,30 +151,30 @@ class CanvasEpisodes(EpisodeSource):
         return hashlib.sha256(f"{self.source.content_hash(index)} {self._seen}".encode()).hexdigest()
 
 
-def open_source(root: str | Path, fps: float, canvas: str = "") -> EpisodeSource:
+def open_source(root: str | Path, fps: float, canvas: str = "", prefix: str = "") -> EpisodeSource:
     """A folder of filtered clips, seen at ``fps``, or a dataset of any known layout, which has its own rate; with a ``canvas`` its cameras are
-    one picture."""
+    one picture. ``prefix``: before the names of settings in messages."""
     clips = (Path(root) / NAME).is_file()
     if clips and canvas:
-        raise UserError(
-            "canvas", got=f"{canvas} of clips", wanted="datasets with several cameras", fix="leave canvas out"
-        )
+        wanted, fix = "datasets with several cameras", f"leave {prefix}canvas out"
+        raise UserError(f"{prefix}canvas", got=f"{canvas} of clips", wanted=wanted, fix=fix)
     if clips:
         return ClipEpisodes(root, fps)
     source = open_dataset(root)
-    return CanvasEpisodes(source, canvas) if canvas else source
+    return CanvasEpisodes(source, canvas, prefix) if canvas else source
 
 
-def camera_of(source: EpisodeSource, camera: str | None) -> str:
-    """The key of a camera by its name; None is the head camera, or the only one. ``UserError`` where that leaves a choice."""
+def camera_of(source: EpisodeSource, camera: str | None, prefix: str = "") -> str:
+    """The key of a camera by its name; None is the head camera, or the only one. ``UserError`` where that leaves a choice, with ``prefix`` before
+    the name of the setting."""
     names = {key.removeprefix(CAMERA): key for key in source.video_keys}
     if camera is not None:
         if camera.removeprefix(CAMERA) not in names:
-            raise unknown_name("camera", camera, names, see=str(source.root))
+            raise unknown_name(f"{prefix}camera", camera, names, see=str(source.root))
         return names[camera.removeprefix(CAMERA)]
     if HEAD in source.video_keys:
         return HEAD
     if len(names) != 1:
-        fix = f"camera= and one of {', '.join(sorted(names))}"
-        raise UserError("camera", got=f"{len(names)} cameras in {source.root}", wanted="one, or a name", fix=fix)
+        got, fix = f"{len(names)} cameras in {source.root}", f"{prefix}camera= and one of {', '.join(sorted(names))}"
+        raise UserError(f"{prefix}camera", got=got, wanted="one, or a name", fix=fix)
     return next(iter(names.values()))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from physisforcing.core.errors import UserError
 
 from .latent_plan import Job, recorded_size, window_step
+from .latent_settings import COMMAND, SettingNames, WindowSettings
 
 if TYPE_CHECKING:
     from physisforcing.core.episodes import EpisodeSource
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
     from ..teachers.selection import TeachersConfig
     from .buckets import Bucket
     from .latent_maker import LatentMaker
-    from .latent_settings import WindowSettings
     from .target_shards import TargetRecipe
 
 
 def bucket_recipes(
-    settings: WindowSettings, teachers: TeachersConfig, maker: LatentMaker, jobs: Sequence[Job], cache: Path | None
+    settings: WindowSettings,
+    teachers: TeachersConfig,
+    maker: LatentMaker,
+    jobs: Sequence[Job],
+    cache: Path | None,
+    names: SettingNames = COMMAND,
 ) -> dict[Bucket, TargetRecipe]:
     """Bucket -> what its targets are made by. ``cache``: their folder; None is ``targets`` in each dataset.
 
@@ -44,7 +49,7 @@ def bucket_recipes(
         made[bucket] = resolve_recipe(teachers, folders, geometry)
     for job in jobs:
         if made[job.bucket].needs_truth:
-            _check_truth(job, made[job.bucket], cache)
+            _check_truth(job, made[job.bucket], cache, names)
     return made
 
 
@@ -54,7 +59,7 @@ def teachers_of(recipes: Mapping[Bucket, TargetRecipe]) -> dict[str, Any] | None
     return None if recipe is None else {kind: asdict(info) for kind, info in recipe.teachers.items()}
 
 
-def _check_truth(job: Job, recipe: TargetRecipe, cache: Path | None) -> None:
+def _check_truth(job: Job, recipe: TargetRecipe, cache: Path | None, names: SettingNames) -> None:
     """The simulator's truth is about recorded pictures, which may only be scaled, and has depth in some frames."""
     from physisforcing.core import ground_truth
     from physisforcing.core.lerobot_format import HEAD
@@ -62,12 +67,12 @@ def _check_truth(job: Job, recipe: TargetRecipe, cache: Path | None) -> None:
     name = f"{job.source.root} episode {job.index}"
     height, width = recorded_size(job.source, job.index, job.camera)
     if job.camera != HEAD:
-        fix = "teacher=permissive, or targets=false"
+        fix = f"teacher=permissive, or {names.no_targets}"
         raise UserError("teacher", got=f"simulator truth of {job.camera}", wanted="the head camera's", fix=fix)
     if height * job.bucket.columns != width * job.bucket.rows:
         got = f"{job.bucket.name} of pictures of {height}x{width}"
         wanted = "buckets of the recorded shape: the simulator's points are not cut"
-        raise UserError("buckets", got=got, wanted=wanted, fix="teacher=permissive, or another bucket")
+        raise UserError(f"{names.prefix}buckets", got=got, wanted=wanted, fix="teacher=permissive, or another bucket")
     if targets_of(job, recipe, cache).is_file():
         return
     path, length = job.source.ground_truth_path(job.index), job.source.episode(job.index).length
@@ -76,8 +81,9 @@ def _check_truth(job: Job, recipe: TargetRecipe, cache: Path | None) -> None:
     if missing := [start for start in recipe.starts(length).tolist() if not truth.has_maps(start)]:
         some = ", ".join(map(str, truth.stored_frames_D[:4].tolist())) or "none"
         got, wanted = f"a window of {name} from frame {missing[0]} on", f"starts with stored depth ({some}, ...)"
-        fix = f"start_stride= a multiple of {ground_truth.STORED_STRIDE}, or data collected with ground_truth=full"
-        raise UserError("start_stride", got=got, wanted=wanted, fix=fix)
+        said = f"{names.prefix}start_stride"
+        fix = f"{said}= a multiple of {ground_truth.STORED_STRIDE}, or data collected with ground_truth=full"
+        raise UserError(said, got=got, wanted=wanted, fix=fix)
 
 
 def seen_by(recipe: TargetRecipe, job: Job) -> EpisodeSource:

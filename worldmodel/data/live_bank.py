@@ -23,7 +23,7 @@ from .latent_actions import RecordedActions, recorded_actions
 from .latent_bank import LatentBank
 from .latent_maker import DTYPES, LatentMaker, as_in_commands, window_frames
 from .latent_plan import Job, Plan, job_windows, make_plan, of_tasks
-from .latent_settings import WindowSettings
+from .latent_settings import TRAINING, WindowSettings
 from .latent_shards import LatentWindow, StoreInfo
 from .latent_sources import RememberedFrames, SizedEpisodes
 from .latent_targets import bucket_recipes, make_targets, targets_of, teachers_of
@@ -59,13 +59,13 @@ class LiveWindows:
         text_cache: Path | None = None,
         tasks: Sequence[str] = (),
     ) -> LiveWindows:
-        """Which windows there are; nothing is computed. ``teachers``: None for no targets. ``tasks``: of these alone.
+        """Which windows of a training there are; nothing is computed. ``teachers``: None for no targets. ``tasks``: of these alone.
         ``UserError`` and ``DatasetError`` as ``latents.make_latents``."""
-        settings.check_windows()
+        settings.check_windows(TRAINING)
         maker = LatentMaker(model, device=device, dtype=DTYPES[settings.dtype], text_cache=text_cache)
-        plan = make_plan(settings, data, maker)
+        plan = make_plan(settings, data, maker, names=TRAINING)
         plan.jobs = of_tasks(plan.jobs, tasks, lambda job: (job.task, job.name))
-        recipes = bucket_recipes(settings, teachers, maker, plan.jobs, cache) if teachers is not None else {}
+        recipes = bucket_recipes(settings, teachers, maker, plan.jobs, cache, TRAINING) if teachers is not None else {}
         info, jobs = maker.info(plan.fps, teachers_of(recipes), settings.canvas), {job.shard: job for job in plan.jobs}
         return cls(settings=settings, maker=maker, plan=plan, info=info, jobs=jobs, recipes=recipes, cache=cache)
 

@@ -3,11 +3,8 @@ the device, those of the large backbones are read from latent stores while the r
 
 from __future__ import annotations
 
-import contextlib
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from ..codec import VideoCodec, load_codec
 from ..data.batches import BankTargets, OnlineTargets, WindowBank, build_bank
 from ..data.latent_bank import LatentBank
 from ..data.latent_plan import of_tasks, told
-from ..data.latent_settings import WindowSettings
 from ..data.latent_shards import LatentWindow, check_same, read_store
 from ..data.live_bank import LiveBank, LiveWindows
 from ..data.windows import Episode, FrameStore, WindowTable, read_episodes
@@ -128,11 +124,10 @@ def open_datasets(
     """-> (training windows, held-out ones) of ``data.roots``, as ``open_stores`` gives them of a store with the same settings."""
     data = config.data
     text, targets = (Path(folder) if folder else None for folder in (data.text_cache, data.targets_cache))
-    with _named_as_here():
-        live = LiveWindows.planned(
-            data.roots, data.live, Path(config.model), device, teachers=config.teacher if physics else None,
-            cache=targets, text_cache=text, tasks=data.tasks,
-        )  # fmt: skip
+    live = LiveWindows.planned(
+        data.roots, data.live, Path(config.model), device, teachers=config.teacher if physics else None,
+        cache=targets, text_cache=text, tasks=data.tasks,
+    )  # fmt: skip
     windows = live.windows()
     parts = _split(windows, data.heldout)
     if not quiet:
@@ -142,19 +137,6 @@ def open_datasets(
     options: dict[str, Any] = {"live": live, "info": live.info, "device": device, "physics": physics}
     options["ahead"] = data.workers
     return LiveBank(windows=parts[0], **options), LiveBank(windows=parts[1], **options) if parts[1] else None
-
-
-@contextlib.contextmanager
-def _named_as_here() -> Iterator[None]:
-    """Mistakes in settings that ``physis data latents`` has as well, with the names that they have in a training."""
-    names = "|".join(item.name for item in fields(WindowSettings))
-    try:
-        yield
-    except UserError as error:
-        fix = re.sub(rf"(?<![\w.])({names})(?==)", r"data.live.\1", error.fix).replace("targets=false", "physics=none")
-        name = re.sub(rf"^({names})$", r"data.live.\1", error.field)
-        name = re.sub(r"^data: ", "data.roots: ", name)
-        raise type(error)(name, got=error.got, wanted=error.wanted, fix=fix) from error
 
 
 #: A dataset or store, and a window of it.
