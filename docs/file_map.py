@@ -15,6 +15,7 @@ ROOMS = {
     "physisforcing/core/": ("physisforcing/core", True),
     "worldmodel/": ("worldmodel", True),
     "planner/": ("planner", True),
+    "policy/": ("policy", True),
     "envs/": ("envs", True),
 }
 

@@ -92,14 +92,12 @@ def test_the_large_models_cost_what_is_known_of_them(config, channels, size, for
 
 
 def test_results_are_gathered_as_they_were_measured(repository):
-    place = importlib.util.spec_from_file_location("gathering", repository / "docs" / "results" / "large_training.py")
+    place = importlib.util.spec_from_file_location("gathering", repository / "docs" / "results" / "card_rows.py")
     module = importlib.util.module_from_spec(place)
     place.loader.exec_module(module)
-    stored = json.loads(module.DATA.read_text())
-    assert (
-        module.gathered(stored, []) == stored
-        and module.page(module.PAGE.read_text(), stored) == module.PAGE.read_text()
-    )
+    for data, page in module.TOPICS.values():
+        stored, text = json.loads((module.FOLDER / data).read_text()), (module.FOLDER / page).read_text()
+        assert module.gathered(stored, []) == stored and module.page(text, stored) == text
     new = {
         "claim": "training/memory/5b",
         "value": 1.5,

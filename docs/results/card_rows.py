@@ -1,7 +1,7 @@
-"""Gather what the benchmarks of the large backbones measured: ``python docs/results/large_training.py FILE.json ... [--without CLAIM]``.
+"""Gather what benchmarks measured on cards: ``python docs/results/card_rows.py training|policy FILE.json ... [--without CLAIM]``.
 
-Lines go into ``large_training.json`` as they were measured; the card stands in their claims, since the same rows were measured on several.
-Lines of the same claim replace older ones. Without files, what is there is written anew.
+Lines go into the topic's JSON file as they were measured; the card stands in their claims, since the same rows were measured on several.
+Lines of the same claim replace older ones. The topic's page has them as a table. Without files, what is there is written anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from physisforcing.planner.measurements import placeless
 
 FOLDER = Path(__file__).resolve().parent
-DATA, PAGE = FOLDER / "large_training.json", FOLDER / "training.md"
+#: Topic (the beginning of its claims) -> its lines, and the page that has their table.
+TOPICS = {"training": ("large_training.json", "training.md"), "policy": ("policy.json", "policy.md")}
 BEGIN, END = "<!-- rows:begin -->\n", "<!-- rows:end -->"
 HEAD = "| claim | value | n | of the peak | memory, GiB | beside it |\n|---|---|---|---|---|---|\n"
 #: Fields of ``against`` that the table shows.
@@ -28,6 +29,8 @@ SHOWN = (
     "before",
     "after",
     "steps",
+    "eager_ms",
+    "ratio",
 )
 
 
@@ -45,8 +48,8 @@ def named(line: dict[str, Any]) -> dict[str, Any]:
     claim = line["claim"]
     if f"/{card}/" in claim:
         return line
-    head, _, rest = claim.removeprefix("training/").partition("/")
-    return line | {"claim": f"training/{head}/{card}/{rest}", "command": placeless(line["command"])}
+    topic, head, rest = claim.split("/", 2)
+    return line | {"claim": f"{topic}/{head}/{card}/{rest}", "command": placeless(line["command"])}
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -61,7 +64,7 @@ def row(line: dict[str, Any]) -> str:
     if against.get("fits_gb"):
         shown = f"fits {', '.join(map(str, against['fits_gb']))} GB"
     value = "failed" if line["value"] is None else f"{line['value']:.4g} {line['unit']}"
-    return f"| `{line['claim'].removeprefix('training/')}` | {value} | {line['n']} | {peak} | {memory} | {shown} |\n"
+    return f"| `{line['claim'].partition('/')[2]}` | {value} | {line['n']} | {peak} | {memory} | {shown} |\n"
 
 
 def page(text: str, lines: list[dict[str, Any]]) -> str:
@@ -71,14 +74,16 @@ def page(text: str, lines: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("topic", choices=TOPICS)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--without", action="append", default=[], help="claims that are left out")
     options = parser.parse_args()
-    known = json.loads(DATA.read_text(encoding="utf-8")) if DATA.is_file() else []
+    data, page_of = (FOLDER / name for name in TOPICS[options.topic])
+    known = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else []
     new = [line for path in options.files for line in json.loads(path.read_text(encoding="utf-8"))]
     lines = gathered(known, [line for line in new if line["claim"] not in options.without])
-    DATA.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
+    data.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    page_of.write_text(page(page_of.read_text(encoding="utf-8"), lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
