@@ -29,8 +29,8 @@ class PolicyRunner(EpisodeRunner):
     """Runs episodes in one process (``envs.seeds.Handler``): keeps one policy and one environment a task.
 
     ``films``: (task, row, seed) -> name of its video. ``servers``: addresses of the processes that hold policies, and under ``planner`` the
-    planner's world model. ``cameras``: row -> whose pictures its policy
-    wants, where it is not the head's alone. ``plans``: row -> what its server must say of its plans, so that no process reads weights that another one holds.
+    planner's world model. ``plans``: row -> what its server must say of its plans, so that no process reads weights that another one
+    holds. ``cameras``: row -> whose pictures its policy wants, where it is not the head's alone.
     """
 
     def __init__(

@@ -213,8 +213,8 @@ def measurement_lines(
     deviations: Callable[[Sequence[str]], str] | None = None,
 ) -> list[dict[str, Any]]:
     """``policy/<cell>/<task>/success`` of every row, ``policy/<cell>/mean/success`` over several tasks; ``.../success_difference`` of two policies
-    (``all_tasks``: of all episodes), and under ``policy/recipe`` of two recipes, with the training seed as unit and over scenes and seeds. What was executed, on which scenes and after how many training seeds stands in ``against``, and what ``deviations`` says of
-    the rows that a line is of."""
+    (``all_tasks``: of all episodes), and under ``policy/recipe`` of two recipes, with the training seed as unit and over scenes and seeds. What was
+    executed, on which scenes and after how many training seeds stands in ``against``, and what ``deviations`` says of the rows that a line is of."""
 
     def differing(*names: str) -> dict[str, Any]:
         return {} if deviations is None else {"deviations": deviations(names)}
