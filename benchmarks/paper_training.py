@@ -16,7 +16,7 @@ lora_full             lora_ours, computed again                                 
 optimizer             fused AdamW on all weights in bfloat16 (reported by itself)
 
 Each row is measured after its own warm-up and written at once; one that fails, for want of memory most of all, says so and the next goes
-on. `paper_variants.py` has further rows: attention kernels, and ways to compute a block that differ in rounding. MFU: ``worldmodel/training/flops.py``.
+on. MFU: ``worldmodel/training/flops.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Other ways to compute a block of Wan, as ``paper_variants.py`` and ``paper_generate.py`` measure them: one that pays moves into the package.
+"""Other ways to compute a block of Wan, as ``paper_generate.py`` measures them: one that pays moves into the package.
 
 They differ from ``worldmodel/backbones/wan.py`` as a test says: ``PairAttention`` alone gives the same bits in float32.
 """
@@ -6,7 +6,6 @@ They differ from ``worldmodel/backbones/wan.py`` as a test says: ``PairAttention
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -108,32 +107,3 @@ class TextCache:
         if id(block) not in self.pairs:
             self.pairs[id(block)] = text_pair(block.attn2, context)
         return block(x, self.pairs[id(block)], *others)
-
-
-@functools.cache
-def added_adapter() -> type[nn.Module]:
-    """peft's linear layer whose adapter is added inside the second product: for one adapter, no dropout, nothing merged."""
-    from peft.tuners.lora.layer import Linear
-
-    class AddedAdapter(Linear):
-        def forward(self, x: Tensor, *inputs: Any, **options: Any) -> Tensor:
-            (name,) = self.active_adapters
-            made = self.base_layer(x, *inputs, **options)
-            down, up = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
-            inner = functional.linear(x, down).flatten(0, -2)
-            found = torch.addmm(made.flatten(0, -2), inner, up.t(), alpha=self.scaling[name])
-            return found.view_as(made)
-
-    return AddedAdapter
-
-
-def add_inside(transformer: nn.Module) -> int:
-    """Give the layers with adapters the forward of ``added_adapter``; their number. Parameters and names stay."""
-    from peft.tuners.lora.layer import Linear
-
-    layers = [layer for layer in transformer.modules() if type(layer) is Linear]
-    for layer in layers:
-        assert len(layer.active_adapters) == 1 and not layer.merged and not layer.lora_variant
-        assert all(isinstance(drop, nn.Identity) for drop in layer.lora_dropout.values())
-        layer.__class__ = added_adapter()
-    return len(layers)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import tiny_paper
-from physisforcing.worldmodel.backbones.wan_paper import WAN_LORA_TARGETS, WanBackbone
-from physisforcing.worldmodel.training.config import LoraConfig
+from physisforcing.worldmodel.backbones.wan_paper import WanBackbone
 
 
 @pytest.fixture
@@ -78,27 +77,6 @@ def test_keys_and_values_of_the_text_are_made_once(benchmarks):
     assert len(counts) == 1 and all(torch.equal(found, outputs[0]) for found in twice)
 
 
-def test_adapters_added_inside_their_product_are_those_of_peft(benchmarks):
-    pytest.importorskip("peft")
-    from wan_variants import add_inside
-
-    from physisforcing.worldmodel.training.lora import add_lora
-
-    model = backbone()
-    add_lora(model.transformer, LoraConfig(rank=4, alpha=12.0), WAN_LORA_TARGETS, torch.float32)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)  # zero at the start: every forward would do
-    outputs, gradients = run(model)
-    assert add_inside(model.transformer) == 3 * 10
-    added, added_gradients = run(model)
-    assert added_gradients.keys() == gradients.keys() and len(gradients) == 3 * 10 * 2
-    for one, other in zip(outputs, added, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
-    for name, value in gradients.items():
-        torch.testing.assert_close(added_gradients[name], value, rtol=1e-3, atol=1e-6, msg=name)
-
-
 def test_rows_of_training_are_written_and_one_that_fails_says_so(benchmarks, tmp_path, monkeypatch):
     import paper_training
 
@@ -118,15 +96,11 @@ def test_rows_of_training_are_written_and_one_that_fails_says_so(benchmarks, tmp
     assert ours["against"]["plain_ms"] == pytest.approx(found["plain"]["value"], abs=0.01)
 
 
-def test_rows_of_variants_and_of_passes_are_written(benchmarks, tmp_path):
+def test_rows_of_passes_are_written(benchmarks, tmp_path):
     import paper_generate
-    import paper_variants
 
     short = ["--tiny", "--warmup", "1", "--repetitions", "2", "--json"]
-    assert paper_variants.main([*short, str(tmp_path / "variants.json"), "--only", "lora_all"]) == 0
     assert paper_generate.main([*short, str(tmp_path / "passes.json"), "--only", "plain,ours,ours_all"]) == 0
-    (variant,) = lines_of(tmp_path / "variants.json").values()
-    assert variant["claim"] == "training/pf_wan_5b/variant/lora_all/step_ms" and variant["value"] > 0
     passes = lines_of(tmp_path / "passes.json")
     assert len(passes) == 3
     for line in passes.values():

@@ -353,7 +353,7 @@ def test_tasks_choose_among_windows(model: Path, store: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"data\.tasks.*'lfit'.*lift"):
         open_stores([store], 1, CPU, None, tasks=["lfit"])
     old = tiny.store(tmp_path / "old", tasks=("",))
-    with pytest.raises(UserError, match="drawn episode 0 of no known task"):
+    with pytest.raises(UserError, match="drawn episode 0 from step 0 of no known task"):
         open_stores([old], 1, CPU, None, tasks=["lift"])
 
 
