@@ -24,6 +24,7 @@ settings with kind=fastwam (docs/policy_weights.md), where dtype is that of the 
 source=FILE      a released .pt, or the model.safetensors of LeRobot's port
 layout=auto      or robotwin | libero: canvas and control rate, by the widths of actions and states
 statistics=null  the dataset_stats.json beside the weights; a path, or none
+normalization=auto   or zscore | minmax: which of them the weights were trained with; auto is that of the layout
 autoencoder=null the converted Wan2.2 pipeline, or its vae: acting needs the fingerprint of its latents
 mode=first_frame chunk=32 action_shift=5.0    with which the weights were trained
 
@@ -80,6 +81,8 @@ def told(report: dict[str, Any]) -> str:
     lines += [f"  left out: {count} tensors of {why}" for why, count in report.get("left_out", {}).items()]
     if "canvas" in report:
         lines.append(f"  canvas: {report['canvas']}; statistics: {report['statistics']}")
+    elif "statistics" in report:
+        lines.append(f"  statistics: {report['statistics']}")
     lines += [f"  note: {note}" for note in report["notes"]]
     if "output" in report:
         lines.append(f"  written: {report['output']}, {report['bytes'] / 1e9:.2f} GB")

@@ -1,5 +1,5 @@
-"""Released Fast-WAM checkpoints to policy folders and back: settings in, report out. Tensors keep the type of their file; the video's pass one at
-a time, the action expert's together."""
+"""Released Fast-WAM checkpoints to policy folders, and which way to go: settings in, report out. Tensors keep the type of their file; the
+video's pass one at a time, the action expert's together."""
 
 from __future__ import annotations
 
@@ -15,25 +15,18 @@ from torch import Tensor
 
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.results import config_hash
-from physisforcing.worldmodel.backbones.loading import (
-    TensorEntry,
-    check_entries,
-    file_entries,
-    folder_entries,
-    read_transformer,
-)
 from physisforcing.worldmodel.convert.command import SHARD_BYTES
 from physisforcing.worldmodel.convert.configs import read_jsonc
 from physisforcing.worldmodel.convert.parts import Part
-from physisforcing.worldmodel.convert.sources import Source
 from physisforcing.worldmodel.convert.writing import check_space, plan_shards, workplace, write_part
 from physisforcing.worldmodel.data.canvas import canvas_layout
-from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint, save_tensors
+from physisforcing.worldmodel.storage import latents_fingerprint, save_tensors
 
-from . import fastwam, fastwam_statistics
-from .backbone import autoencoder_in, tail
-from .checkpoint import EXPERT, SETTINGS, TRANSFORMER, PolicyInfo, read_settings, transformer_folder, write_settings
+from . import fastwam, fastwam_export, fastwam_statistics
+from .backbone import autoencoder_in
+from .checkpoint import EXPERT, TRANSFORMER, PolicyInfo, write_settings
 from .config import MODES
+from .normalization import KINDS as NORMALIZATIONS
 
 KINDS = ("fastwam", "to_fastwam")
 #: Stands for the sentence of an episode in a template.
@@ -63,7 +56,8 @@ class ConvertPolicyConfig:
 
     ``source``: a released ``.pt``, LeRobot's ``model.safetensors`` or its folder; for the way back a policy's folder. ``output``: folder to
     write. ``layout``: one of ``LAYOUTS``; auto goes by the widths of actions and states. ``statistics``: the released
-    ``dataset_stats.json``; null takes the one beside the weights, ``none`` does without. ``autoencoder``: folder of the converted
+    ``dataset_stats.json``; null takes the one beside the weights, ``none`` does without. ``normalization``: which of
+    them the weights were trained with, ``zscore`` or ``minmax``; auto is that of the layout, since the file does not say it. ``autoencoder``: folder of the converted
     Wan2.2 autoencoder, or the pipeline with it in ``vae``; the fingerprint of its latents is kept, and acting needs it. ``template``: what is put round the instruction, with
     ``{instruction}`` in it: released weights know the sentence that their training data begins with. ``mode``, ``chunk``, ``action_shift``: what the weights were trained with, which they do
     not say. ``config``: JSON with what the video expert's shapes do not say. ``sha256``: file name -> checksum.
@@ -74,6 +68,7 @@ class ConvertPolicyConfig:
     kind: str = "fastwam"
     layout: str = "auto"
     statistics: str | None = None
+    normalization: str = "auto"
     autoencoder: str | None = None
     template: str = INSTRUCTION
     mode: str = "first_frame"
@@ -84,7 +79,12 @@ class ConvertPolicyConfig:
 
     def check(self) -> None:
         """``UserError`` for what cannot be."""
-        for name, known in (("kind", KINDS), ("layout", ("auto", *LAYOUTS)), ("mode", MODES)):
+        for name, known in (
+            ("kind", KINDS),
+            ("layout", ("auto", *LAYOUTS)),
+            ("mode", MODES),
+            ("normalization", ("auto", *NORMALIZATIONS)),
+        ):
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known, see="docs/policy_weights.md")
         if INSTRUCTION not in self.template:
@@ -101,7 +101,7 @@ def run(config: ConvertPolicyConfig) -> dict[str, Any]:
     numbers that are not finite, after which nothing has the output's name."""
     config.check()
     source, output = Path(config.source).expanduser(), Path(config.output).expanduser()
-    return _import(config, source, output) if config.kind == "fastwam" else _export(source, output)
+    return _import(config, source, output) if config.kind == "fastwam" else fastwam_export.export(source, output)
 
 
 def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, 
     statistics, sums = _statistics(config, path, layout, released.config)
     video = _video_part(released)
     shards = plan_shards(video, SHARD_BYTES)
-    expert = [name for name in released.origin if _is_expert(name)]
+    expert = [name for name in released.origin if fastwam.is_expert(name)]
     check_space(output, sum(shard.bytes for shard in shards) + sum(_bytes(released, name) for name in expert))
     report = _report(released, left_out)
     info = PolicyInfo(
@@ -164,13 +164,14 @@ def _statistics(config: ConvertPolicyConfig, source: Path, layout: Layout, model
         fix = "statistics=FILE, or statistics=none for weights that are trained further on other data"
         raise UserError("statistics", got=None, wanted=f"{fastwam_statistics.NAME} of the release", fix=fix)
     widths = {"action_dim": model.action_dim, "state_dim": model.state_dim}
-    return fastwam_statistics.read_released(path, layout.normalization, **widths), path
+    kind = layout.normalization if config.normalization == "auto" else config.normalization
+    return fastwam_statistics.read_released(path, kind, **widths), path
 
 
 def _video_part(released: fastwam.Released) -> Part:
     """The video expert as a plain diffusers folder."""
     prefix = "transformer."
-    names = [name for name in released.origin if not _is_expert(name)]
+    names = [name for name in released.origin if not fastwam.is_expert(name)]
     shapes = released.shapes
     return Part(
         name=TRANSFORMER,
@@ -181,10 +182,6 @@ def _video_part(released: fastwam.Released) -> Part:
         shapes={name.removeprefix(prefix): shapes[name] for name in names},
         config=json.loads(released.model.transformer.to_json_string()),
     )
-
-
-def _is_expert(name: str) -> bool:
-    return ".action." in name or not name.startswith("transformer.")
 
 
 def _bytes(released: fastwam.Released, name: str) -> int:
@@ -205,7 +202,7 @@ def _report(released: fastwam.Released, left_out: dict[str, int]) -> dict[str, A
     parts: dict[str, dict[str, Any]] = {}
     shapes = released.shapes
     for name, shape in shapes.items():
-        part = "action_expert" if _is_expert(name) else "video"
+        part = "action_expert" if fastwam.is_expert(name) else "video"
         part = "proprioception" if name.startswith("proprioception.") else part
         told = parts.setdefault(part, {"tensors": 0, "parameters": 0, "dtypes": []})
         told["tensors"] += 1
@@ -234,95 +231,3 @@ def _notes(config: ConvertPolicyConfig, statistics: Path | None) -> list[str]:
             "template= was not given: released weights were trained with a sentence before the instruction (DEFAULT_PROMPT in Fast-WAM's dataset)"
         )
     return notes
-
-
-@dataclass(slots=True, kw_only=True)
-class ReleasedPart:
-    """A policy of ours as a release holds one: ``names``: released -> ours; ``read_from``: our name -> (source, name in its file)."""
-
-    names: dict[str, str]
-    read_from: dict[str, tuple[Source, str]]
-    shapes: dict[str, tuple[int, ...]]
-    config: dict[str, Any]
-    weights_name: str = "model.safetensors"
-
-    def _entry(self, name: str) -> TensorEntry:
-        source, inside = self.read_from[self.names[name]]
-        return source.entries[inside]
-
-    def stored(self, name: str) -> torch.dtype:
-        """The type in which the policy's folder has it."""
-        return self._entry(name).dtype
-
-    def read(self, name: str) -> Tensor:
-        """A tensor by its released name."""
-        source, inside = self.read_from[self.names[name]]
-        return source.read(inside)
-
-    def where(self, name: str) -> str:
-        """Where it lies, for messages."""
-        return f"{self._entry(name).file}: {self.read_from[self.names[name]][1]}"
-
-
-def _export(folder: Path, output: Path) -> dict[str, Any]:
-    """A policy's folder as ``model.safetensors`` under the released names."""
-    part = released_part(folder)
-    (shard,) = plan_shards(part, 2**62)  # LeRobot reads one file
-    check_space(output, shard.bytes)
-    statistics = folder / fastwam_statistics.NAME
-    report = {
-        "kind": "to_fastwam",
-        "source": tail(folder),
-        "fingerprint": fingerprint(folder),
-        "parts": {
-            "model": {
-                "tensors": len(part.shapes),
-                "parameters": sum(torch.Size(shape).numel() for shape in part.shapes.values()),
-                "dtypes": sorted({str(part.stored(name)).removeprefix("torch.") for name in part.shapes}),
-            }
-        },
-        "statistics": statistics.name if statistics.is_file() else "none",
-        "notes": []
-        if statistics.is_file()
-        else [f"the policy has no {statistics.name}: its statistics are in statistics.json"],
-    }
-    with workplace(output, report) as made:
-        write_part(part, [shard], made, lambda _bytes: None)
-        if statistics.is_file():
-            shutil.copyfile(statistics, made / statistics.name)
-    return report | {"output": str(output), "bytes": shard.bytes}
-
-
-def released_part(folder: Path) -> ReleasedPart:
-    """The tensors of a policy's folder under released names. ``UserError`` for a design that a release cannot express, and for files that
-    are damaged or do not fit."""
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-
-    config, _, extra = read_settings(folder)
-    for name, value in fastwam.EXPRESSED.items():  # before anything is built: other designs have other tensors
-        if getattr(config, name) != value:
-            fix = "only policies of the published design have this layout: policy.config.fastwam_compat"
-            raise UserError(f"{folder / SETTINGS}: {name}", got=getattr(config, name), wanted=value, fix=fix)
-    transformer = transformer_folder(folder, extra["packaged"])
-    video = read_transformer(transformer, WanTransformer3DModel)
-    model = fastwam.hollow(config, video)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    prefix = "transformer."
-    entries = {False: folder_entries(transformer), True: file_entries(folder / EXPERT)}
-    read_from: dict[str, tuple[Source, str]] = {}
-    for is_expert, found in entries.items():
-        mine = {
-            name if is_expert else name.removeprefix(prefix): shape
-            for name, shape in shapes.items()
-            if _is_expert(name) == is_expert
-        }
-        check_entries(found, mine, folder)
-        source = Source.of_entries(folder, found)
-        read_from |= {(name if is_expert else prefix + name): (source, name) for name in mine}
-    names = fastwam.released_names(model)
-    return ReleasedPart(
-        names=names,
-        read_from=read_from,
-        shapes={released: shapes[ours] for released, ours in names.items()},
-        config=fastwam.released_settings(config, dict(model.transformer.config)),
-    )

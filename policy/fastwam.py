@@ -207,6 +207,11 @@ def hollow(config: PolicyModelConfig, video: Mapping[str, Any]) -> WorldActionMo
     return model
 
 
+def is_expert(name: str) -> bool:
+    """Whether a tensor of a model is not the video backbone's."""
+    return ".action." in name or not name.startswith("transformer.")
+
+
 #: What a release can express: the design's fields and their published values.
 EXPRESSED = {"head": "bare", "positions": "separate", "proprioception": "linear"}
 

@@ -1,13 +1,15 @@
-"""Statistics of states and actions as Fast-WAM releases them (reference sections 2.6 and 5) -> ours.
+"""Statistics of states and actions as Fast-WAM releases them (reference sections 2.6 and 5) -> ours and back.
 
 A released ``dataset_stats.json`` has, for ``action`` and ``state`` and each of their keys, vectors ``global_{mean,std,min,max,q01,q99}``
-and the same for each step of a chunk, which no released policy uses.
+and the same for each step of a chunk, which no released policy uses. Units are those of the vectors: radians, and 0..1 of a gripper.
+Fast-WAM reads the two that its config's ``norm_default_mode`` names; these are written, to the last bit of what they are read back as.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,12 @@ from .normalization import KINDS, SMALLEST_RANGE, ActionStatistics, Scale
 NAME = "dataset_stats.json"
 #: What is added to a deviation before it divides.
 STD_ADDED = 1e-8
+#: The one key that released files have for ``action`` and ``state``.
+KEY = "default"
+#: Kind -> (the statistics that it is made of, Fast-WAM's name of it).
+PUBLISHED = {"zscore": (("mean", "std"), "z-score"), "minmax": (("min", "max"), "min/max")}
+#: All that a released file has, each over all steps and for each step of a chunk.
+STATISTICS = ("min", "max", "q01", "q99", "mean", "std")
 _FIX = "use the file that was released with these weights"
 
 
@@ -63,8 +71,13 @@ def _only(values: Any, name: str, path: Path) -> tuple[str, Mapping[str, Any]]:
 
 def _scale(found: tuple[str, Mapping[str, Any]], kind: str, width: int, where: str) -> Scale:
     key, values = found
-    wanted = ("global_mean", "global_std") if kind == "zscore" else ("global_min", "global_max")
+    wanted = (f"global_{name}" for name in PUBLISHED[kind][0])
     first, second = (_row(values.get(name), width, f"{where}.{key}.{name}") for name in wanted)
+    return _read(kind, first, second)
+
+
+def _read(kind: str, first: NDArray[np.float64], second: NDArray[np.float64]) -> Scale:
+    """Of two statistics, each [D]."""
     if kind == "zscore":
         return Scale(offset_D=first, scale_D=second + STD_ADDED)
     span = second - first
@@ -81,3 +94,61 @@ def _row(value: Any, width: int, where: str) -> NDArray[np.float64]:
         got = "nothing" if value is None else f"shape {list(row.shape)}, or numbers that are not finite"
         raise UserError(where, got=got, wanted=f"{width} finite numbers", fix=_FIX)
     return row
+
+
+def write_released(statistics: ActionStatistics) -> tuple[dict[str, Any], list[str]]:
+    """-> (content of ``dataset_stats.json``, the names of what a released file has and this one does not, since ours do not keep it).
+
+    ``read_released`` makes the same offsets and scales of it, bit for bit. ``UserError`` names a dimension for which no two float64
+    numbers do that, such as a deviation below 1e-8.
+    """
+    names = PUBLISHED[statistics.kind][0]
+    values: dict[str, Any] = {}
+    for name in ("state", "action"):
+        scale: Scale = getattr(statistics, name)
+        pairs = [
+            _pair(statistics.kind, float(offset), float(size), f"statistics: {name}[{k}]")
+            for k, (offset, size) in enumerate(zip(scale.offset_D, scale.scale_D, strict=True))
+        ]
+        rows = {f"global_{key}": list(row) for key, row in zip(names, zip(*pairs, strict=True), strict=True)}
+        values[name] = {KEY: rows}
+    counts = {"num_episodes": statistics.episodes, "num_transition": statistics.steps}
+    values |= {name: count for name, count in counts.items() if count}
+    missing = [f"global_{name}" for name in STATISTICS if name not in names]
+    missing += [f"stepwise_{name}" for name in STATISTICS]
+    return values, missing + [name for name, count in counts.items() if not count]
+
+
+def _pair(kind: str, offset: float, scale: float, where: str) -> tuple[float, float]:
+    """The two statistics of one dimension that are read as this offset and scale."""
+    for first, second in (_deviations if kind == "zscore" else _ranges)(offset, scale):
+        read = _read(kind, np.array([first]), np.array([second]))
+        if read.offset_D[0] == offset and read.scale_D[0] == scale:
+            return first, second
+    got = f"offset {offset!r} and scale {scale!r}, which no two of {PUBLISHED[kind][0]} are read as"
+    fix = "train with statistics of recordings (physis train policy)"
+    raise UserError(where, got=got, wanted="what dataset_stats.json can hold", fix=fix)
+
+
+def _deviations(offset: float, scale: float) -> Iterator[tuple[float, float]]:
+    return ((offset, std) for std in _near(scale - STD_ADDED) if std >= 0)
+
+
+def _ranges(offset: float, scale: float) -> Iterator[tuple[float, float]]:
+    """First the ends that are one scale from the middle, each with the numbers beside it: sum and difference were rounded. Then, since a
+    dimension that never moved has scale 1 as well, its value twice."""
+    side = math.copysign(1.0, offset)
+    for far in _near(offset + side * scale):  # of the two ends the larger: the other one follows from it
+        for middle in (far - 2 * side * scale, 2 * offset - far):
+            for near in _near(middle):
+                yield (near, far) if side > 0 else (far, near)
+    yield offset, offset
+
+
+def _near(value: float) -> tuple[float, ...]:
+    return value, math.nextafter(value, math.inf), math.nextafter(value, -math.inf)
+
+
+def told(kind: str) -> str:
+    """With which settings a file of this kind is read: it does not say so itself."""
+    return f"{NAME} is of kind {kind}: norm_default_mode={PUBLISHED[kind][1]} in Fast-WAM's data config, normalization={kind} with kind=fastwam here"
