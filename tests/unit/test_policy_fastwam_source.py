@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import json
 import os
 import sys
 import types
@@ -25,8 +26,10 @@ from physisforcing.policy import fastwam
 from physisforcing.policy.checkpoint import load_policy
 from physisforcing.policy.config import fastwam_compat
 from physisforcing.policy.convert import ConvertPolicyConfig, run
+from physisforcing.policy.fastwam_statistics import write_released
 from physisforcing.policy.initial import interpolate
 from physisforcing.policy.model import Copy, WorldActionModel
+from physisforcing.policy.normalization import ActionStatistics
 from physisforcing.policy.objective import level_weights
 from physisforcing.policy.sampling import Sampler, SamplingConfig
 from physisforcing.worldmodel.flow_matching import sampling_sigmas
@@ -237,6 +240,34 @@ def test_the_way_back_fills_their_model(theirs: Any, pair: tuple[Any, WorldActio
     model.proprio_encoder.load_state_dict(sections["proprio_encoder"], strict=True)
     for (name, one), (_, two) in zip(began.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("kind, mode", [("zscore", "z-score"), ("minmax", "min/max")])
+def test_their_normaliser_reads_our_statistics(
+    theirs: Any, kind: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = types.ModuleType("git")  # asked for a commit hash only
+    repository.Repo = None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "git", repository)
+    assert SOURCE
+    path = Path(SOURCE).expanduser() / "src" / "fastwam" / "datasets" / "lerobot" / "utils" / "normalizer.py"
+    spec = importlib.util.spec_from_file_location("fastwam_normalizer", path)  # not its package, which imports datasets
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = torch.randn(40, 14, generator=torch.Generator().manual_seed(3))
+    rows[:, 0], rows[:, 1] = 0.1, torch.arange(40).sub(5).sign()
+    ours = ActionStatistics.of([rows.numpy()], [rows.numpy() * 2], kind, episodes=1)
+    (tmp_path / "dataset_stats.json").write_text(json.dumps(write_released(ours)[0]))
+    meta = {name: [{"key": "default"}] for name in ("action", "state")}
+    stats = module.load_dataset_stats_from_json(str(tmp_path / "dataset_stats.json"))
+    normaliser = module.LinearNormalizer(meta, False, mode, None, stats)
+    done = normaliser.forward({name: {"default": rows.clone()} for name in meta})
+    for name in meta:
+        torch.testing.assert_close(done[name]["default"], getattr(ours, name).normalise(rows), rtol=1e-5, atol=1e-4)
+    back = normaliser.backward({name: {"default": torch.full((1, 14), 0.5)} for name in meta})
+    wanted = ours.action.denormalise(torch.full((1, 14), 0.5))
+    torch.testing.assert_close(back["action"]["default"], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_noise_levels_and_weights(theirs: Any) -> None:
