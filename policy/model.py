@@ -24,7 +24,7 @@ from .action_expert import build_expert
 from .config import PolicyModelConfig
 from .initial import interpolate
 from .mixture import Keys, Stream, join
-from .pattern import groups
+from .pattern import Group, groups
 from .positions import Rotary, action_rotary
 
 
@@ -130,11 +130,7 @@ class WorldActionModel(OverWan, nn.Module):
 
     def prefill(self, latents_BCFhw: Tensor, sigma_B: Tensor, context_BLD: Tensor) -> tuple[Keys, ...]:
         """Keys for a plan, block by block: those of the first frame alone (one latent frame), or of an imagined future too, at its noise level."""
-        video, _, tokens = self._video(
-            latents_BCFhw, frame_timesteps(sigma_B, latents_BCFhw.shape[2]), context_BLD, None
-        )
-        calls = groups(self.config.mode, {"first": tokens, "future": (latents_BCFhw.shape[2] - 1) * tokens})
-        text = self.expert.condition_embedder.text_embedder(context_BLD)
+        video, calls, text = self.before_prefill(latents_BCFhw, sigma_B, context_BLD)
         found = []
         for block in self.blocks:
             x, keys = block.prefill(video, calls, text)  # type: ignore[operator]
@@ -142,14 +138,27 @@ class WorldActionModel(OverWan, nn.Module):
             found.append(keys)
         return tuple(found)
 
+    def before_prefill(
+        self, latents_BCFhw: Tensor, sigma_B: Tensor, context_BLD: Tensor
+    ) -> tuple[Stream, tuple[Group, ...], Tensor]:
+        """What the blocks of a prefill read: the video's tokens, their attention, and text and proprioception in the action expert's width."""
+        frames = latents_BCFhw.shape[2]
+        video, _, tokens = self._video(latents_BCFhw, frame_timesteps(sigma_B, frames), context_BLD, None)
+        calls = groups(self.config.mode, {"first": tokens, "future": (frames - 1) * tokens})
+        return video, calls, self.expert.condition_embedder.text_embedder(context_BLD)
+
     def act(self, actions_BPA: Tensor, times: tuple[Tensor, Tensor], prefilled: tuple[Keys, ...]) -> Tensor:
         """Action velocity [B,P,A] float32 over prefilled keys. ``times``: of ``action_times`` for the noise level."""
         temb_BD, modulation_BF6D = times
-        x = self.expert.embed(self._rounded(actions_BPA))
+        x = self.embed_actions(actions_BPA)
         rotary = self.action_cos, self.action_sin
         for block, keys in zip(self.blocks, prefilled, strict=True):
             x = block.act(x, modulation_BF6D, rotary, keys)  # type: ignore[operator]
         return self.expert.velocity(x, temb_BD)
+
+    def embed_actions(self, actions_BPA: Tensor) -> Tensor:
+        """Action tokens [B,P,D] float32, rounded as ``coarse_times`` has it."""
+        return self.expert.embed(self._rounded(actions_BPA))
 
     def action_times(self, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
         """-> (time embedding [B,D], modulations [B,1,6,D]) of the actions' noise levels."""
@@ -189,7 +198,7 @@ class WorldActionModel(OverWan, nn.Module):
 
     def _action(self, actions_BPA: Tensor, sigma_B: Tensor, context_BLD: Tensor) -> tuple[Stream, Tensor]:
         temb, modulation = self.action_times(sigma_B)
-        x = self.expert.embed(self._rounded(actions_BPA))
+        x = self.embed_actions(actions_BPA)
         text = self.expert.condition_embedder.text_embedder(context_BLD)
         rotary: Rotary = (self.action_cos, self.action_sin)
         return Stream(x, modulation, rotary, text), temb

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch import Tensor
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.worldmodel.flow_matching import sampling_sigmas
 
-from .mixture import Keys
 from .model import WorldActionModel
 
 #: What a policy of each mode can do: the first is what it does where nothing else is asked for.
@@ -105,19 +104,21 @@ class Sampler:
         """Whether a plan needs noise for a future."""
         return self.way != "first_frame"
 
-    def begin(
-        self, first_BC1hw: Tensor, text_BLD: Tensor, state: Tensor, noise_BCFhw: Tensor | None
-    ) -> tuple[Keys, ...] | Joint:
-        """What the action steps read. ``state``: as ``WorldActionModel.context`` takes it. ``noise_BCFhw``: of the future, its first frame is
+    def begin(self, first_BC1hw: Tensor, text_BLD: Tensor, state: Tensor, noise_BCFhw: Tensor | None) -> Any:
+        """What the action steps read: ``Joint``, or what ``prefill`` makes. ``state``: as ``WorldActionModel.context`` takes it. ``noise_BCFhw``: of the future, its first frame is
         not read; None where nothing is imagined."""
         context = self.model.context(text_BLD, state)
         clean = first_BC1hw.new_zeros(len(first_BC1hw), dtype=torch.float32)
         if self.way == "first_frame":
-            return self.model.prefill(first_BC1hw, clean, context)
+            return self.prefill(first_BC1hw, clean, context)
         assert noise_BCFhw is not None
         if self.way == "joint":
             return Joint(first_BC1hw, context, noise_BCFhw)
-        return self.model.prefill(self.imagine(first_BC1hw, context, noise_BCFhw), clean, context)
+        return self.prefill(self.imagine(first_BC1hw, context, noise_BCFhw), clean, context)
+
+    def prefill(self, latents_BCFhw: Tensor, sigma_B: Tensor, context_BLD: Tensor) -> Any:
+        """``WorldActionModel.prefill``, or what another sampler has for it."""
+        return self.model.prefill(latents_BCFhw, sigma_B, context_BLD)
 
     def imagine(self, first_BC1hw: Tensor, context_BLD: Tensor, noise_BCFhw: Tensor) -> Tensor:
         """The future that ``idm`` reads its actions out of: latents [B,C,F,h,w] float32, by steps of the video alone."""
@@ -128,8 +129,8 @@ class Sampler:
 
         return _behind(first_BC1hw, euler(velocity, noise_BCFhw[:, :, 1:], self.video_sigmas))
 
-    def steps(self, begun: tuple[Keys, ...] | Joint, noise_BPA: Tensor) -> Tensor:
-        """Normalised actions [B,P,A] float32."""
+    def steps(self, begun: Any, noise_BPA: Tensor) -> Tensor:
+        """Normalised actions [B,P,A] float32. ``begun``: of ``begin``."""
         if isinstance(begun, Joint):
             return self._joint(begun, noise_BPA)
         return euler(lambda step, x: self.model.act(x, self.times[step], begun), noise_BPA, self.sigmas)
