@@ -39,7 +39,7 @@ settings (field=value):
   policy.mode=           first_frame or idm, for a policy that was trained for both
   policy.execution=receding   async: a plan is begun before the last one is executed, and its first policy.delay=4 rows are dropped: the control
                          steps that it takes (0: as long as it takes by the clock; then results depend on the machine's speed)
-  policy.device=cpu      policy.compute=auto (eager, graph, compile)   policy.autoencoder= (its folder, for large policies)
+  policy.device=cpu      policy.compute=auto (eager, graph, compile, fused)   policy.autoencoder= (its folder, for large policies)
   policy.server=auto: one process holds the policy for all workers; or HOST:PORT of physis serve policy
   tasks=[click_bell] (task=NAME for one)   episodes=50   per task
   manifest=auto          frozen scenes, as in physis eval plan; or a folder of manifests, one <task>.json each

@@ -19,7 +19,7 @@ settings (field=value):
   policy=FOLDER          the export of physis train policy, a converted checkpoint, or the name of shipped weights
   autoencoder=FOLDER     its autoencoder or pipeline folder, where it is not the one beside the weights or the package's
   steps=10               denoising steps of the actions   video_steps=10 (of an imagined future)   mode= (first_frame or idm)
-  device=cpu             or cuda   compute=auto (eager, graph, compile)   threads=2 (numeric threads)
+  device=cpu             or cuda   compute=auto (eager, graph, compile, fused)   threads=2 (numeric threads)
   port=0                 0: a free one, printed   host=127.0.0.1
   token=SECRET           needed for a host that others reach; better in the variable PHYSIS_TOKEN, which other users do not see
   clients=64             connections at the same time

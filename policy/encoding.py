@@ -15,6 +15,7 @@ from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.paths import weights_root
 from physisforcing.worldmodel.codec import load_codec
 from physisforcing.worldmodel.data.batches import bank_latents
+from physisforcing.worldmodel.first_frame import FirstFrameEncoder
 from physisforcing.worldmodel.pipeline_vae import PipelineVae, load_vae
 from physisforcing.worldmodel.storage import latents_fingerprint
 from physisforcing.worldmodel.text import ENCODER, TextEmbedder
@@ -25,6 +26,9 @@ from .checkpoint import PolicyInfo
 #: Sentences whose embeddings stay on the device.
 MOST_SENTENCES = 256
 TEXT_ENCODERS = (ENCODER, "umt5-xxl")
+
+#: How a large autoencoder encodes one picture: as a video of one; or without what meets no picture (``worldmodel.first_frame``), also compiled.
+FIRST_FRAMES = ("plain", "flat", "compiled")
 
 #: Canvas [B,H,W,3] uint8 on the device -> normalised latents [B,C,1,h,w] float32.
 FirstFrame = Callable[[Tensor], Tensor]
@@ -45,24 +49,46 @@ def autoencoder_folder(info: PolicyInfo, source: str, policy: Path) -> Path:
 
 
 def open_first_frame(
-    folder: Path, device: torch.device, *, small: bool, stored: torch.dtype | None = None
+    folder: Path,
+    device: torch.device,
+    *,
+    small: bool,
+    stored: torch.dtype | None = None,
+    way: str = "plain",
+    half: bool = False,
 ) -> FirstFrame:
-    """The encoder of single pictures, as the latents of the training were made. ``small``: of a model that was trained on a ``WindowBank``;
-    otherwise see ``first_frame_by``."""
+    """The encoder of single pictures, as the latents of the training were made. ``small``: of a model that was trained on a ``WindowBank``, which
+    has one way only; otherwise see ``first_frame_by``. ``UserError`` for ``half`` of a small model's."""
     if small:
+        if half:
+            wanted = "false: the small models' autoencoder computes on a GPU in bfloat16 as it is"
+            raise UserError("policy.autoencoder_half", got=True, wanted=wanted, fix="leave it out")
         codec = load_codec(folder, device)
         return lambda canvas_BHWC: bank_latents(codec, canvas_BHWC.unsqueeze(1)).float()
-    return first_frame_by(load_vae(folder), device, stored)
+    return first_frame_by(load_vae(folder), device, stored, way=way, half=half)
 
 
-def first_frame_by(vae: PipelineVae, device: torch.device, stored: torch.dtype | None = None) -> FirstFrame:
+def first_frame_by(
+    vae: PipelineVae,
+    device: torch.device,
+    stored: torch.dtype | None = None,
+    *,
+    way: str = "plain",
+    half: bool = False,
+) -> FirstFrame:
     """The same of an autoencoder of a large pipeline, which goes to the device: in its own precision, as ``physis data latents`` makes them.
-    ``stored``: the type in which the windows of the training were stored; None where nothing says it."""
+    ``stored``: the type in which the windows of the training were stored; None where nothing says it. ``way``: one of ``FIRST_FRAMES``;
+    ``half``: in bfloat16, to which ``vae`` changes."""
+    assert way in FIRST_FRAMES
+    if half:
+        vae.vae.to(torch.bfloat16)
     vae.vae.to(device)
     vae.scale.to(device)
+    single = None if way == "plain" else FirstFrameEncoder(vae, compiled=way == "compiled")
 
     def encode(canvas_BHWC: Tensor) -> Tensor:
-        made = vae.encode(canvas_BHWC.permute(0, 3, 1, 2).unsqueeze(2).float() / 127.5 - 1.0)
+        picture = canvas_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        made = vae.encode(picture.unsqueeze(2)) if single is None else single(picture)
         return made if stored is None else made.to(stored).float()
 
     return encode

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .model import WorldActionModel
 
 #: What the inputs and the stages before made, by name -> what this one makes.
 Stage = Callable[[Mapping[str, Any]], Any]
-KINDS = ("eager", "graph", "compile")
+KINDS = ("eager", "graph", "compile", "fused")
 #: Calls before a capture, in which libraries choose their kernels.
 WARM_UP = 3
 #: Sets of shapes whose graphs are kept at the same time.
@@ -124,10 +124,16 @@ class _Clock:
         return found
 
 
-def compile_blocks(model: WorldActionModel, *, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile what a block does in a plan, once for all blocks: their weights are inputs of the compiled function. Names of parameters stay."""
+def compile_blocks(
+    model: WorldActionModel,
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    names: Sequence[str] = ("forward", "prefill", "act"),
+) -> None:
+    """Compile what a block does in a plan, once for all blocks: their weights are inputs of the compiled function. Names of parameters stay.
+    ``names``: of its methods."""
     kind = type(model.blocks[0])
-    for name in ("forward", "prefill", "act"):
+    for name in names:
         compiled = torch.compile(getattr(kind, name), dynamic=False, fullgraph=True, backend=backend)
         for block in model.blocks:
             setattr(block, name, functools.partial(compiled, block))

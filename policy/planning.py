@@ -19,6 +19,7 @@ from physisforcing.worldmodel.data.canvas import canvas_layout
 
 from .checkpoint import PolicyInfo, load_policy, policy_fingerprint
 from .encoding import FirstFrame, Sentences, autoencoder_folder, open_first_frame
+from .fused import FusedSampler, Fusion
 from .graphs import KINDS, Eager, Graphs, compile_blocks
 from .model import WorldActionModel, precision, to_inference
 from .normalization import ActionStatistics
@@ -28,8 +29,8 @@ from .sampling import WAYS, Sampler, SamplingConfig, draw_noise
 
 @dataclass(slots=True, kw_only=True)
 class PlanningConfig:
-    """``device``: ``cpu`` or ``cuda``. ``compute``: ``eager``, ``graph`` (CUDA graphs) or ``compile`` (compiled blocks, in CUDA graphs on a GPU);
-    ``auto`` is ``compile`` on a GPU and ``eager`` elsewhere. ``batch``: plans computed together, always exactly so many: with equal sizes a plan
+    """``device``: ``cpu`` or ``cuda``. ``compute``: ``eager``, ``graph`` (CUDA graphs) ``compile`` (compiled blocks, in CUDA graphs on a GPU)
+    or ``fused`` (the same with fewer kernels: ``fused.py``, ``worldmodel/first_frame.py``); ``auto`` is ``compile`` on a GPU and ``eager`` elsewhere. ``batch``: plans computed together, always exactly so many: with equal sizes a plan
     does not depend on its company; 1 on a CPU makes it bit-equal everywhere. ``autoencoder``: its folder, or the pipeline folder that it is in
     (empty: the one beside the weights, or the package's). ``steps``, ``video_steps``, ``mode``: ``sampling.SamplingConfig``."""
 
@@ -37,6 +38,7 @@ class PlanningConfig:
     compute: str = "auto"
     batch: int = 1
     autoencoder: str = ""
+    autoencoder_half: bool = False
     steps: int = 10
     video_steps: int = 10
     mode: str = ""
@@ -48,7 +50,7 @@ class PlanningConfig:
             raise UserError("policy.batch", got=self.batch, wanted="at least 1", fix="policy.batch=1")
         if self.compute == "graph" and not self.device.startswith("cuda"):
             fix = "policy.compute=eager, or policy.device=cuda"
-            raise UserError("policy.compute", got="graph", wanted="eager or compile on a CPU", fix=fix)
+            raise UserError("policy.compute", got="graph", wanted="eager, compile or fused on a CPU", fix=fix)
         self.sampling()
 
     @property
@@ -62,10 +64,13 @@ class PlanningConfig:
         return SamplingConfig(steps=self.steps, video_steps=self.video_steps, mode=self.mode)
 
 
-def plans_fingerprint(trained: str, sampling: SamplingConfig, weights: str) -> str:
-    """What plans depend on: weights and how they are sampled, without what is not used. ``trained``: the mode of the policy's training."""
+def plans_fingerprint(trained: str, sampling: SamplingConfig, weights: str, *, half: bool = False) -> str:
+    """What plans depend on: weights and how they are sampled, without what is not used. ``trained``: the mode of the policy's training.
+    ``half``: whether the autoencoder's precision is another one than in training."""
     way = sampling.mode or WAYS[trained][0]
     said = dataclasses.asdict(sampling) | {"way": way, "weights": weights}
+    if half:
+        said["autoencoder"] = "bfloat16"
     if way in ("first_frame", "joint"):
         del said["video_steps"]  # they are not made
     del said["mode"]
@@ -75,7 +80,8 @@ def plans_fingerprint(trained: str, sampling: SamplingConfig, weights: str) -> s
 class ChunkModel:
     """Plans of one policy on one device; safe in several threads, one call at a time.
 
-    ``name``: of the policy in results; ``fingerprint``: of its folder. ``backend``: what compiles.
+    ``name``: of the policy in results; ``fingerprint``: of its folder. ``backend``: what compiles; ``fusion``: which remedies of
+    ``compute=fused`` (None: all that are on by themselves). ``first_frame``: computes as ``config`` says.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class ChunkModel:
         name: str = "policy",
         fingerprint: str = "",
         backend: Any = "inductor",
+        fusion: Fusion | None = None,
     ) -> None:
         self.config = config or PlanningConfig()
         self.device = torch.device(self.config.device)
@@ -99,12 +106,14 @@ class ChunkModel:
             wanted = f"{layout.height}x{layout.width}, as canvas={info.canvas} has"
             raise UserError("policy.json: size", got=info.size, wanted=wanted, fix="export the policy again")
         self.info, self.statistics, self._first_frame, self._sentences = info, statistics, first_frame, sentences
-        self.sampler = Sampler(model, self.config.sampling(), frames=1 + (info.frames - 1) // 4)
+        self.sampler = self._sampler(backend, fusion)
         own, conditioner = model.config, getattr(model.proprioception, "config", None)
         self._spec = PolicySpec(
             name=name, canvas=info.canvas, size=info.size, lags=(0,) if conditioner is None else tuple(conditioner.lags),
             state_dim=own.state_dim, action_dim=own.action_dim, chunk=own.chunk, control_hz=info.control_hz,
-            fingerprint=plans_fingerprint(own.mode, self.config.sampling(), fingerprint),
+            fingerprint=plans_fingerprint(
+                own.mode, self.config.sampling(), fingerprint, half=self.config.autoencoder_half
+            ),
         )  # fmt: skip
         self._future = self._future_shape() if self.sampler.imagines else None
         self._lock = threading.Lock()
@@ -158,10 +167,19 @@ class ChunkModel:
         actions, seconds = self.stages(inputs)
         return actions.cpu(), seconds
 
+    def _sampler(self, backend: Any, fusion: Fusion | None) -> Sampler:
+        sampling, frames = self.config.sampling(), 1 + (self.info.frames - 1) // 4
+        made = Sampler(self.model, sampling, frames=frames)
+        if self.config.kind != "fused" or made.way == "joint":
+            return made
+        return FusedSampler(self.model, sampling, frames=frames, fusion=fusion, backend=backend)
+
     def _stages(self, backend: Any) -> Eager:
         gpu, kind = self.device.type == "cuda", self.config.kind
         if kind == "compile":
             compile_blocks(self.model, backend=backend)
+        elif kind == "fused":  # what the sampler does not fuse: a future that is imagined
+            compile_blocks(self.model, backend=backend, names=("forward",))
 
         def encode(at: Mapping[str, Any]) -> Tensor:
             return self._first_frame(at["canvas_BHWC"])
@@ -196,7 +214,10 @@ def load_chunk_model(
     device = torch.device(config.device)
     autoencoder, width = autoencoder_folder(info, config.autoencoder, folder), int(model.transformer.config.text_dim)
     sentences = Sentences(info, config.autoencoder, width, device, store=store_sentences)
-    first_frame = open_first_frame(autoencoder, device, small=sentences.small, stored=sentences.stored)
+    first_frame = open_first_frame(
+        autoencoder, device, small=sentences.small, stored=sentences.stored,
+        way="compiled" if config.kind == "fused" else "plain", half=config.autoencoder_half,
+    )  # fmt: skip
     return ChunkModel(
         model, info, statistics, first_frame, sentences, config,
         name=folder.name if folder.name != "export" else folder.parent.name, fingerprint=policy_fingerprint(folder),

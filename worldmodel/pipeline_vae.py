@@ -43,11 +43,12 @@ class PipelineVae:
 
         ``UserError`` for numbers of frames, rows or columns that are no whole latents: the encoder would leave the rest out.
         """
-        self._check_size(*video_B3THW.shape[2:])
+        self.check_size(*video_B3THW.shape[2:])
         made = self.vae.encode(video_B3THW.to(self.vae.device, self.vae.dtype)).latent_dist.mode().float()
         return self.scale.normalised(made)
 
-    def _check_size(self, frames: int, height: int, width: int) -> None:
+    def check_size(self, frames: int, height: int, width: int) -> None:
+        """``UserError`` unless so many pictures of this size are whole latents."""
         time, side, _ = self.stride
         if frames < 1 or (frames - 1) % time:
             fix = f"give {max(1, (frames - 1) // time * time + 1)}"

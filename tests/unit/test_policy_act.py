@@ -294,6 +294,29 @@ def test_compiled_blocks_are_one_graph_for_all_blocks_and_give_the_same_plan() -
     assert set(made.model.state_dict()) == set(plain.model.state_dict())
 
 
+@pytest.mark.parametrize(("trained", "graphs_made"), [("first_frame", 4), ("joint", 1), ("optional_idm", 5)])
+def test_fused_plans_are_the_plain_ones_in_every_mode(trained: str, graphs_made: int) -> None:
+    """``joint`` and the future of ``idm`` go through the compiled blocks of the whole model."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    plain, made = chunk_model(trained), chunk_model(trained, compute="fused", backend=backend)
+    for first in (0, 1):
+        one, other = (chunks.plan(a_request(1, first)).actions_BPA for chunks in (plain, made))
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == graphs_made
+    assert set(made.model.state_dict()) == set(plain.model.state_dict())
+    assert made.spec.fingerprint == plain.spec.fingerprint, "the same plans"
+
+
+def test_another_precision_of_the_autoencoder_is_another_policy() -> None:
+    half = chunk_model(autoencoder_half=True)
+    assert half.spec.fingerprint != chunk_model().spec.fingerprint
+
+
 def test_a_new_sentence_keeps_nobody_else_waiting() -> None:
     made, asked, gate = chunk_model(), threading.Event(), threading.Event()
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import tiny_paper
+from physisforcing.core.errors import UserError
 from physisforcing.core.paths import weights_root
 from physisforcing.policy.encoding import first_frame_by, open_first_frame
 from physisforcing.worldmodel.codec import load_codec
@@ -16,7 +19,8 @@ from physisforcing.worldmodel.data import batches
 from physisforcing.worldmodel.data.batches import build_bank
 from physisforcing.worldmodel.data.latent_maker import LatentMaker
 from physisforcing.worldmodel.data.windows import Episode, FrameStore, WindowTable
-from physisforcing.worldmodel.pipeline_vae import load_vae
+from physisforcing.worldmodel.first_frame import FirstFrameEncoder
+from physisforcing.worldmodel.pipeline_vae import PipelineVae, load_vae
 from physisforcing.worldmodel.text import TextEmbedder
 
 CPU = torch.device("cpu")
@@ -59,3 +63,37 @@ def test_of_a_large_model_it_is_that_of_the_store(stored: torch.dtype, tmp_path:
     acted = first_frame_by(load_vae(model / "vae"), CPU, stored)(frames[:1])
     assert torch.equal(acted[0], maker.encode(frames[:1])["latents_CFhw"].float())
     torch.testing.assert_close(acted[0], maker.encode(frames)["latents_CFhw"][:, :1].float(), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_a_single_picture_needs_no_frames_before_it(side: int) -> None:
+    """The encoder of single pictures against the one of videos, which stays."""
+    made = [PipelineVae(tiny_paper.vae(4, side)) for _ in range(2)]
+    canvas = torch.from_numpy(pictures(2, 32, 48))
+    plain = first_frame_by(made[0], CPU)(canvas)
+    flat = first_frame_by(made[1], CPU, way="flat")(canvas)
+    assert plain.shape == flat.shape == (2, 4, 1, 32 // side, 48 // side)
+    torch.testing.assert_close(flat, plain, rtol=1e-5, atol=1e-5)
+    video = torch.randn(1, 3, 5, 32, 48, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(made[1].encode(video), made[0].encode(video))
+    assert made[1].vae.state_dict().keys() == made[0].vae.state_dict().keys()
+    half = first_frame_by(made[1], CPU, way="flat", half=True)(canvas)
+    gap = float((half - plain).abs().max() / plain.std())
+    assert 0.0 < gap < 0.1 and half.dtype == torch.float32
+    with pytest.raises(UserError, match="height"):
+        FirstFrameEncoder(made[1])(torch.zeros(1, 3, 20, 48))
+
+
+def test_the_encoder_of_single_pictures_is_one_graph() -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    vae, picture = PipelineVae(tiny_paper.vae(4, 16)), torch.linspace(-1, 1, 3 * 32 * 48).view(1, 3, 32, 48)
+    wanted = vae.encode(picture.unsqueeze(2))
+    encode = FirstFrameEncoder(vae, compiled=True, backend=backend)
+    for _ in range(2):
+        torch.testing.assert_close(encode(picture), wanted, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
