@@ -21,11 +21,11 @@ from __future__ import annotations
 import copy
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from kernel_times import kernel_shares
 from paper_training import Bench, build, compile_again, read_options
 from torch import Tensor, nn
 from wan_variants import PairAttention, TextCache, WanAttnProcessor, attention_first, use_attention
@@ -111,47 +111,6 @@ class Steps(Bench):
         if self.options.json:
             write_measurements(self.options.json, self.lines)
         print(f"  relative difference from {self.compared}: {float(error):.2e}", flush=True)
-
-
-#: What a kernel's name says that it does, once it is none of inductor's; the first that fits counts.
-KERNELS = {
-    "attention": ("flash", "fmha", "sdpa", "attention"),
-    "matrix_products": ("gemm", "nvjet", "cutlass", "xmma", "mm_"),
-}
-#: How names of inductor's kernels begin, whose rest lists the operations before and after them: templates are matrix products.
-INDUCTOR = {"triton_tem_": "matrix_products", "triton_": "fused"}
-
-
-def kind_of(kernel: str) -> str:
-    """What a kernel does: ``attention``, ``matrix_products``, ``fused`` or ``other``."""
-    name = kernel.lower()
-    for begin, kind in INDUCTOR.items():
-        if name.startswith(begin):
-            return kind
-    return next((kind for kind, words in KERNELS.items() if any(word in name for word in words)), "other")
-
-
-def kernel_shares(step: Callable[[], Any], steps: int = 3) -> dict[str, float]:
-    """Milliseconds of a step in each kind of kernel (``kind_of``) and between kernels; prints the five dearest kernels."""
-    step()
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    for _ in range(steps):
-        step()
-    torch.cuda.synchronize()
-    whole = 1e3 * (time.perf_counter() - begun) / steps
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize()
-    spent: dict[str, float] = dict.fromkeys(("attention", "matrix_products", "fused", "other"), 0.0)
-    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
-    for event in events:
-        spent[kind_of(event.key)] += event.self_device_time_total / 1e3 / steps
-    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:5]:
-        print(f"  {event.self_device_time_total / 1e3 / steps:8.2f} ms  {event.count / steps:6.0f}  {event.key[:100]}")
-    spent["between"] = max(0.0, whole - sum(spent.values()))
-    return {name: round(value, 2) for name, value in spent.items()}
 
 
 class Clip:

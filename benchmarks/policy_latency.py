@@ -8,12 +8,19 @@ Full size is Wan2.2-TI2V-5B's transformer with the 1.02 B action expert, a canva
 actions of 14 numbers. A plan is `WorldActionPolicy.act`: `canvas` makes one picture of three, `encode` is the autoencoder, `prefill` the keys of
 the first frame and of the text, `steps` the ten action steps, `total` all of it by the wall clock, copies and denormalisation included. The
 sentence's embedding is cached, as it is within an episode. `cold` is the first plan of an arm, with its captures and compilation. Actions are
-compared in z-scores, before they are denormalised.
+compared in z-scores, before they are denormalised. Of arms that are CUDA graphs every stage is also told apart by kinds of kernels.
+
+eager               kernel by kernel                        graph               as CUDA graphs
+compile             blocks compiled, in CUDA graphs         compile_joined      one product, norm and rotation for q, k and v
+compile_in_place    and keys written where they are read;   fused               and the next norm ahead; the encoder compiled,
+                    the encoder without zero frames                             as policy.compute=fused
+fused_half          and the autoencoder in bfloat16         tuned               and matrix products that the compiler tries out
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import shlex
 import sys
 import tempfile
@@ -27,6 +34,7 @@ import numpy as np
 import paper_recipes
 import torch
 from cost_results import median_interval
+from kernel_times import KernelTimes, kernel_times
 
 from physisforcing.core.types import Observation
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
@@ -34,6 +42,8 @@ from physisforcing.policy.act import ExecutionConfig, WorldActionPolicy
 from physisforcing.policy.checkpoint import PolicyInfo
 from physisforcing.policy.config import PolicyModelConfig
 from physisforcing.policy.encoding import first_frame_by
+from physisforcing.policy.fused import Fusion
+from physisforcing.policy.graphs import Graphs
 from physisforcing.policy.model import WorldActionModel
 from physisforcing.policy.normalization import ActionStatistics
 from physisforcing.policy.planning import ChunkModel, PlanningConfig, load_chunk_model
@@ -46,6 +56,17 @@ STAGES = ("canvas", "encode", "prefill", "steps")
 STATES = 14
 #: Plans whose actions are compared between arms.
 COMPARED = 8
+#: Arm -> policy.compute, how the picture is encoded (``encoding.FIRST_FRAMES``), what ``fused`` does. The last columns matter to full size alone.
+ARMS: dict[str, tuple[str, str, Fusion | None]] = {
+    "eager": ("eager", "plain", None),
+    "graph": ("graph", "plain", None),
+    "compile": ("compile", "plain", None),
+    "compile_joined": ("fused", "plain", Fusion(in_place=False, ahead=False)),
+    "compile_in_place": ("fused", "flat", Fusion(ahead=False)),
+    "fused": ("fused", "compiled", Fusion()),
+    "fused_half": ("fused", "compiled", Fusion()),
+    "tuned": ("fused", "compiled", Fusion(tuned=True)),
+}
 
 
 class FixedText:
@@ -64,16 +85,17 @@ class FixedText:
 
 @dataclass(slots=True)
 class Arm:
-    """Milliseconds of the warm plans by stage, of the first one, actions of the compared ones, GiB at most."""
+    """Milliseconds of the warm plans by stage, of the first one, actions of the compared ones, GiB at most, kernels by stage."""
 
     cold_ms: float = 0.0
     ms: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in (*STAGES, "total")})
     actions_BPA: torch.Tensor | None = None
     memory_gib: float = 0.0
+    kernels: dict[str, KernelTimes] = field(default_factory=dict)
 
 
 def full_size(options: argparse.Namespace, device: torch.device) -> tuple[Any, ...]:
-    """-> (model, what belongs to it, encoder of pictures, sentences) with random weights, the last layer's too."""
+    """-> (model, what belongs to it, autoencoder, sentences) with random weights, the last layer's too."""
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -94,10 +116,9 @@ def full_size(options: argparse.Namespace, device: torch.device) -> tuple[Any, .
             vae = tiny_paper.vae(channels, 16)
         else:
             vae = AutoencoderKLWan(**paper_recipes.VAES[channels], **neutral)
-    vae = PipelineVae(vae.to(torch.bfloat16) if options.vae == "bf16" else vae)
     layout = CANVASES["robotwin"]
     info = PolicyInfo(canvas="robotwin", size=(layout.height, layout.width), frames=9, frame_stride=4)
-    return model, info, first_frame_by(vae, device), FixedText(options.tokens, int(shape["text_dim"]), device)
+    return model, info, PipelineVae(vae), FixedText(options.tokens, int(shape["text_dim"]), device)
 
 
 def statistics() -> ActionStatistics:
@@ -145,6 +166,17 @@ def measure(chunks: ChunkModel, options: argparse.Namespace) -> Arm:
     return arm
 
 
+def stage_kernels(chunks: ChunkModel) -> dict[str, KernelTimes]:
+    """Kernels of each stage of an arm that is CUDA graphs."""
+    if not isinstance(chunks.stages, Graphs):
+        return {}
+    found = {name: kernel_times(replay) for name, replay in chunks.stages.alone().items()}
+    for stage, kernels in found.items():
+        for kernel, ms, count in kernels.dearest:
+            print(f"  {stage:8} {ms:8.3f} ms  {count:6.0f}  {kernel}", flush=True)
+    return found
+
+
 def a_request(chunks: ChunkModel, number: int) -> PlanRequest:
     draw = np.random.default_rng(1000 + number)
     lags = len(chunks.spec.lags)
@@ -168,24 +200,39 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Arm], int, int]:
             folder = Path(options.policy or write_pico_policy(Path(place) / "pico"))
         else:
             parts = full_size(options, device)
-        for kind in options.arms:
-            config = PlanningConfig(device=device.type, compute=kind, steps=options.steps)
-            if options.pico:
-                chunks = load_chunk_model(folder, config)
-            else:  # one model in turn: compiled blocks stay compiled, so `compile` comes last
-                model, info, first_frame, sentences = parts
-                chunks = ChunkModel(model, info, statistics(), first_frame, sentences, config)
+        for name in options.arms:
             try:
-                arms[kind] = measure(chunks, options)
-            except RuntimeError:  # a capture or a compilation that fails must not take the other arms with it
-                print(f"{kind} failed:\n{traceback.format_exc()}", flush=True)
+                chunks = load_arm(folder, name, options) if options.pico else full_arm(parts, name, options, device)
+                expert = sum(p.numel() for _, p in chunks.model.action_parameters())
+                sizes = sum(p.numel() for p in chunks.model.parameters()) - expert, expert
+                arms[name] = measure(chunks, options)
+                told = {stage: f"{np.median(times):.2f}" for stage, times in arms[name].ms.items()}
+                print(f"{name:16} cold {arms[name].cold_ms:.0f} ms, warm {told}", flush=True)
+                arms[name].kernels = stage_kernels(chunks)
+            except (
+                RuntimeError
+            ):  # a capture, a compilation or a profile that fails must not take the other arms with it
+                print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
                 continue
-            told = {name: f"{np.median(times):.2f}" for name, times in arms[kind].ms.items()}
-            print(f"{kind:8} cold {arms[kind].cold_ms:.0f} ms, warm {told}", flush=True)
+            del chunks  # its graphs and their memory, before the next arm has its own
     if not arms:
         raise SystemExit("no arm could be measured")
-    expert = sum(p.numel() for _, p in chunks.model.action_parameters())
-    return arms, sum(p.numel() for p in chunks.model.parameters()) - expert, expert
+    return arms, *sizes
+
+
+def load_arm(folder: Path, name: str, options: argparse.Namespace) -> ChunkModel:
+    compute, _, fusion = ARMS[name]
+    return load_chunk_model(folder, PlanningConfig(device="cpu", compute=compute, steps=options.steps), fusion=fusion)
+
+
+def full_arm(parts: tuple[Any, ...], name: str, options: argparse.Namespace, device: torch.device) -> ChunkModel:
+    """One model in turn: what is compiled or joined stays so, so that `eager` and `graph` come first."""
+    model, info, vae, sentences = parts
+    compute, way, fusion = ARMS[name]
+    half = name == "fused_half"
+    config = PlanningConfig(device=device.type, compute=compute, steps=options.steps, autoencoder_half=half)
+    first_frame = first_frame_by(PipelineVae(copy.deepcopy(vae.vae)) if half else vae, device, way=way, half=half)
+    return ChunkModel(model, info, statistics(), first_frame, sentences, config, fusion=fusion)
 
 
 def lines(arms: dict[str, Arm], options: argparse.Namespace, sizes: tuple[int, int]) -> list[dict[str, Any]]:
@@ -196,10 +243,11 @@ def lines(arms: dict[str, Arm], options: argparse.Namespace, sizes: tuple[int, i
         "command": placeless(shlex.join(["python", *sys.argv])),
         "provenance": machine_provenance(),
     }
-    about = {"video_parameters": sizes[0], "action_parameters": sizes[1], "steps": options.steps, "vae": options.vae}
+    shown = {"video_parameters": sizes[0], "action_parameters": sizes[1], "steps": options.steps}
     first, found = next(iter(arms)), []
     for name, arm in arms.items():
         claim = f"policy/latency/{size}/{name}"
+        about = shown | {"vae": "bf16" if name == "fused_half" else "fp32", "first_frame": ARMS[name][1]}
         for stage, times in arm.ms.items():
             p5, value, p95 = (float(one) for one in np.percentile(times, [5, 50, 95]))
             low, high = median_interval(times)
@@ -222,6 +270,13 @@ def lines(arms: dict[str, Arm], options: argparse.Namespace, sizes: tuple[int, i
                 against={"arm": first, "largest_action": float(arms[first].actions_BPA.abs().max())}, **shared,
             )
         )  # fmt: skip
+        for stage, kernels in arm.kernels.items():
+            spent = kernels.ms | {"between": kernels.between_ms}
+            for kind, ms in spent.items():
+                against = {"whole_ms": kernels.whole_ms, "kernels": kernels.counts.get(kind)}
+                found.append(
+                    measurement(f"{claim}/kernels/{stage}/{kind}_ms", ms, unit="ms", n=3, against=against, **shared)
+                )
         if arm.memory_gib:
             found.append(measurement(f"{claim}/memory_gib", arm.memory_gib, unit="GiB", n=1, against=about, **shared))
     return found
@@ -233,19 +288,16 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal of the full size, on a CPU")
     parser.add_argument("--policy", default="", help="with --pico: a policy's folder instead of a drawn one")
     parser.add_argument(
-        "--arms", nargs="*", default=[], help="of eager, graph, compile; the first one is what is compared with"
+        "--arms", nargs="*", default=[], choices=tuple(ARMS), help="the first one is what is compared with"
     )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=128, help="of a sentence")
     parser.add_argument("--plans", type=int, default=100, help="that are timed")
     parser.add_argument("--warm", type=int, default=5, help="plans before those")
-    parser.add_argument(
-        "--vae", choices=("fp32", "bf16"), default="fp32", help="precision of the full-size autoencoder"
-    )
     parser.add_argument("--threads", type=int, default=0, help="numeric threads on a CPU")
     parser.add_argument("--json")
     options = parser.parse_args()
-    options.arms = options.arms or (["eager"] if options.pico or options.tiny else ["eager", "graph", "compile"])
+    options.arms = options.arms or (["eager"] if options.pico or options.tiny else list(ARMS))
     if options.threads:
         torch.set_num_threads(options.threads)
     arms, *sizes = run(options)

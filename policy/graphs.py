@@ -69,6 +69,10 @@ class Graphs(Eager):
             clock.mark(name)
         return captured.values[self._last], clock.seconds()
 
+    def alone(self) -> dict[str, Callable[[], None]]:
+        """The stages of the shapes that were used last, one by one, over what lies there: for measurements."""
+        return {name: graph.replay for name, graph in next(reversed(self._kept.values())).graphs.items()}
+
 
 class _Captured:
     """Graphs for one set of shapes. A later stage reads what an earlier one made where it lies."""

@@ -204,7 +204,11 @@ class ChunkModel:
 
 
 def load_chunk_model(
-    folder: Path | str, config: PlanningConfig | None = None, *, store_sentences: bool = True
+    folder: Path | str,
+    config: PlanningConfig | None = None,
+    *,
+    store_sentences: bool = True,
+    fusion: Fusion | None = None,
 ) -> ChunkModel:
     """The policy in ``folder``. ``UserError`` for a folder that is none or incomplete, another autoencoder, a mode that it was not trained for."""
     folder, config = Path(folder), config or PlanningConfig()
@@ -221,4 +225,5 @@ def load_chunk_model(
     return ChunkModel(
         model, info, statistics, first_frame, sentences, config,
         name=folder.name if folder.name != "export" else folder.parent.name, fingerprint=policy_fingerprint(folder),
+        fusion=fusion,
     )  # fmt: skip

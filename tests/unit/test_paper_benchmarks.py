@@ -120,10 +120,12 @@ def test_rows_of_passes_are_written(benchmarks, tmp_path):
         ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_bias_TNT", "matrix_products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix_products"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", "other"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16>", "matrix_products"),
     ],
 )
 def test_kernels_are_told_by_their_names(benchmarks, kernel, kind):
-    from paper_generate import kind_of
+    from kernel_times import kind_of
 
     assert kind_of(kernel) == kind
 

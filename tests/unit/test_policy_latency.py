@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import argparse
+from typing import NamedTuple
 
 import pytest
 import torch
 
 
+class Event(NamedTuple):
+    """What the profiler says of a kernel."""
+
+    key: str
+    self_device_time_total: float
+    count: int
+
+
 def test_the_full_size_path_on_a_cpu(monkeypatch, repository):
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import kernel_times
     import policy_latency
 
     options = argparse.Namespace(
-        tiny=True, pico=False, policy="", arms=["eager", "eager again"], steps=2, tokens=4, plans=2, warm=0, vae="fp32"
+        tiny=True, pico=False, policy="", arms=["eager", "eager again"], steps=2, tokens=4, plans=2, warm=0
     )
-    kinds = iter(("eager", "eager"))
-    plain = policy_latency.PlanningConfig
-    monkeypatch.setattr(policy_latency, "PlanningConfig", lambda **more: plain(**(more | {"compute": next(kinds)})))
+    monkeypatch.setitem(policy_latency.ARMS, "eager again", ("eager", "flat", None))
     arms, video, expert = policy_latency.run(options)
+    events = [Event("triton_red_fused_add_0", 600.0, 60), Event("nvjet_tst_64x8", 900.0, 120), Event("idle", 0.0, 9)]
+    arms["eager"].kernels = {"steps": kernel_times.counted(0.75, events, 3)}
     found = {line["claim"]: line for line in policy_latency.lines(arms, options, (video, expert))}
     assert set(arms) == {"eager", "eager again"} and video > 10 * expert > 0
     for stage in ("canvas", "encode", "prefill", "steps", "total"):
@@ -28,7 +38,11 @@ def test_the_full_size_path_on_a_cpu(monkeypatch, repository):
     parts = sum(arms["eager"].ms[stage][1] for stage in policy_latency.STAGES)
     assert 0.5 * arms["eager"].ms["total"][1] < parts <= arms["eager"].ms["total"][1]
     gap = found["policy/latency/tiny/eager again/largest_difference"]
-    assert gap["value"] == 0.0 and gap["against"]["largest_action"] == pytest.approx(
-        float(arms["eager"].actions_BPA.abs().max())
-    )
+    largest = float(arms["eager"].actions_BPA.abs().max())
+    assert 0.0 < gap["value"] < 1e-4 * largest and gap["against"]["largest_action"] == pytest.approx(largest)
+    assert found["policy/latency/tiny/eager again/total_ms"]["against"]["first_frame"] == "flat"
+    kinds = {"fused": (0.2, 20), "matrix_products": (0.3, 40), "copies": (0.0, 0), "between": (0.25, None)}
+    for kind, (ms, count) in kinds.items():
+        line = found[f"policy/latency/tiny/eager/kernels/steps/{kind}_ms"]
+        assert line["value"] == pytest.approx(ms) and line["against"] == {"whole_ms": 0.75, "kernels": count}
     assert not torch.equal(arms["eager"].actions_BPA[0], arms["eager"].actions_BPA[1])
