@@ -6,6 +6,7 @@ rows of the one before are still executed, and its rows for the moments that pas
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from physisforcing.core.types import ActionSpec, Observation
 from physisforcing.worldmodel.data.canvas import compose
 
 from .config import RATE_TOLERANCE
-from .requests import ChunkSource, PlanAnswer, PlanRequest, PolicySpec
+from .requests import CanvasSource, ChunkSource, PlanAnswer, PlanRequest, PolicySpec
 from .sampling import plan_seed
 
 EXECUTIONS = ("receding", "async")
@@ -75,6 +76,8 @@ class WorldActionPolicy:
         self.source, self.config = source, config or ExecutionConfig()
         self.spec: PolicySpec = source.spec
         self.config.check(self.spec.chunk)
+        plain = functools.partial(compose, self.spec.canvas)
+        self._compose = source.compose if isinstance(source, CanvasSource) else plain
         self._limits_2A = None if action_spec is None else np.array([action_spec.low, action_spec.high], np.float32)
         self._coming: _Coming | None = None
         self.reset(task="", seed=0, instruction="")
@@ -156,7 +159,7 @@ class WorldActionPolicy:
 
     def _request(self, observation: Observation) -> PlanRequest:
         begun = time.perf_counter()
-        canvas = compose(self.spec.canvas, observation.images)
+        canvas = self._compose(observation.images)
         self._counts["canvas_s"] += time.perf_counter() - begun
         seed = plan_seed(self._seed, int(self._counts["plans"]))
         self._counts["plans"] += 1

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.results import config_hash
-from physisforcing.worldmodel.data.canvas import canvas_layout
+from physisforcing.worldmodel.data.canvas import canvas_layout, compose
+from physisforcing.worldmodel.data.canvas_device import compose_on
 
 from .checkpoint import PolicyInfo, load_policy, policy_fingerprint
 from .encoding import FirstFrame, Sentences, autoencoder_folder, open_first_frame
@@ -122,6 +124,13 @@ class ChunkModel:
     @property
     def spec(self) -> PolicySpec:
         return self._spec
+
+    def compose(self, pictures: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        """``canvas.compose`` of the policy's canvas; ``compute=fused`` resizes on a GPU."""
+        if self.config.kind != "fused" or self.device.type != "cuda":
+            return compose(self.info.canvas, pictures)
+        with self._lock:  # nobody captures meanwhile
+            return compose_on(self.device, self.info.canvas, pictures)
 
     def prepare(self, request: PlanRequest) -> None:
         """Embed the request's sentences: what may take long and needs nobody else to wait."""

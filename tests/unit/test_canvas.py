@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from physisforcing.core.episodes import EpisodeSource
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.data import canvas
 from physisforcing.worldmodel.data.canvas import compose
+from physisforcing.worldmodel.data.canvas_device import compose_on
 from physisforcing.worldmodel.data.latent_settings import WindowSettings
 from physisforcing.worldmodel.data.latent_shards import StoreInfo, check_same
 from physisforcing.worldmodel.data.latent_sources import CanvasEpisodes
@@ -155,3 +157,33 @@ def test_settings_of_a_canvas_are_checked() -> None:
         WindowSettings(canvas="three").check_windows()
     with pytest.raises(UserError, match="camera"):
         WindowSettings(canvas="libero", camera="image").check_windows()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("robotwin", [(240, 320)] * 3),
+        ("robotwin", [(480, 640), (100, 333), (128, 160)]),
+        ("libero", [(256, 256), (97, 41)]),
+    ],
+)
+def test_a_canvas_made_by_whole_numbers_has_pillows_bytes(name: str, sizes: list[tuple[int, int]]) -> None:
+    """What a GPU computes, here on the CPU: smooth pictures, noise, black and white stripes, and both extremes."""
+    draw = np.random.default_rng(0)
+    for kind in range(4):
+        pictures = {}
+        for camera, (height, width) in zip(canvas.CANVASES[name].names, sizes, strict=True):
+            noise = draw.integers(0, 256, (height, width, 3))
+            rows, columns = np.mgrid[:height, :width]
+            ramp = np.stack([rows + columns, 2 * rows, columns], 2) % 256
+            stripes = np.repeat(255 * ((rows + columns) % 2)[..., None], 3, 2)
+            pictures[camera] = np.stack([noise, ramp, stripes, np.full_like(noise, 255)])[kind].astype(np.uint8)
+        made = compose_on(torch.device("cpu"), name, pictures)
+        assert made.dtype == np.uint8 and np.array_equal(made, compose(name, pictures))
+
+
+def test_a_canvas_of_one_camera_is_made_as_ever_and_mistakes_are_found() -> None:
+    head = {"head": np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)}
+    assert np.array_equal(compose_on(torch.device("cpu"), "head", head), compose("head", head))
+    with pytest.raises(UserError, match="canvas"):
+        compose_on(torch.device("cpu"), "robotwin", head)

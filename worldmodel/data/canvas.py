@@ -73,17 +73,9 @@ def compose(name: str, pictures: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.
 
     ``UserError`` for a missing camera and for a picture that is none.
     """
-    layout = canvas_layout(name)
-    cameras = canvas_cameras(name, pictures)
-    for camera, alias in cameras.items():
-        picture = pictures[alias]
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            got = f"{picture.dtype} {list(picture.shape)}"
-            raise UserError(
-                f"images.{camera}", got=got, wanted="uint8 [H,W,3]", fix="give pictures as the camera made them"
-            )
+    layout, found = canvas_layout(name), camera_pictures(name, pictures)
     if not layout.tiles:
-        picture, (height, width) = pictures[cameras[layout.names[0]]], (layout.height, layout.width)
+        picture, (height, width) = found[layout.names[0]], (layout.height, layout.width)
         if picture.shape[:2] not in ((height, width), (2 * height, 2 * width)):
             wanted = f"{2 * height}x{2 * width}, halved by area, or {height}x{width}, as windows are recorded"
             raise UserError(
@@ -93,7 +85,19 @@ def compose(name: str, pictures: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.
             picture if picture.shape[:2] == (height, width) else resize_area(picture)
         )  # as the small models' windows are made
     sizes = dict(zip(layout.names, layout.tiles, strict=True))
-    return layout.compose({name: _resized(pictures[alias], sizes[name][2:]) for name, alias in cameras.items()})
+    return layout.compose({camera: _resized(picture, sizes[camera][2:]) for camera, picture in found.items()})
+
+
+def camera_pictures(name: str, pictures: Mapping[str, NDArray[np.uint8]]) -> dict[str, NDArray[np.uint8]]:
+    """Camera of the canvas, in its order -> its picture among ``pictures``. ``UserError`` as ``compose``."""
+    found = {camera: pictures[alias] for camera, alias in canvas_cameras(name, pictures).items()}
+    for camera, picture in found.items():
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            got = f"{picture.dtype} {list(picture.shape)}"
+            raise UserError(
+                f"images.{camera}", got=got, wanted="uint8 [H,W,3]", fix="give pictures as the camera made them"
+            )
+    return found
 
 
 def _resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
