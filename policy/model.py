@@ -97,8 +97,9 @@ class WorldActionModel(OverWan, nn.Module):
         *,
         copy: Copy | None = None,
         need_tap: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """-> (video velocity like the latents, of frame 0 meaningless; action velocity [B,P,A] or None; tapped tokens [B,F*h*w,D] or None).
+        need_velocity: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """-> (video velocity like the latents, of frame 0 meaningless, or None where nobody needs it; action velocity [B,P,A] or None; tapped tokens [B,F*h*w,D] or None).
 
         ``latents_BCFhw``: noisy, frame 0 clean; a single frame computes no noisy future at all.
         """
@@ -123,8 +124,10 @@ class WorldActionModel(OverWan, nn.Module):
                 x, tapped = _tapped(x, frames * tokens)
             video = video._replace(x_BLD=x)
             action = None if action is None else action._replace(x_BLD=y)
-        noisy = video.x_BLD[:, : frames * tokens]
-        velocity = unembed(self.transformer, noisy, temb[:, :frames], latents_BCFhw.shape)
+        velocity = None
+        if need_velocity:
+            noisy = video.x_BLD[:, : frames * tokens]
+            velocity = unembed(self.transformer, noisy, temb[:, :frames], latents_BCFhw.shape)
         acted = None if action is None else self.expert.velocity(action.x_BLD, action_temb)  # type: ignore[arg-type]
         return velocity, acted, tapped
 

@@ -91,13 +91,13 @@ def action_loss(velocity: Tensor, x0: Tensor, noise: Tensor, valid_BP: Tensor, w
 
 def predict(
     model: WorldActionModel, batch: Mapping[str, Any], drawn: Drawn, *, video: bool = True, need_tap: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Velocities of a noised batch: see ``WorldActionModel.forward``. Without ``video`` the future tokens are not computed where the actions do
-    not see them."""
-    x0, actions = batch["latents_BCFhw"], batch["actions_BPA"]
-    noisy, copy = add_noise(x0, drawn.noise_BCFhw, drawn.sigma_B), None
-    if not video and model.config.mode != "joint":
-        noisy = noisy[:, :, :1]
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Velocities of a noised batch: see ``WorldActionModel.forward``. Without ``video`` the video's is None, and the future tokens are not computed
+    where the actions do not see them."""
+    x0, actions, copy = batch["latents_BCFhw"], batch["actions_BPA"], None
+    alone = not video and model.config.mode != "joint"
+    # the first frame is clean
+    noisy = x0[:, :, :1].float() if alone else add_noise(x0, drawn.noise_BCFhw, drawn.sigma_B)
     if drawn.copy_sigma_B is not None:
         assert drawn.copy_noise_BCFhw is not None
         copy = Copy(add_noise(x0, drawn.copy_noise_BCFhw, drawn.copy_sigma_B), drawn.copy_sigma_B, drawn.copy_seen_B)
@@ -106,7 +106,7 @@ def predict(
     state = batch["proprioception_BKA"] if model.config.proprioception == "backbone" else batch["state_BA"]
     context = model.context(batch["text"], state)
     velocity, acted, tapped = model(
-        noisy, drawn.sigma_B, noised, drawn.action_sigma_B, context, copy=copy, need_tap=need_tap
+        noisy, drawn.sigma_B, noised, drawn.action_sigma_B, context, copy=copy, need_tap=need_tap, need_velocity=video
     )
     assert acted is not None
     return velocity, acted, tapped
@@ -132,6 +132,7 @@ def policy_losses(
     terms = {"action": action.detach()}
     loss = action
     if video_weight > 0.0:
+        assert velocity is not None
         weight = level_weights(drawn.sigma_B, config.video_shift, config.weighting)
         video = video_loss(velocity, batch["latents_BCFhw"], drawn.noise_BCFhw, batch["frame_valid_BF"], weight)
         loss, terms["video"] = loss + video_weight * video, video.detach()

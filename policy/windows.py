@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,14 +167,13 @@ class PolicyBank:
 
         An action is valid where its episode has it; a latent frame unless all its pixel frames lie past the end.
         """
-        found = self.bank.batch(rows_B)
         here = self.state_W.device
-        rows_B = _sent(rows_B, here)
-        steps = torch.arange(self.chunk, device=here)
+        if not isinstance(self.bank, LatentBank):  # which asks its readers on the CPU
+            rows_B = _sent(rows_B, here)
+        found = self.bank.batch(rows_B)
+        steps, shown = _steps(self.chunk, found["latents_BCFhw"].shape[2], self.time, self.stride, here)
         place_BP = torch.minimum(self.action_W[rows_B, None] + steps, self.last_W[rows_B, None])
         remaining_B1 = self.remaining_W[rows_B, None]
-        frames = torch.arange(found["latents_BCFhw"].shape[2], device=here)
-        shown = ((frames - 1) * self.time + 1).clamp(min=0) * self.stride
         mine = {
             "state_BA": self.states_MA[self.state_W[rows_B]],
             "actions_BPA": self.actions_MA[place_BP],
@@ -221,6 +221,13 @@ def _check_canvas(bank: LatentBank) -> None:
         if size != (layout.height, layout.width):
             wanted = f"{layout.height}x{layout.width}, as canvas={info.canvas} has"
             raise UserError("data.latents", got=f"pictures of {size[0]}x{size[1]}", wanted=wanted, fix=fix)
+
+
+@functools.lru_cache(maxsize=32)
+def _steps(chunk: int, frames: int, time: int, stride: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> (numbers of a chunk's actions [P], control steps from a window's first to the first picture of each latent frame [F])."""
+    shown = ((torch.arange(frames, device=device) - 1) * time + 1).clamp(min=0) * stride
+    return torch.arange(chunk, device=device), shown
 
 
 def _sent(value: Tensor, device: torch.device) -> Tensor:

@@ -266,3 +266,24 @@ def test_a_block_is_one_graph(mode: str) -> None:
 def test_settings_that_mean_nothing_are_refused(name: str, value: object) -> None:
     with pytest.raises(UserError, match=f"policy.{name}"):
         PolicyModelConfig(**{name: value})
+
+
+def test_without_a_video_loss_its_last_layer_is_not_computed_and_gradients_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against a model whose velocity is computed, and thrown away."""
+    batch, gradients, called = tiny_batch(), [], list[int]()
+    for needed in (False, True):
+        model = tiny_policy()
+        model.transformer.proj_out.register_forward_hook(lambda *_: called.append(1))
+        if needed:
+            plain = model.forward
+            monkeypatch.setattr(
+                model, "forward", lambda *some, need_velocity, plain=plain, **more: plain(*some, **more)
+            )
+        drawn = draw(SHAPE, model.config, torch.Generator().manual_seed(3))
+        policy_losses(model, batch, drawn, video_weight=0.0)[0]["loss"].backward()
+        assert len(called) == needed
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(grad, gradients[1][name]) for name, grad in gradients[0].items())

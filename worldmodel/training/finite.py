@@ -32,15 +32,14 @@ class FiniteGuard:
         #: Updates that were left out since the run began; and the one left out last, until ``take_skipped``.
         self.skipped = 0
         self._new: int | None = None
-        self._pending: list[tuple[int, Tensor]] = []
+        self._pending: list[tuple[int, Tensor, Tensor]] = []
 
     def admits(self, step: int, loss: Tensor, norm: Tensor) -> bool:
         """Whether the update is to be made. ``loss`` and ``norm``: scalars, the same in every process."""
-        finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
         if self.policy == "stop":
-            self._pending.append((step, finite))
+            self._pending.append((step, loss.detach(), norm.detach()))
             return True
-        if bool(finite):
+        if bool(torch.isfinite(loss.detach()) & torch.isfinite(norm)):
             return True
         self.skipped += 1
         self._new = step
@@ -51,8 +50,9 @@ class FiniteGuard:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        finite = torch.stack([flag for _, flag in pending]).tolist()
-        for (step, _), good in zip(pending, finite, strict=True):
+        values = torch.stack([value.float() for _, *both in pending for value in both])
+        finite = values.isfinite().view(-1, 2).all(1).tolist()
+        for (step, *_), good in zip(pending, finite, strict=True):
             if not good:
                 clips = ", ".join(self.clips(step))
                 raise FloatingPointError(
