@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import shlex
 import sys
 import tempfile
@@ -215,6 +216,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Arm], int, int]:
                 print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
                 continue
             del chunks  # its graphs and their memory, before the next arm has its own
+            gc.collect()  # its stages refer to it
     if not arms:
         raise SystemExit("no arm could be measured")
     return arms, *sizes
