@@ -210,12 +210,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Arm], int, int]:
                 told = {stage: f"{np.median(times):.2f}" for stage, times in arms[name].ms.items()}
                 print(f"{name:16} cold {arms[name].cold_ms:.0f} ms, warm {told}", flush=True)
                 arms[name].kernels = stage_kernels(chunks)
-            except (
-                RuntimeError
-            ):  # a capture, a compilation or a profile that fails must not take the other arms with it
+            except RuntimeError:  # a capture, compilation or profile that fails must not take the other arms with it
                 print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
-                continue
-            del chunks  # its graphs and their memory, before the next arm has its own
+            chunks = None  # its graphs and their memory, before the next arm has its own
             gc.collect()  # its stages refer to it
     if not arms:
         raise SystemExit("no arm could be measured")
