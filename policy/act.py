@@ -53,14 +53,15 @@ class ExecutionConfig:
             raise UserError("policy.delay", got=self.delay, wanted=wanted, fix=fix)
 
 
-def check_rate(spec: PolicySpec, dt: float) -> None:
-    """``UserError`` unless the rows of a chunk are as far apart as the rows that an environment takes, ``dt`` seconds."""
+def check_rate(spec: PolicySpec, dt: float, fix: str = "") -> None:
+    """``UserError`` unless the rows of a chunk are as far apart as the rows that an environment takes, ``dt`` seconds. ``fix``: where it is another
+    one than in our own evaluation."""
     if abs(spec.control_hz * dt - 1.0) > RATE_TOLERANCE:
         got, wanted = f"{spec.control_hz:.4g} actions a second", f"{1.0 / dt:.4g}, at which the environment takes them"
-        fix = (
+        usual = (
             "control=topp, which drives to each target in its own time, or a policy trained on recordings of that rate"
         )
-        raise UserError(f"policy {spec.name}", got=got, wanted=wanted, fix=fix)
+        raise UserError(f"policy {spec.name}", got=got, wanted=wanted, fix=fix or usual)
 
 
 class WorldActionPolicy:
