@@ -36,24 +36,27 @@ class PhysisConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.folder:
-            return  # LeRobot makes one without settings, to list its fields
-        spec = folder_spec(self.folder)
-        pictures = camera_features(spec.canvas, self.cameras)
+        try:
+            spec = folder_spec(self.folder)
+            pictures = camera_features(spec.canvas, self.cameras)
+        except (
+            UserError
+        ):  # raised again when the policy is made: LeRobot's parser would put its own sentence in place of this one
+            return
         self.input_features = {name: PolicyFeature(FeatureType.VISUAL, shape) for name, shape in pictures.items()}
         self.input_features[STATE] = PolicyFeature(FeatureType.STATE, (spec.state_dim,))
         self.output_features = {"action": PolicyFeature(FeatureType.ACTION, (spec.action_dim,))}
 
     def check(self, spec: PolicySpec) -> None:
-        """``UserError`` for what this policy cannot do: another rate, other actions or states, a chunk too short, mixed precision, adapters."""
+        """``UserError`` for what this policy cannot do: another rate, other actions or states, a chunk too short, mixed precision,
+        another device."""
         check_loop_rate(spec, self.fps)
         ExecutionConfig(execute=self.execute).check(spec.chunk)
         shapes = [None if one is None else one.shape for one in (self.action_feature, self.robot_state_feature)]
         check_features(spec, *shapes)
-        for name in ("use_amp", "use_peft"):
-            if getattr(self, name):
-                wanted = "false: the policy has the numerics of its training"
-                raise UserError(f"policy.{name}", got=True, wanted=wanted, fix=f"leave --policy.{name} out")
+        if self.use_amp:
+            wanted = "false: the policy has the numerics of its training"
+            raise UserError("policy.use_amp", got=True, wanted=wanted, fix="leave --policy.use_amp out")
         if (self.device or "").partition(":")[0] not in ("cpu", "cuda"):
             raise UserError("policy.device", got=self.device, wanted="cpu or cuda", fix="--policy.device=cpu")
 

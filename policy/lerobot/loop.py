@@ -36,7 +36,9 @@ def camera_features(canvas: str, cameras: Mapping[str, str]) -> dict[str, tuple[
     for camera in cameras:
         if camera not in layout.names:
             wanted = f"cameras of canvas {canvas}: {', '.join(layout.names)}"
-            raise UserError("policy.cameras", got=camera, wanted=wanted, fix=f"--policy.cameras='{{{layout.names[0]}: NAME}}'")
+            raise UserError(
+                "policy.cameras", got=camera, wanted=wanted, fix=f"--policy.cameras='{{{layout.names[0]}: NAME}}'"
+            )
     tiles = layout.tiles or ((0, 0, layout.height, layout.width),)
     return {
         f"{IMAGES}{cameras.get(camera, camera)}": (3, tile[2], tile[3])
@@ -49,9 +51,15 @@ def check_loop_rate(spec: PolicySpec, fps: float | None) -> None:
     driven to in its own time (RoboTwin's ``take_action``). LeRobot does not tell a policy."""
     if fps is None or fps < 0:
         wanted = "the loop's rate: --fps of lerobot-rollout, --env.fps of lerobot-eval; 0 where each target is driven to in its own time"
-        raise UserError("policy.fps", got=fps, wanted=wanted, fix=f"--policy.fps={spec.control_hz:.6g}, if the loop has it")
+        raise UserError(
+            "policy.fps", got=fps, wanted=wanted, fix=f"--policy.fps={spec.control_hz:.6g}, if the loop has it"
+        )
     if fps:
-        check_rate(spec, 1.0 / fps, fix=f"run the loop at {spec.control_hz:.6g} a second, or a policy trained on recordings of that rate")
+        check_rate(
+            spec,
+            1.0 / fps,
+            fix=f"run the loop at {spec.control_hz:.6g} a second, or a policy trained on recordings of that rate",
+        )
 
 
 def check_features(spec: PolicySpec, actions: Sequence[int] | None, states: Sequence[int] | None) -> None:
@@ -151,7 +159,9 @@ class LockstepLoop:
         if missing is not None:
             raise _no_camera(missing[0], ", ".join(sorted(known)), missing[1])
         try:
-            found = canvas_cameras(self.source.spec.canvas, [*own, *(name for name in known if name not in own.values())])
+            found = canvas_cameras(
+                self.source.spec.canvas, [*own, *(name for name in known if name not in own.values())]
+            )
         except UserError as error:
             raise _no_camera(rest[0], ", ".join(sorted(known)), error.wanted) from error
         return {camera: known[own.get(camera, found[camera])] for camera in [*own, *rest]}

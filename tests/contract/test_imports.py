@@ -157,6 +157,10 @@ def test_every_third_party_import_is_declared(repository: Path) -> None:
 
     project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    plugin = (
+        repository / "setup" / "lerobot_policy_physis" / "pyproject.toml"
+    )  # of policy/lerobot, in LeRobot's environment
+    lines += tomllib.loads(plugin.read_text(encoding="utf-8"))["project"]["dependencies"]
     declared = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in lines}
     declared |= {"robotwin", "physisforcing"}  # set-up unpacks the runtime
     declared |= {"triton"}  # comes with torch where there is a GPU, and is asked for only there

@@ -14,11 +14,11 @@ import torch
 pytest.importorskip("lerobot", reason="needs LeRobot, in an environment of its own: docs/bring_your_policy.md")
 pytest.importorskip("lerobot_policy_physis", reason="needs pip install -e setup/lerobot_policy_physis")
 
-from acting_policy import acting_policy
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
-from lerobot_toys import JOINTS, SENTENCE, ToyArm, ToyEnvConfig, ToyScene, picture
 
+from acting_policy import acting_policy
+from lerobot_toys import JOINTS, SENTENCE, ToyArm, ToyEnvConfig, ToyScene, picture
 from physisforcing.core.errors import UserError
 from physisforcing.core.types import Observation
 from physisforcing.policy.act import ExecutionConfig, WorldActionPolicy
@@ -114,7 +114,8 @@ def test_what_is_refused(folder, tmp_path) -> None:
     env = ToyEnvConfig()
     for more, field in (
         ({}, "policy.fps"), ({"fps": 30}, "policy tiny"), ({"fps": 0, "execute": 17}, "policy.execute"),
-        ({"fps": 0, "folder": tmp_path}, "policy"), ({"fps": 0, "cameras": "{wrist: top}"}, "policy.cameras"),
+        ({"fps": 0, "folder": tmp_path}, "policy"), ({"fps": 0, "folder": ""}, "policy.folder"),
+        ({"fps": 0, "cameras": "{wrist: top}"}, "policy.cameras"),
         ({"fps": 0, "mode": "idm"}, "policy.mode"),
     ):  # fmt: skip
         with pytest.raises(UserError) as refused:
@@ -127,6 +128,11 @@ def test_what_is_refused(folder, tmp_path) -> None:
     with pytest.raises(UserError, match=r"policy\.path"):
         make_policy(config, env_cfg=env)
     config.pretrained_path = None
+    for name, value, usual in (("device", "mps", "cpu"), ("use_amp", True, False)):
+        setattr(config, name, value)
+        with pytest.raises(UserError, match=rf"policy\.{name}"):
+            make_policy(config, env_cfg=env)
+        setattr(config, name, usual)
     policy = make_policy(config, env_cfg=env)
     for train in (
         lambda: policy.forward({}), policy.get_optim_params, config.get_optimizer_preset, config.get_scheduler_preset,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import sys
 import threading
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from physisforcing import deploy
 from physisforcing.core.config import compose
 from physisforcing.core.protocols import Policy
 from physisforcing.core.types import Observation
+from physisforcing.policy.lerobot.loop import camera_features, check_loop_rate, folder_spec
 from physisforcing.serve_policy import ServePolicyConfig, make_server
 from tests.helpers.pico_policy import write_pico_policy
 
@@ -40,7 +43,7 @@ def place(tmp_path, monkeypatch):
 
 def test_the_page_runs_as_written(place, capsys):
     acts, asynchronous, remote, mine = blocks("python")
-    serve, evaluate = blocks("sh")
+    serve, _, _, evaluate = blocks("sh")
     names: dict[str, Any] = {}
     exec(compile(acts, "acts", "exec"), names)
     assert names["rows"].shape == (12, 14) and "'plans': 1.0" in capsys.readouterr().out
@@ -77,3 +80,29 @@ def test_the_page_runs_as_written(place, capsys):
     rows = yours.act(Observation(images={}, state_A=state, measured_A=state, instruction="", step=0))
     np.testing.assert_allclose(rows[:, 1] - state[1], 0.01 * np.arange(1, 13), atol=1e-6)
     assert (rows[:, 0] == state[0]).all()
+
+
+def test_the_lerobot_commands_have_settings_that_exist(place, repository):
+    """The commands themselves run where LeRobot is installed: tests/contract/test_lerobot_plugin.py."""
+    install, run = blocks("sh")[1:3]
+    plugin = repository / shlex.split(install.splitlines()[1])[-1]
+    project = tomllib.loads((plugin / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["name"] == "lerobot_policy_physis" and (plugin / "lerobot_policy_physis.py").is_file()
+    module = ast.parse((repository / "policy" / "lerobot" / "configuration_physis.py").read_text(encoding="utf-8"))
+    (config,) = (node for node in module.body if isinstance(node, ast.ClassDef))
+    fields = {node.target.id for node in config.body if isinstance(node, ast.AnnAssign)}
+    table = PAGE[PAGE.index("| `policy.folder`") :].split("\n\n")[0]
+    named = {
+        name.removeprefix("policy.")
+        for line in table.splitlines()
+        for name in re.findall(r"`([\w.]+)`", line.split("|")[1])
+    }
+    assert named == fields | {"device"}
+    for line in run.strip().splitlines():
+        given = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(line)[1:])
+        own = {name.removeprefix("policy."): value for name, value in given.items() if name.startswith("policy.")}
+        assert own.pop("type") == "physis" and set(own) <= fields
+        spec = folder_spec(own["folder"])
+        check_loop_rate(spec, float(own["fps"]))
+        assert "fps" not in given or given["fps"] == own["fps"]
+        camera_features(spec.canvas, yaml.safe_load(own["cameras"]))

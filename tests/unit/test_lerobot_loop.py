@@ -158,7 +158,10 @@ def test_cameras_of_the_canvas() -> None:
         canvas = source.requests[-1].canvas_BHWC[0]
         assert (canvas[:256] == 255).all() and (canvas[256:] == 51).all()
     # what is called head is not taken for the head where the user says otherwise, and no camera is used twice
-    for names, wanted in ((("head", "left_wrist", "right_wrist"), "wanted front"), (("front", "left_wrist"), "right_wrist")):
+    for names, wanted in (
+        (("head", "left_wrist", "right_wrist"), "wanted front"),
+        (("front", "left_wrist"), "right_wrist"),
+    ):
         loop = LockstepLoop(source, ExecutionConfig(execute=1), seed=0, cameras=named)
         with pytest.raises(UserError, match=wanted) as refused:
             loop.select(batch(names=names))
