@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import NamedTuple
 
 import pytest
@@ -46,3 +47,17 @@ def test_the_full_size_path_on_a_cpu(monkeypatch, repository):
         line = found[f"policy/latency/tiny/eager/kernels/steps/{kind}_ms"]
         assert line["value"] == pytest.approx(ms) and line["against"] == {"whole_ms": 0.75, "kernels": count}
     assert not torch.equal(arms["eager"].actions_BPA[0], arms["eager"].actions_BPA[1])
+
+
+def test_rows_of_a_small_update_are_rehearsed_on_a_cpu(monkeypatch, repository, tmp_path):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import policy_small_update
+
+    words = ["--tiny", "--batch", "2", "--updates", "2", "--warm", "0", "--json", str(tmp_path / "rows.json")]
+    monkeypatch.setattr("sys.argv", ["benchmarks/policy_small_update.py", *words])
+    policy_small_update.main()
+    rows = {row["claim"].split("/")[3]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert set(rows) == set(policy_small_update.ROWS)
+    gflop = {name: row["against"]["gflop"] for name, row in rows.items()}
+    assert gflop["both_compiled"] > 4 * gflop["actions"] > 0, "four frames behind the first"
+    assert all(0 < row["against"]["batch_ms"] < row["low"] <= row["value"] <= row["high"] for row in rows.values())
