@@ -39,10 +39,8 @@ class PhysisConfig(PreTrainedConfig):
         try:
             spec = folder_spec(self.folder)
             pictures = camera_features(spec.canvas, self.cameras)
-        except (
-            UserError
-        ):  # raised again when the policy is made: LeRobot's parser would put its own sentence in place of this one
-            return
+        except UserError:
+            return  # raised again when the policy is made: LeRobot's parser would put its own sentence in place of this one
         self.input_features = {name: PolicyFeature(FeatureType.VISUAL, shape) for name, shape in pictures.items()}
         self.input_features[STATE] = PolicyFeature(FeatureType.STATE, (spec.state_dim,))
         self.output_features = {"action": PolicyFeature(FeatureType.ACTION, (spec.action_dim,))}
@@ -52,8 +50,7 @@ class PhysisConfig(PreTrainedConfig):
         another device."""
         check_loop_rate(spec, self.fps)
         ExecutionConfig(execute=self.execute).check(spec.chunk)
-        shapes = [None if one is None else one.shape for one in (self.action_feature, self.robot_state_feature)]
-        check_features(spec, *shapes)
+        self.validate_features()
         if self.use_amp:
             wanted = "false: the policy has the numerics of its training"
             raise UserError("policy.use_amp", got=True, wanted=wanted, fix="leave --policy.use_amp out")
@@ -61,7 +58,7 @@ class PhysisConfig(PreTrainedConfig):
             raise UserError("policy.device", got=self.device, wanted="cpu or cuda", fix="--policy.device=cpu")
 
     def validate_features(self) -> None:
-        """See ``check``, which also wants the settings."""
+        """``UserError`` where actions or states have other widths than the policy's."""
         spec = folder_spec(self.folder)
         shapes = [None if one is None else one.shape for one in (self.action_feature, self.robot_state_feature)]
         check_features(spec, *shapes)
