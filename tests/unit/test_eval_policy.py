@@ -161,7 +161,7 @@ def test_a_policy_that_is_not_there_is_refused_before_the_simulator(tmp_path: Pa
         ({"source": first, "execute": 8, "server": "nowhere"}, r"policy\.server.*HOST:PORT"),
         ({"source": first, "execute": 8, "device": "gpu"}, r"policy\.device"),
         ({"source": first, "execute": 8, "compute": "compiled"}, r"policy\.compute.*did you mean 'compile'"),
-        ({"source": first, "execute": 8, "compute": "graph"}, r"policy\.compute.*eager or compile on a CPU"),
+        ({"source": first, "execute": 8, "compute": "graph"}, r"policy\.compute.*eager, compile or fused on a CPU"),
         ({"source": "planner", "steps": 3}, r"policy\.steps: got 3, wanted nothing for the planner"),
         ({"source": SWAYING, "server": "auto"}, r"policy\.server.*no policy's folder"),
         ({"source": "toy_policies:nothing"}, "a Policy"),
