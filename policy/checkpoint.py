@@ -182,6 +182,11 @@ def _typed(values: dict[str, Any], name: str, kinds: tuple[type, ...], path: Pat
     return got
 
 
+def policy_name(folder: Path) -> str:
+    """What a policy is called in results: its folder, or the run that exported it."""
+    return folder.name if folder.name != "export" else folder.parent.name
+
+
 def policy_fingerprint(folder: Path | str) -> str:
     """Identifies weights and settings in results."""
     return fingerprint(Path(folder))

@@ -19,7 +19,7 @@ from physisforcing.core.results import config_hash
 from physisforcing.worldmodel.data.canvas import canvas_layout, compose
 from physisforcing.worldmodel.data.canvas_device import compose_on
 
-from .checkpoint import PolicyInfo, load_policy, policy_fingerprint
+from .checkpoint import PolicyInfo, load_policy, policy_fingerprint, policy_name
 from .encoding import FirstFrame, Sentences, autoencoder_folder, open_first_frame
 from .fused import FusedSampler, Fusion
 from .graphs import KINDS, Eager, Graphs, compile_blocks
@@ -110,13 +110,9 @@ class ChunkModel:
         self.info, self.statistics, self._first_frame, self._sentences = info, statistics, first_frame, sentences
         self.sampler = self._sampler(backend, fusion)
         own, conditioner = model.config, getattr(model.proprioception, "config", None)
-        self._spec = PolicySpec(
-            name=name, canvas=info.canvas, size=info.size, lags=(0,) if conditioner is None else tuple(conditioner.lags),
-            state_dim=own.state_dim, action_dim=own.action_dim, chunk=own.chunk, control_hz=info.control_hz,
-            fingerprint=plans_fingerprint(
-                own.mode, self.config.sampling(), fingerprint, half=self.config.autoencoder_half
-            ),
-        )  # fmt: skip
+        plans = plans_fingerprint(own.mode, self.config.sampling(), fingerprint, half=self.config.autoencoder_half)
+        lags = () if conditioner is None else conditioner.lags
+        self._spec = PolicySpec.of(own, info, lags, name=name, fingerprint=plans)
         self._future = self._future_shape() if self.sampler.imagines else None
         self._lock = threading.Lock()
         self.stages = self._stages(backend)
@@ -233,6 +229,6 @@ def load_chunk_model(
     )  # fmt: skip
     return ChunkModel(
         model, info, statistics, first_frame, sentences, config,
-        name=folder.name if folder.name != "export" else folder.parent.name, fingerprint=policy_fingerprint(folder),
+        name=policy_name(folder), fingerprint=policy_fingerprint(folder),
         fusion=fusion,
     )  # fmt: skip

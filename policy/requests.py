@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from physisforcing.core.errors import UserError
+
+if TYPE_CHECKING:
+    from .checkpoint import PolicyInfo
+    from .config import PolicyModelConfig
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -27,6 +31,16 @@ class PolicySpec:
     chunk: int
     control_hz: float
     fingerprint: str
+
+    @classmethod
+    def of(
+        cls, model: PolicyModelConfig, info: PolicyInfo, lags: Sequence[int], *, name: str, fingerprint: str
+    ) -> PolicySpec:
+        """Of the settings in a policy's folder. ``lags``: of its conditioner; empty where it reads the present state alone."""
+        return cls(
+            name=name, canvas=info.canvas, size=info.size, lags=tuple(lags) or (0,), state_dim=model.state_dim,
+            action_dim=model.action_dim, chunk=model.chunk, control_hz=info.control_hz, fingerprint=fingerprint,
+        )  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True)

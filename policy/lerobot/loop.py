@@ -208,19 +208,15 @@ def _sentences(task: Any, size: int) -> list[str]:
 def folder_spec(folder: str) -> PolicySpec:
     """Of the policy in ``folder``, without reading its weights, so that the fingerprint is empty. ``UserError`` as ``read_settings``, and for an
     empty name."""
-    from ..checkpoint import read_settings
+    from ..checkpoint import policy_name, read_settings
 
     if not folder:
         fix = "--policy.folder=runs/policy/export"
         raise UserError("policy.folder", got="", wanted="the folder of a policy", fix=fix)
     path = Path(folder)
     own, info, extra = read_settings(path)
-    conditioner = extra.get("conditioner")
-    return PolicySpec(
-        name=path.name if path.name != "export" else path.parent.name, canvas=info.canvas, size=tuple(info.size),
-        lags=tuple(conditioner["lags"]) if conditioner else (0,), state_dim=own.state_dim, action_dim=own.action_dim,
-        chunk=own.chunk, control_hz=info.control_hz, fingerprint="",
-    )  # fmt: skip
+    lags = (extra["conditioner"] or {}).get("lags", ())
+    return PolicySpec.of(own, info, lags, name=policy_name(path), fingerprint="")
 
 
 def open_chunks(folder: str, server: str, planning: Mapping[str, Any]) -> ChunkSource:
