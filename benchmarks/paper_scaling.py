@@ -115,6 +115,8 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     provenance, lines = machine_provenance(), []
+    # claims of runs with other settings are called after these: full_gather_update_2_gpus_step_ms
+    changed = "".join(f"_{word.rpartition('.')[2].replace('=', '_')}" for word in options.more)
     before = {line["claim"]: line for line in json.loads(Path(options.beside).read_text())} if options.beside else {}
     for row in options.rows:
         alone = before.get(f"training/{options.experiment}/{row}_1_gpus_step_ms", {}).get("value")
@@ -136,7 +138,7 @@ def main() -> None:
                 more["failed"] = "ended by itself; see its log"
             lines.append(
                 measurement(
-                    f"training/{options.experiment}/{row}_{gpus}_gpus_step_ms", round(value, 2) if value else None,  # type: ignore[arg-type]
+                    f"training/{options.experiment}/{row}{changed}_{gpus}_gpus_step_ms", round(value, 2) if value else None,  # type: ignore[arg-type]
                     unit="ms", low=min(times, default=None), high=max(times, default=None), n=len(times), seeds="0", against=more,
                     command=placeless("python benchmarks/paper_scaling.py " + shlex.join(sys.argv[1:])), provenance=provenance,
                 )
