@@ -10,11 +10,9 @@ the first frame and of the text, `steps` the ten action steps, `total` all of it
 sentence's embedding is cached, as it is within an episode. `cold` is the first plan of an arm, with its captures and compilation. Actions are
 compared in z-scores, before they are denormalised. Of arms that are CUDA graphs every stage is also told apart by kinds of kernels.
 
-eager               kernel by kernel                        graph               as CUDA graphs
-compile             blocks compiled, in CUDA graphs         compile_joined      one product, norm and rotation for q, k and v
-compile_in_place    and keys written where they are read;   fused               and the next norm ahead; the encoder compiled,
-                    the encoder without zero frames                             as policy.compute=fused
-fused_half          and the autoencoder in bfloat16         tuned               and matrix products that the compiler tries out
+eager         kernel by kernel                        graph         as CUDA graphs
+compile       blocks compiled, in CUDA graphs         fused         fewer kernels, and the encoder of one picture compiled
+fused_half    and the autoencoder in bfloat16
 """
 
 from __future__ import annotations
@@ -43,7 +41,6 @@ from physisforcing.policy.act import ExecutionConfig, WorldActionPolicy
 from physisforcing.policy.checkpoint import PolicyInfo
 from physisforcing.policy.config import PolicyModelConfig
 from physisforcing.policy.encoding import first_frame_by
-from physisforcing.policy.fused import Fusion
 from physisforcing.policy.graphs import Graphs
 from physisforcing.policy.model import WorldActionModel
 from physisforcing.policy.normalization import ActionStatistics
@@ -57,17 +54,8 @@ STAGES = ("canvas", "encode", "prefill", "steps")
 STATES = 14
 #: Plans whose actions are compared between arms.
 COMPARED = 8
-#: Arm -> policy.compute, how the picture is encoded (``encoding.FIRST_FRAMES``), what ``fused`` does. The last columns matter to full size alone.
-ARMS: dict[str, tuple[str, str, Fusion | None]] = {
-    "eager": ("eager", "plain", None),
-    "graph": ("graph", "plain", None),
-    "compile": ("compile", "plain", None),
-    "compile_joined": ("fused", "plain", Fusion(in_place=False, ahead=False)),
-    "compile_in_place": ("fused", "flat", Fusion(ahead=False)),
-    "fused": ("fused", "compiled", Fusion()),
-    "fused_half": ("fused", "compiled", Fusion()),
-    "tuned": ("fused", "compiled", Fusion(tuned=True)),
-}
+#: Arm -> policy.compute.
+ARMS = {"eager": "eager", "graph": "graph", "compile": "compile", "fused": "fused", "fused_half": "fused"}
 
 
 class FixedText:
@@ -210,6 +198,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Arm], int, int]:
                 told = {stage: f"{np.median(times):.2f}" for stage, times in arms[name].ms.items()}
                 print(f"{name:16} cold {arms[name].cold_ms:.0f} ms, warm {told}", flush=True)
                 arms[name].kernels = stage_kernels(chunks)
+                if options.json:  # what is measured is there, whatever ends a later arm
+                    write_measurements(options.json, lines(arms, options, sizes))
             except RuntimeError:  # a capture, compilation or profile that fails must not take the other arms with it
                 print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
             chunks = None  # its graphs and their memory, before the next arm has its own
@@ -220,18 +210,18 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Arm], int, int]:
 
 
 def load_arm(folder: Path, name: str, options: argparse.Namespace) -> ChunkModel:
-    compute, _, fusion = ARMS[name]
-    return load_chunk_model(folder, PlanningConfig(device="cpu", compute=compute, steps=options.steps), fusion=fusion)
+    return load_chunk_model(folder, PlanningConfig(device="cpu", compute=ARMS[name], steps=options.steps))
 
 
 def full_arm(parts: tuple[Any, ...], name: str, options: argparse.Namespace, device: torch.device) -> ChunkModel:
     """One model in turn: what is compiled or joined stays so, so that `eager` and `graph` come first."""
     model, info, vae, sentences = parts
-    compute, way, fusion = ARMS[name]
-    half = name == "fused_half"
+    compute, half = ARMS[name], name == "fused_half"
     config = PlanningConfig(device=device.type, compute=compute, steps=options.steps, autoencoder_half=half)
-    first_frame = first_frame_by(PipelineVae(copy.deepcopy(vae.vae)) if half else vae, device, way=way, half=half)
-    return ChunkModel(model, info, statistics(), first_frame, sentences, config, fusion=fusion)
+    first_frame = first_frame_by(
+        PipelineVae(copy.deepcopy(vae.vae)) if half else vae, device, fast=compute == "fused", half=half
+    )
+    return ChunkModel(model, info, statistics(), first_frame, sentences, config)
 
 
 def lines(arms: dict[str, Arm], options: argparse.Namespace, sizes: tuple[int, int]) -> list[dict[str, Any]]:
@@ -246,7 +236,7 @@ def lines(arms: dict[str, Arm], options: argparse.Namespace, sizes: tuple[int, i
     first, found = next(iter(arms)), []
     for name, arm in arms.items():
         claim = f"policy/latency/{size}/{name}"
-        about = shown | {"vae": "bf16" if name == "fused_half" else "fp32", "first_frame": ARMS[name][1]}
+        about = shown | {"vae": "bf16" if name == "fused_half" else "fp32"}
         for stage, times in arm.ms.items():
             p5, value, p95 = (float(one) for one in np.percentile(times, [5, 50, 95]))
             low, high = median_interval(times)

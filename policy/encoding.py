@@ -27,9 +27,6 @@ from .checkpoint import PolicyInfo
 MOST_SENTENCES = 256
 TEXT_ENCODERS = (ENCODER, "umt5-xxl")
 
-#: How a large autoencoder encodes one picture: as a video of one; or without what meets no picture (``worldmodel.first_frame``), also compiled.
-FIRST_FRAMES = ("plain", "flat", "compiled")
-
 #: Canvas [B,H,W,3] uint8 on the device -> normalised latents [B,C,1,h,w] float32.
 FirstFrame = Callable[[Tensor], Tensor]
 
@@ -54,7 +51,7 @@ def open_first_frame(
     *,
     small: bool,
     stored: torch.dtype | None = None,
-    way: str = "plain",
+    fast: bool = False,
     half: bool = False,
 ) -> FirstFrame:
     """The encoder of single pictures, as the latents of the training were made. ``small``: of a model that was trained on a ``WindowBank``, which
@@ -65,7 +62,7 @@ def open_first_frame(
             raise UserError("policy.autoencoder_half", got=True, wanted=wanted, fix="leave it out")
         codec = load_codec(folder, device)
         return lambda canvas_BHWC: bank_latents(codec, canvas_BHWC.unsqueeze(1)).float()
-    return first_frame_by(load_vae(folder), device, stored, way=way, half=half)
+    return first_frame_by(load_vae(folder), device, stored, fast=fast, half=half)
 
 
 def first_frame_by(
@@ -73,18 +70,17 @@ def first_frame_by(
     device: torch.device,
     stored: torch.dtype | None = None,
     *,
-    way: str = "plain",
+    fast: bool = False,
     half: bool = False,
 ) -> FirstFrame:
     """The same of an autoencoder of a large pipeline, which goes to the device: in its own precision, as ``physis data latents`` makes them.
-    ``stored``: the type in which the windows of the training were stored; None where nothing says it. ``way``: one of ``FIRST_FRAMES``;
-    ``half``: in bfloat16, to which ``vae`` changes."""
-    assert way in FIRST_FRAMES
+    ``stored``: the type in which the windows of the training were stored; None where nothing says it. ``fast``: without what meets
+    no picture (``worldmodel.first_frame``), compiled on a GPU; otherwise as a video of one. ``half``: in bfloat16, to which ``vae`` changes."""
     if half:
         vae.vae.to(torch.bfloat16)
     vae.vae.to(device)
     vae.scale.to(device)
-    single = None if way == "plain" else FirstFrameEncoder(vae, compiled=way == "compiled")
+    single = FirstFrameEncoder(vae, compiled=device.type == "cuda") if fast else None
 
     def encode(canvas_BHWC: Tensor) -> Tensor:
         picture = canvas_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0

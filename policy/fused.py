@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,17 +23,6 @@ from .model import WorldActionModel
 from .pattern import Group
 from .positions import Rotary, rotate
 from .sampling import Joint, Sampler, SamplingConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fusion:
-    """``in_place``: keys are written behind those of the prefill; otherwise both are copied together at every step. ``ahead``: a block ends with
-    the next one's norm; otherwise it begins with its own. ``tuned``: the compiler tries its own matrix products beside the library's, which
-    end with what follows them."""
-
-    in_place: bool = True
-    ahead: bool = True
-    tuned: bool = False
 
 
 class Room(NamedTuple):
@@ -108,29 +96,22 @@ def prefill_block(
 def act_block(
     block: Any,
     x_BPD: Tensor,
-    normed_BPD: Tensor | None,
+    normed_BPD: Tensor,
     rows_116D: Tensor,
-    after_116D: Tensor | None,
+    after_116D: Tensor,
     rotary: Rotary,
     room: Room,
-    in_place: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """``MixtureBlock.act``: -> (action tokens behind the block, what the next one's attention reads). ``normed_BPD``: what the block before gave
-    of the latter; None: this block norms its own input. ``rows_116D``, ``after_116D``: modulations of this block and of the next, None for
-    no next norm."""
+    of the latter. ``rows_116D``, ``after_116D``: modulations of this block and of the next."""
     action, rows = block.action, rows_116D.unbind(2)
-    if normed_BPD is None:
-        normed_BPD = ready(action, x_BPD, rows_116D)
     made = joined_heads(action.attn1, normed_BPD, rotary)
     joint, first = room.joint, room.joint.shape[1] - made.shape[1]
-    if in_place:
-        joint[:, first:] = made
-    else:
-        joint = torch.cat([joint[:, :first], made.to(joint.dtype)], 1)
+    joint[:, first:] = made
     query, key, value = (part.transpose(1, 2) for part in joint.unbind(2))
     attended = F.scaled_dot_product_attention(query[:, :, first:], key, value)
     x_BPD = finish(action, x_BPD, attended, rows, (room.text_key, room.text_value))
-    return x_BPD, None if after_116D is None else ready(action, x_BPD, after_116D)
+    return x_BPD, ready(action, x_BPD, after_116D)
 
 
 def ready(block: Any, x_BPD: Tensor, rows_116D: Tensor) -> Tensor:
@@ -140,10 +121,10 @@ def ready(block: Any, x_BPD: Tensor, rows_116D: Tensor) -> Tensor:
     return made.to(block.attn1.joined_weight.dtype)
 
 
-def begin_step(model: WorldActionModel, actions_BPA: Tensor, rows_116D: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def begin_step(model: WorldActionModel, actions_BPA: Tensor, rows_116D: Tensor) -> tuple[Tensor, Tensor]:
     """-> (action tokens, what the first block's attention reads of them, with its modulations)."""
     x = model.embed_actions(actions_BPA)
-    return x, None if rows_116D is None else ready(model.blocks[0].action, x, rows_116D)
+    return x, ready(model.blocks[0].action, x, rows_116D)
 
 
 def end_step(model: WorldActionModel, x_BPD: Tensor, temb_1D: Tensor, actions_BPA: Tensor, change: Tensor) -> Tensor:
@@ -164,13 +145,11 @@ class FusedSampler(Sampler):
         config: SamplingConfig,
         *,
         frames: int,
-        fusion: Fusion | None = None,
         compiled: bool = True,
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         super().__init__(model, config, frames=frames)
         assert self.way != "joint", "nothing of a plan of joint is computed once"
-        self.fusion = fusion or Fusion()
         join_products(model)
         self._rotary = with_values((model.action_cos, model.action_sin))
         with torch.no_grad():
@@ -179,7 +158,8 @@ class FusedSampler(Sampler):
             self._rows = [(tables.unsqueeze(2) + times[1].float()).unbind(0) for times in self.times]
         changes = [after - now for now, after in zip(self.sigmas[:-1], self.sigmas[1:], strict=True)]
         self._changes = torch.tensor(changes, dtype=torch.float32, device=tables.device).unbind(0)
-        wrap = functools.partial(_compiled, backend=backend, tuned=self.fusion.tuned) if compiled else lambda made: made
+        # uncompiled it is for tests
+        wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend=backend, disable=not compiled)
         self._prefill_block, self._act_block = wrap(prefill_block), wrap(act_block)
         self._begin_step, self._end_step = wrap(begin_step), wrap(end_step)
 
@@ -199,15 +179,13 @@ class FusedSampler(Sampler):
 
     def steps(self, begun: Any, noise_BPA: Tensor) -> Tensor:
         assert not isinstance(begun, Joint)
-        model, ahead, actions = self.model, self.fusion.ahead, noise_BPA.float()
+        model, actions = self.model, noise_BPA.float()
         for times, rows, change in zip(self.times, self._rows, self._changes, strict=True):
-            x, normed = self._begin_step(model, actions, rows[0] if ahead else None)
+            x, normed = self._begin_step(model, actions, rows[0])
             for index, (block, room) in enumerate(zip(model.blocks, begun, strict=True)):
                 # the last block's next norm is nobody's: one computation for all blocks
-                after = rows[(index + 1) % len(rows)] if ahead else None
-                x, normed = self._act_block(
-                    block, x, normed, rows[index], after, self._rotary, room, self.fusion.in_place
-                )
+                after = rows[(index + 1) % len(rows)]
+                x, normed = self._act_block(block, x, normed, rows[index], after, self._rotary, room)
             actions = self._end_step(model, x, times[0], actions, change)
         return actions
 
@@ -216,8 +194,3 @@ def _made_in(attn: Any) -> torch.dtype:
     """What a product gives here."""
     kind = attn.joined_weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else attn.joined_weight.dtype
-
-
-def _compiled(function: Callable[..., Any], *, backend: str | Callable[..., Any], tuned: bool) -> Callable[..., Any]:
-    options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if tuned and backend == "inductor" else {}
-    return torch.compile(function, dynamic=False, fullgraph=True, backend=backend, **options)

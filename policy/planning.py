@@ -21,7 +21,7 @@ from physisforcing.worldmodel.data.canvas_device import compose_on
 
 from .checkpoint import PolicyInfo, load_policy, policy_fingerprint, policy_name
 from .encoding import FirstFrame, Sentences, autoencoder_folder, open_first_frame
-from .fused import FusedSampler, Fusion
+from .fused import FusedSampler
 from .graphs import KINDS, Eager, Graphs, compile_blocks
 from .model import WorldActionModel, precision, to_inference
 from .normalization import ActionStatistics
@@ -32,7 +32,7 @@ from .sampling import WAYS, Sampler, SamplingConfig, draw_noise
 @dataclass(slots=True, kw_only=True)
 class PlanningConfig:
     """``device``: ``cpu`` or ``cuda``. ``compute``: ``eager``, ``graph`` (CUDA graphs) ``compile`` (compiled blocks, in CUDA graphs on a GPU)
-    or ``fused`` (the same with fewer kernels: ``fused.py``, ``worldmodel/first_frame.py``); ``auto`` is ``compile`` on a GPU and ``eager`` elsewhere. ``batch``: plans computed together, always exactly so many: with equal sizes a plan
+    or ``fused`` (the same with fewer kernels: ``fused.py``, ``worldmodel/first_frame.py``); ``auto`` is ``fused`` on a GPU and ``eager`` elsewhere. ``batch``: plans computed together, always exactly so many: with equal sizes a plan
     does not depend on its company; 1 on a CPU makes it bit-equal everywhere. ``autoencoder``: its folder, or the pipeline folder that it is in
     (empty: the one beside the weights, or the package's). ``steps``, ``video_steps``, ``mode``: ``sampling.SamplingConfig``."""
 
@@ -60,7 +60,7 @@ class PlanningConfig:
         """What ``auto`` is on this device, or what else ``compute`` says."""
         if self.compute != "auto":
             return self.compute
-        return "compile" if torch.device(self.device).type == "cuda" else "eager"
+        return "fused" if torch.device(self.device).type == "cuda" else "eager"
 
     def sampling(self) -> SamplingConfig:
         return SamplingConfig(steps=self.steps, video_steps=self.video_steps, mode=self.mode)
@@ -82,8 +82,8 @@ def plans_fingerprint(trained: str, sampling: SamplingConfig, weights: str, *, h
 class ChunkModel:
     """Plans of one policy on one device; safe in several threads, one call at a time.
 
-    ``name``: of the policy in results; ``fingerprint``: of its folder. ``backend``: what compiles; ``fusion``: which remedies of
-    ``compute=fused`` (None: all that are on by themselves). ``first_frame``: computes as ``config`` says.
+    ``name``: of the policy in results; ``fingerprint``: of its folder. ``backend``: what compiles. ``first_frame``: computes
+    as ``config`` says.
     """
 
     def __init__(
@@ -98,7 +98,6 @@ class ChunkModel:
         name: str = "policy",
         fingerprint: str = "",
         backend: Any = "inductor",
-        fusion: Fusion | None = None,
     ) -> None:
         self.config = config or PlanningConfig()
         self.device = torch.device(self.config.device)
@@ -108,7 +107,7 @@ class ChunkModel:
             wanted = f"{layout.height}x{layout.width}, as canvas={info.canvas} has"
             raise UserError("policy.json: size", got=info.size, wanted=wanted, fix="export the policy again")
         self.info, self.statistics, self._first_frame, self._sentences = info, statistics, first_frame, sentences
-        self.sampler = self._sampler(backend, fusion)
+        self.sampler = self._sampler(backend)
         own, conditioner = model.config, getattr(model.proprioception, "config", None)
         plans = plans_fingerprint(own.mode, self.config.sampling(), fingerprint, half=self.config.autoencoder_half)
         lags = () if conditioner is None else conditioner.lags
@@ -172,12 +171,12 @@ class ChunkModel:
         actions, seconds = self.stages(inputs)
         return actions.cpu(), seconds
 
-    def _sampler(self, backend: Any, fusion: Fusion | None) -> Sampler:
+    def _sampler(self, backend: Any) -> Sampler:
         sampling, frames = self.config.sampling(), 1 + (self.info.frames - 1) // 4
         made = Sampler(self.model, sampling, frames=frames)
         if self.config.kind != "fused" or made.way == "joint":
             return made
-        return FusedSampler(self.model, sampling, frames=frames, fusion=fusion, backend=backend)
+        return FusedSampler(self.model, sampling, frames=frames, backend=backend)
 
     def _stages(self, backend: Any) -> Eager:
         gpu, kind = self.device.type == "cuda", self.config.kind
@@ -213,7 +212,6 @@ def load_chunk_model(
     config: PlanningConfig | None = None,
     *,
     store_sentences: bool = True,
-    fusion: Fusion | None = None,
 ) -> ChunkModel:
     """The policy in ``folder``. ``UserError`` for a folder that is none or incomplete, another autoencoder, a mode that it was not trained for."""
     folder, config = Path(folder), config or PlanningConfig()
@@ -225,10 +223,9 @@ def load_chunk_model(
     sentences = Sentences(info, config.autoencoder, width, device, store=store_sentences)
     first_frame = open_first_frame(
         autoencoder, device, small=sentences.small, stored=sentences.stored,
-        way="compiled" if config.kind == "fused" else "plain", half=config.autoencoder_half,
+        fast=config.kind == "fused", half=config.autoencoder_half,
     )  # fmt: skip
     return ChunkModel(
         model, info, statistics, first_frame, sentences, config,
         name=policy_name(folder), fingerprint=policy_fingerprint(folder),
-        fusion=fusion,
     )  # fmt: skip

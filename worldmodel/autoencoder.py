@@ -7,6 +7,8 @@ latent k, latent k-1 and latent 0 (the static background is read from the first 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -144,8 +146,7 @@ class CausalVideoAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise RuntimeError(
                 "this autoencoder has no latent statistics: finish physis train vae, or call set_statistics"
             )
-        shape = (1, -1, 1, 1, 1)
-        mean, std = (torch.tensor(values, device=like.device).view(shape) for values in stored)
+        mean, std = (_on_device(tuple(values), like.device) for values in stored)
         return mean, std
 
     @torch.no_grad()
@@ -161,3 +162,9 @@ class CausalVideoAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         mean, std = self._statistics(latents_BCFhw)
         pictures = self.reconstruct((latents_BCFhw.float() * std + mean).to(self.dtype))
         return (pictures.movedim(2, -1) * 0.5 + 0.5).clamp(0.0, 1.0)
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1,C,1,1,1], copied once: a CUDA graph cannot be captured over a copy from pageable memory."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1, 1)

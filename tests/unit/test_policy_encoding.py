@@ -71,13 +71,13 @@ def test_a_single_picture_needs_no_frames_before_it(side: int) -> None:
     made = [PipelineVae(tiny_paper.vae(4, side)) for _ in range(2)]
     canvas = torch.from_numpy(pictures(2, 32, 48))
     plain = first_frame_by(made[0], CPU)(canvas)
-    flat = first_frame_by(made[1], CPU, way="flat")(canvas)
+    flat = first_frame_by(made[1], CPU, fast=True)(canvas)
     assert plain.shape == flat.shape == (2, 4, 1, 32 // side, 48 // side)
     torch.testing.assert_close(flat, plain, rtol=1e-5, atol=1e-5)
     video = torch.randn(1, 3, 5, 32, 48, generator=torch.Generator().manual_seed(0))
     assert torch.equal(made[1].encode(video), made[0].encode(video))
     assert made[1].vae.state_dict().keys() == made[0].vae.state_dict().keys()
-    half = first_frame_by(made[1], CPU, way="flat", half=True)(canvas)
+    half = first_frame_by(made[1], CPU, fast=True, half=True)(canvas)
     gap = float((half - plain).abs().max() / plain.std())
     assert 0.0 < gap < 0.1 and half.dtype == torch.float32
     with pytest.raises(UserError, match="height"):

@@ -112,7 +112,7 @@ def predict(
     return Prediction(
         model=model,
         sigma=sigma,
-        points_FN2=soft_argmax(found.logits_BFNL, found.grid)[0].cpu().numpy(),
+        points_FN2=soft_argmax(found.logits_BFNL, found.grid)[0].float().cpu().numpy(),
         target_FN2=found.target_BFN2[0].cpu().numpy(),
         weight_FN=found.weight_BFN[0].cpu().numpy(),
         student_KK=student.cpu().numpy(),
