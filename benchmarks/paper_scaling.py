@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -95,6 +96,12 @@ def _lines(out: Path) -> list[dict[str, Any]]:
     return [line for line in found if "grad_norm" in line]
 
 
+def part_of_claim(override: str) -> str:
+    """Claims of runs with other settings are called after these: ``run.gather=update`` is ``full_gather_update_2_gpus_step_ms``."""
+    name, _, value = override.partition("=")
+    return re.sub(r"[^\w.-]+", "-", f"_{name.rpartition('.')[2]}_{value}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -115,11 +122,12 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     provenance, lines = machine_provenance(), []
-    # claims of runs with other settings are called after these: full_gather_update_2_gpus_step_ms
-    changed = "".join(f"_{word.rpartition('.')[2].replace('=', '_')}" for word in options.more)
+    changed = "".join(map(part_of_claim, options.more))
     before = {line["claim"]: line for line in json.loads(Path(options.beside).read_text())} if options.beside else {}
     for row in options.rows:
-        alone = before.get(f"training/{options.experiment}/{row}_1_gpus_step_ms", {}).get("value")
+        # the same settings on one GPU, or the usual ones
+        claims = (f"training/{options.experiment}/{row}{name}_1_gpus_step_ms" for name in (changed, ""))
+        alone = next((before[claim]["value"] for claim in claims if claim in before), None)
         for gpus in options.gpus:
             found = run(row, gpus, options)
             times = [line["step_ms"] for line in found]

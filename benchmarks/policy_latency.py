@@ -236,7 +236,7 @@ def lines(arms: dict[str, Arm], options: argparse.Namespace, sizes: tuple[int, i
     first, found = next(iter(arms)), []
     for name, arm in arms.items():
         claim = f"policy/latency/{size}/{name}"
-        about = shown | {"vae": "bf16" if name == "fused_half" else "fp32"}
+        about = shown | ({} if options.pico else {"vae": "bf16" if name == "fused_half" else "fp32"})
         for stage, times in arm.ms.items():
             p5, value, p95 = (float(one) for one in np.percentile(times, [5, 50, 95]))
             low, high = median_interval(times)
@@ -287,6 +287,8 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     options.arms = options.arms or (["eager"] if options.pico or options.tiny else list(ARMS))
+    if options.pico and "fused_half" in options.arms:
+        parser.error("--arms fused_half: the small models' autoencoder has one precision")
     if options.threads:
         torch.set_num_threads(options.threads)
     arms, *sizes = run(options)

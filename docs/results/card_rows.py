@@ -1,7 +1,7 @@
 """Gather what benchmarks measured on cards: ``python docs/results/card_rows.py training|policy FILE.json ... [--without CLAIM]``.
 
 Lines go into the topic's JSON file as they were measured; the card stands in their claims, since the same rows were measured on several.
-Lines of the same claim replace older ones. The topic's page has them as a table. Without files, what is there is written anew.
+Lines of the same claim replace older ones. The topic's page has them as a table, without the kinds of kernels. Without files, what is there is written anew.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def named(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    return HEAD + "".join(map(row, lines))
+    """Of all but the kinds of kernels, which are many."""
+    return HEAD + "".join(row(line) for line in lines if "/kernels/" not in line["claim"])
 
 
 def row(line: dict[str, Any]) -> str:

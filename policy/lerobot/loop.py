@@ -7,6 +7,7 @@ Nothing of LeRobot is imported here. Observations are its batches: ``observation
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from physisforcing.core.errors import UserError
 from physisforcing.core.history import lagged
-from physisforcing.worldmodel.data.canvas import canvas_cameras, canvas_layout, compose
+from physisforcing.worldmodel.data.canvas import ALIASES, canvas_layout, compose
 
 from ..act import ExecutionConfig, check_rate
 from ..requests import ChunkSource, PlanRequest, PolicySpec
@@ -31,7 +32,7 @@ SEE = "docs/bring_your_policy.md"
 
 def camera_features(canvas: str, cameras: Mapping[str, str]) -> dict[str, tuple[int, int, int]]:
     """LeRobot's names of the pictures that a canvas is made of -> (3, height, width) that they have on it. ``cameras``: camera of the canvas
-    -> what the robot or environment calls it, where that differs. ``UserError`` for one that the canvas does not have."""
+    -> what the robot or environment calls it, where that differs. ``UserError`` for one that the canvas does not have, and for one picture as two."""
     layout = canvas_layout(canvas, "policy.")
     for camera in cameras:
         if camera not in layout.names:
@@ -39,10 +40,14 @@ def camera_features(canvas: str, cameras: Mapping[str, str]) -> dict[str, tuple[
             raise UserError(
                 "policy.cameras", got=camera, wanted=wanted, fix=f"--policy.cameras='{{{layout.names[0]}: NAME}}'"
             )
+    called = {camera: cameras.get(camera, camera) for camera in layout.names}
+    for name in called.values():
+        if len(sharing := [camera for camera in called if called[camera] == name]) > 1:
+            got, fix = f"{name} as {' and as '.join(sharing)}", "name another picture for one of them"
+            raise UserError("policy.cameras", got=got, wanted="each picture once", fix=fix)
     tiles = layout.tiles or ((0, 0, layout.height, layout.width),)
     return {
-        f"{IMAGES}{cameras.get(camera, camera)}": (3, tile[2], tile[3])
-        for camera, tile in zip(layout.names, tiles, strict=True)
+        f"{IMAGES}{called[camera]}": (3, tile[2], tile[3]) for camera, tile in zip(layout.names, tiles, strict=True)
     }
 
 
@@ -80,7 +85,8 @@ class LockstepLoop:
     """Chunks of ``source`` row by row, for B environments that step together (lerobot-eval's, or one robot).
 
     The n-th episode since the loop was made, of all environments, has the noise of the episode seed ``seed`` + n: that of lerobot-eval's
-    scene where ``seed`` is its ``--seed``, whatever its batch size. ``cameras``: as ``camera_features``.
+    scene where ``seed`` is its ``--seed``, whatever its batch size, in its first task; scenes of a second one begin at ``--seed`` again, episodes are
+    counted on, with those that only fill a batch up. ``cameras``: as ``camera_features``. ``UserError`` where two threads drive one loop.
     """
 
     def __init__(
@@ -91,7 +97,7 @@ class LockstepLoop:
         if config.execution != "receding":
             raise UserError("policy.execution", got=config.execution, wanted="receding", fix=f"see {SEE}")
         camera_features(source.spec.canvas, self.cameras)
-        self._episode, self._size = 0, 0
+        self._episode, self._size, self._thread = 0, 0, 0
         self._begin()
 
     def reset(self) -> None:
@@ -131,7 +137,10 @@ class LockstepLoop:
         if self._size not in (0, len(state_BA)):
             fix = "reset() when episodes begin"
             raise UserError(STATE, got=f"{len(state_BA)} environments", wanted=f"{self._size}, as before", fix=fix)
-        self._size = len(state_BA)
+        if self._size and self._thread != threading.get_ident():
+            fix = "--env.max_parallel_tasks=1, a policy for each task, or a server (policy.server)"
+            raise UserError("env.max_parallel_tasks", got="tasks of two threads", wanted="one task at a time", fix=fix)
+        self._size, self._thread = len(state_BA), threading.get_ident()
         self._states.append(state_BA)
 
     def _plan(self, batch: Mapping[str, Any]) -> NDArray[np.float32]:
@@ -154,22 +163,18 @@ class LockstepLoop:
         """Camera of the canvas -> its key in the batch. ``UserError`` for one that is not there."""
         known = {key.removeprefix(IMAGES): key for key in batch if key.startswith(IMAGES)}
         own = self.cameras
-        rest = [camera for camera in canvas_layout(self.source.spec.canvas).names if camera not in own]
-        missing = next(((camera, name) for camera, name in own.items() if name not in known), None)
-        if missing is not None:
-            raise _no_camera(missing[0], ", ".join(sorted(known)), missing[1])
-        try:
-            found = canvas_cameras(
-                self.source.spec.canvas, [*own, *(name for name in known if name not in own.values())]
-            )
-        except UserError as error:
-            raise _no_camera(rest[0], ", ".join(sorted(known)), error.wanted) from error
-        return {camera: known[own.get(camera, found[camera])] for camera in [*own, *rest]}
-
-
-def _no_camera(camera: str, known: str, wanted: str) -> UserError:
-    fix = f"--policy.cameras='{{{camera}: NAME}}' with one of these names"
-    return UserError("policy.cameras", got=f"cameras {known or 'none'}", wanted=wanted, fix=fix)
+        free = [name for name in known if name not in own.values()]
+        found = dict[str, str]()
+        for camera in canvas_layout(self.source.spec.canvas).names:
+            names = (own[camera],) if camera in own else ALIASES.get(camera, (camera,))
+            there = [name for name in names if name in (known if camera in own else free)]
+            if not there:
+                kept = ", ".join(f"{one}: {name}" for one, name in ({**own, camera: "NAME"}).items())
+                fix = f"--policy.cameras='{{{kept}}}' with one of these names"
+                got = f"cameras {', '.join(sorted(known)) or 'none'}"
+                raise UserError("policy.cameras", got=got, wanted=f"{' or '.join(names)} as {camera}", fix=fix)
+            found[camera] = known[there[0]]
+        return found
 
 
 def as_pictures(values_BCHW: NDArray[Any], key: str, size: int) -> NDArray[np.uint8]:

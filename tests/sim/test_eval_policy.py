@@ -16,6 +16,7 @@ import pytest
 import toy_policies
 from acting_policy import acting_policy
 from physisforcing.core.errors import IncompleteCoverageError
+from physisforcing.core.paths import weights_root
 from physisforcing.core.video import probe_mp4
 from physisforcing.eval_plan import EvalPlanConfig, PlannerSettings
 from physisforcing.eval_plan import evaluate as evaluate_plan
@@ -72,6 +73,16 @@ def test_policies_and_baselines_of_the_same_scenes(whole: Path) -> None:
     films = sorted((whole / "videos").glob("*.mp4"))
     assert [film.name.rsplit("_", 1)[1] for film in films] == ["success.mp4", "failure.mp4"], "of expert and policy"
     assert "not generated: swaying acts" in probe_mp4(films[1]).metadata["comment"]
+
+
+def test_the_shipped_policy_acts_by_its_name(tmp_path: Path) -> None:
+    words = ["policy=policy_pico", "tasks=[click_bell]", "episodes=3", "baselines=[noop]", "threads=1", "videos=0"]
+    assert main([*words, f"output={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "summary.json").read_text())["tasks"][TASK]
+    assert rows["policy_pico"]["successes"] == 3 and rows["noop"]["successes"] == 0
+    shipped = {path: path.stat().st_size for path in weights_root().rglob("*.safetensors")}
+    assert sum(size for path, size in shipped.items() if path.parent.name == "policy_pico") < 10e6
+    assert sum(shipped.values()) < 45e6
 
 
 def test_killed_and_continued_gives_the_same_rows(whole: Path, tmp_path: Path) -> None:

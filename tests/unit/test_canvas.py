@@ -165,6 +165,7 @@ def test_settings_of_a_canvas_are_checked() -> None:
         ("robotwin", [(240, 320)] * 3),
         ("robotwin", [(480, 640), (100, 333), (128, 160)]),
         ("libero", [(256, 256), (97, 41)]),
+        ("robotwin", [(320, 240), (640, 480), (1280, 720)]),
     ],
 )
 def test_a_canvas_made_by_whole_numbers_has_pillows_bytes(name: str, sizes: list[tuple[int, int]]) -> None:

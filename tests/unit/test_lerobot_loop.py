@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +160,31 @@ def test_cameras_of_the_canvas() -> None:
         assert (canvas[:256] == 255).all() and (canvas[256:] == 51).all()
     # what is called head is not taken for the head where the user says otherwise, and no camera is used twice
     for names, wanted in (
-        (("head", "left_wrist", "right_wrist"), "wanted front"),
-        (("front", "left_wrist"), "right_wrist"),
+        (("head", "left_wrist", "right_wrist"), "wanted front as head"),
+        (("front", "left_wrist"), "cam_right_wrist or right_camera as right_wrist"),
     ):
         loop = LockstepLoop(source, ExecutionConfig(execute=1), seed=0, cameras=named)
         with pytest.raises(UserError, match=wanted) as refused:
             loop.select(batch(names=names))
-        assert refused.value.field == "policy.cameras" and "--policy.cameras=" in refused.value.fix
+        lacking = "{head: NAME}" if "front" not in names else "{head: front, right_wrist: NAME}"
+        assert refused.value.field == "policy.cameras" and f"--policy.cameras='{lacking}'" in refused.value.fix
+    with pytest.raises(UserError, match="top as head and as left_wrist"):
+        camera_features("robotwin", {"head": "top", "left_wrist": "top", "right_wrist": "r"})
+    with pytest.raises(UserError, match="left_wrist as head and as left_wrist"):
+        camera_features("robotwin", {"head": "left_wrist"})
+
+
+def test_two_threads_are_refused_within_an_episode() -> None:
+    """LeRobot's ``max_parallel_tasks`` shows one policy the steps of several tasks in turn."""
+    loop = LockstepLoop(Recording(), ExecutionConfig(execute=1), seed=0)
+    loop.select(batch())
+    with ThreadPoolExecutor(1) as other:
+        with pytest.raises(UserError, match="max_parallel_tasks"):
+            other.submit(loop.select, batch()).result()
+        loop.reset()
+        other.submit(loop.select, batch()).result()
+    with pytest.raises(UserError, match="one task at a time"):
+        loop.select(batch())
 
 
 def test_observations_that_are_none() -> None:

@@ -304,17 +304,14 @@ def test_what_a_model_predicts_is_what_its_loss_measures(root: Path, cache: str)
             return x, hidden
 
     latents = torch.zeros(1, 4, 5, 15, 20)
-    said = predict(
-        Denoiser(),
-        forcing,
-        latents,
-        torch.zeros(1, 1),
-        torch.zeros(1, 1),
-        batch,
-        shown.relations,
-        sigma=0.25,
-        model="x",
-    )
+
+    def predicted() -> Prediction:
+        state = torch.zeros(1, 1)
+        return predict(
+            Denoiser(), forcing, latents, torch.zeros(1, 1), state, batch, shown.relations, sigma=0.25, model="x"
+        )
+
+    said = predicted()
     out = forcing(hidden, (5, 15, 20), batch)
     assert said.metrics["epe_px"] == pytest.approx(float(out.metrics["epe_px"]))
     np.testing.assert_array_equal(said.weight_FN > 0, (batch["select_BN"] & batch["visible_BFN"][0, 1:]).numpy())
@@ -325,6 +322,11 @@ def test_what_a_model_predicts_is_what_its_loss_measures(root: Path, cache: str)
     assert shown.relations is not None
     teacher = shown.relations.matrices["teacher: efficientnet-lite0"]
     assert np.abs(said.student_KK - teacher).mean() == pytest.approx(said.metrics["sem"], rel=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):  # as a model that is spread over GPUs gives them
+        assert (
+            forcing.match(forcing.features(hidden.unflatten(1, (5, 15, 20))), batch).logits_BFNL.dtype == torch.bfloat16
+        )
+        np.testing.assert_allclose(predicted().points_FN2, said.points_FN2, atol=0.02)
 
 
 def test_heads_are_loaded_with_their_own_widths(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ CANVASES = {
     ),
 }  # fmt: skip
 #: Of how pictures are resized: another one where the same cameras give other pixels.
-VERSION = 2
+VERSION = 3
 #: What others call the cameras of a canvas; the first name that a dataset or an observation has is taken.
 ALIASES = {
     "head": ("head", "cam_high", "head_camera", "cam_head"),
@@ -105,4 +105,7 @@ def _resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
         return picture
     from PIL import Image
 
-    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize(size[::-1], Image.Resampling.BILINEAR))
+    image, (height, width) = Image.fromarray(np.ascontiguousarray(picture)), size
+    # An axis at a time, since Pillow 13 takes rows first where it is less work, older ones never: both round between the axes.
+    columns = image.resize((width, image.height), Image.Resampling.BILINEAR)
+    return np.asarray(columns.resize((width, height), Image.Resampling.BILINEAR))

@@ -115,7 +115,7 @@ def predict(
         points_FN2=soft_argmax(found.logits_BFNL, found.grid)[0].float().cpu().numpy(),
         target_FN2=found.target_BFN2[0].cpu().numpy(),
         weight_FN=found.weight_BFN[0].cpu().numpy(),
-        student_KK=student.cpu().numpy(),
+        student_KK=student.float().cpu().numpy(),
         metrics={name: float(value) for name, value in terms.items()},
     )
 
