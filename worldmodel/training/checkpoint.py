@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from physisforcing.core.errors import UserError
 
 from .binding import binding_settings, check_settings
-from .optim import WeightAverage, local
+from .optim import WeightAverage, is_sharded, local
 from .processes import Processes
 from .tensors import read_tensors, read_whole, shard_name, stored_tensors, write_tensors
 
@@ -230,12 +230,28 @@ def _entries(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, T
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The optimiser's per-parameter tensors as ``<parameter>/<entry>``."""
+    """The optimiser's per-parameter tensors as ``<parameter>/<entry>``; of 8-bit moments their codes and scales."""
     flat = {}
     for name, parameter in names.items():
         for entry, value in optimizer.state.get(parameter, {}).items():  # a frozen parameter has none
-            flat[f"{name}/{entry}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+            found = value if isinstance(value, Tensor) else torch.tensor(value)
+            flat |= {f"{name}/{entry}{part}": tensor for part, tensor in _plain_parts(found).items()}
     return flat
+
+
+def _plain_parts(value: Tensor) -> dict[str, Tensor]:
+    """Plain tensors, or sharded ones of such, that hold what ``value`` does, in its memory."""
+    here = local(value)
+    if not hasattr(here, "codes"):
+        return {"": value}
+    parts = {".codes": here.codes, ".scale": here.scale}
+    if not is_sharded(value):
+        return parts
+    from torch.distributed.tensor import DTensor
+
+    # every process has as many rows (``build_optimizer`` has looked), and so as many scales
+    mesh, places = value.device_mesh, value.placements  # type: ignore[attr-defined]
+    return {name: DTensor.from_local(part, mesh, places, run_check=False) for name, part in parts.items()}
 
 
 def prepare_optimizer(
@@ -248,7 +264,11 @@ def prepare_optimizer(
         if name not in names:
             continue
         parameter = names[name]
-        if entry == "step":
+        entry, _, part = entry.partition(".")
+        if part:
+            if entry not in optimizer.state[parameter]:
+                optimizer.state[parameter][entry] = optimizer._new_buffer(parameter, entry == "exp_avg")  # type: ignore[attr-defined]
+        elif entry == "step":
             device = local(parameter).device if fused else "cpu"
             optimizer.state[parameter][entry] = torch.zeros(meta.shape, dtype=meta.dtype, device=device)
         else:

@@ -67,7 +67,8 @@ class RunConfig:
     spreads what is trained whole but not what is frozen under adapters. ``gather``: how often spread weights are put together and gradients
     exchanged: for every ``part`` of an update (``micro``) and block by block, or once an ``update``, which keeps all weights in bfloat16 and whole
     gradients in memory until its end. ``deterministic``: kernels that give the same bits every time,
-    on a GPU as well, which costs time (cuDNN's attention has no such backward pass). ``wandb``: a Weights & Biases project that is told the log's lines as well (needs wandb).
+    on a GPU as well, which costs time (cuDNN's attention has no such backward pass). ``fp8``: the blocks of a large backbone that is trained whole
+    multiply in 8-bit floats (``float8.py``; needs torchao). ``wandb``: a Weights & Biases project that is told the log's lines as well (needs wandb).
     """
 
     out: str = "runs/train"
@@ -85,10 +86,16 @@ class RunConfig:
     sharding: str = "auto"
     gather: str = "part"
     deterministic: bool = False
+    fp8: bool = False
     wandb: str = ""
     log_every: int = 50
     save_every: int = 1000
     eval_every: int = 1000
+
+    def refuse_fp8(self) -> None:
+        """``UserError`` for ``fp8`` where nothing is trained in it."""
+        if self.fp8:
+            raise UserError("run.fp8", got=True, wanted="false: large world models alone have it", fix="leave it out")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,6 +165,9 @@ class TrainVaeConfig:
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-3, warmup=100, weight_decay=0.0, beta2=0.99, ema=0.998)
     )
+
+    def __post_init__(self) -> None:
+        self.run.refuse_fp8()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from ..backbones.loading import Weights, build_empty, folder_entries, read_trans
 from ..data.latent_shards import StoreInfo
 from .config import TrainWorldModelConfig
 from .denoiser import BackboneDenoiser
+from .float8 import check_float8, use_float8
 from .lora import add_lora
 from .modules import base_precision
 from .parallel import shard_block, shard_rest
@@ -35,7 +36,7 @@ _SMALL = (
     "codec", "actions", "text_dropout", "backbone.", "conditioner.", "data.limit", "data.success_only",
     "data.start_stride", "data.start_fraction", "data.end_fraction",
 )  # fmt: skip
-_LARGE = ("large.", "data.live.")
+_LARGE = ("large.", "data.live.", "run.fp8")
 #: Those of the small models whose like ``data.live`` has.
 _ALSO_LIVE = ("data.limit", "data.success_only", "data.start_stride")
 #: Those that say how windows are made, which stores hold already.
@@ -67,6 +68,7 @@ def check_large(config: TrainWorldModelConfig) -> None:
         raise UserError(
             "data.workers", got=config.data.workers, wanted="1 or more: they read ahead", fix="data.workers=4"
         )
+    check_float8(config.run.fp8, rank=config.lora.rank)
     described(config)
 
 
@@ -111,11 +113,14 @@ def large_denoiser(config: TrainWorldModelConfig, info: StoreInfo, processes: Pr
     transformer = build_empty(found.kind, read_transformer(found.path, found.kind))
     base = base_precision(config, device) if config.lora.rank else torch.float32
     weights = Weights(transformer, found.path, base)
+    check_float8(config.run.fp8, rank=config.lora.rank, device=device)
     if config.lora.rank:
         add_lora(transformer, config.lora, found.lora_targets, base)
     backbone = wrap_transformer(transformer, found, fps=info.fps)
     denoiser = BackboneDenoiser(backbone)
     _check_stores(denoiser, info)
+    if config.run.fp8:
+        use_float8(backbone.blocks, device)
     if compiles(config.run):
         denoiser.compile_blocks()
     denoiser.run_block = recomputed(denoiser.run_block, config.run.checkpointing, compiles(config.run))

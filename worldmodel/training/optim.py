@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from physisforcing.core.errors import UserError, unknown_name
+
+KINDS = ("adamw", "adamw8bit")
+
 
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and a cosine to ``final_lr * lr``. ``ema``: decay of the averaged weights that are exported; 0 exports
+    """AdamW with linear warm-up and a cosine to ``final_lr * lr``. ``kind``: ``adamw``, or ``adamw8bit``, whose moments are 8-bit numbers with a
+    scale for each 256 of them (TorchAO, after arXiv:2110.02861): a quarter of their memory. ``ema``: decay of the averaged weights that are exported; 0 exports
     the weights as they are and keeps no average. ``heads``: learning rate of the physics heads, as a multiple of ``lr``."""
 
     lr: float = 1e-3
@@ -24,6 +30,11 @@ class OptimConfig:
     clip: float = 1.0
     ema: float = 0.999
     heads: float = 1.0
+    kind: str = "adamw"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise unknown_name("optim.kind", self.kind, KINDS, see="docs/training.md")
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -39,9 +50,10 @@ def build_optimizer(
     config: OptimConfig,
     rates: Iterable[tuple[float, Iterable[nn.Parameter]]] = (),
     undecayed: Iterable[nn.Parameter] = (),
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """Weight decay on what has two axes or more and is not ``undecayed``; the fused kernel on a GPU. Sharded parameters are groups of their
-    own: one call of a kernel takes either kind. ``rates``: those of the parameters that learn at a multiple of ``config.lr``, and that multiple."""
+    own: one call of a kernel takes either kind. ``rates``: those of the parameters that learn at a multiple of ``config.lr``, and that multiple.
+    ``UserError`` for ``adamw8bit`` without TorchAO, and over processes that do not get equal parts."""
     scales = {id(parameter): scale for scale, some in rates for parameter in some if scale != 1.0}
     kept = {id(parameter) for parameter in undecayed}
     known: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
@@ -54,14 +66,34 @@ def build_optimizer(
             known.items(), key=lambda item: (*item[0][:2], item[0][2] != 1.0, item[0][2])
         )
     ]
+    if config.kind == "adamw8bit":
+        return _in_eight_bits(groups, config)
     fused = any(parameter.is_cuda for found in known.values() for parameter in found)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=fused)
+
+
+def _in_eight_bits(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        fix = "pip install 'physisforcing[fp8]', or optim.kind=adamw"
+        raise UserError("optim.kind", got="adamw8bit without TorchAO", wanted="the package torchao", fix=fix) from error
+    for parameter in (one for group in groups for one in group["params"]):
+        if is_sharded(parameter) and (rows := parameter.shape[0]) % (parts := parameter.device_mesh.size()):
+            got = f"adamw8bit, and a weight of {rows} rows over {parts} processes"
+            fix = "another number of processes, or optim.kind=adamw"
+            raise UserError("optim.kind", got=got, wanted="equal parts, which share their scales with nobody", fix=fix)
+    return AdamW8bit(groups, lr=config.lr, betas=(config.beta1, config.beta2))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """``value`` for every group, times its ``scale``."""
     for group in optimizer.param_groups:
-        group["lr"] = value * group.get("scale", 1.0)
+        rate = value * group.get("scale", 1.0)
+        if isinstance(group["lr"], Tensor):  # compiled into the step
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def is_sharded(value: Tensor) -> bool:

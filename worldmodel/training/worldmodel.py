@@ -137,4 +137,4 @@ def _after_update(trainer: Trainer, log: StepLog, terms: dict[str, Tensor], done
     if due or trainer.device.type == "cpu":
         trainer.guard.check()
     if due:
-        log.line(done, trainer.optimizer.param_groups[0]["lr"])
+        log.line(done, float(trainer.optimizer.param_groups[0]["lr"]))

@@ -1,0 +1,93 @@
+"""Training of large backbones in 8-bit floats, emulated on a CPU: near the same gradients by other numbers, the same names, exact continuing."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny_large
+from physisforcing.core.errors import UserError
+from physisforcing.policy.training_config import TrainPolicyConfig
+from physisforcing.worldmodel.data.batches import step_generator
+from physisforcing.worldmodel.training.config import RunConfig, TrainVaeConfig, TrainWorldModelConfig
+from physisforcing.worldmodel.training.trainer import Trainer
+from physisforcing.worldmodel.training.worldmodel import train_world_model
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def made(large_models: dict[str, tuple[Path, Path]]) -> tuple[Path, Path]:
+    """A pipeline folder and a latent store."""
+    pytest.importorskip("torchao")
+    return large_models["ti2v"]
+
+
+def config(made: tuple[Path, Path], out: Path) -> TrainWorldModelConfig:
+    found = tiny_large.config(made[0], [made[1]], out, rank=0)
+    found.run.fp8 = True
+    return found
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    batch = trainer.batch(0)
+    trainer._backward(batch, trainer.draw(batch, step_generator(3, 0)))
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_are_near_those_without(made: tuple[Path, Path], tmp_path: Path) -> None:
+    eight = config(made, tmp_path / "eight")
+    plain = copy.deepcopy(eight)
+    plain.run.fp8 = False
+    trainers = [tiny_large.trainer(settings) for settings in (plain, eight)]
+    kinds = [{type(layer).__name__ for layer in trainer.model.modules()} for trainer in trainers]
+    assert "Float8Linear" in kinds[1] - kinds[0]
+    exact, rounded = map(gradients, trainers)
+    assert rounded.keys() == exact.keys()
+    some = [name for name in exact if "blocks.1.ffn" in name or "blocks.1.attn1" in name]
+    assert len(some) >= 8
+    for name in some:
+        gap = (rounded[name] - exact[name]).norm() / exact[name].norm()
+        assert 1e-4 < gap < 0.2, (name, gap)
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits_and_exports_stock_names(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole = train_world_model(config(made, tmp_path / "whole"))
+    halved = config(made, tmp_path / "halved")
+    trainer = tiny_large.trainer(copy.deepcopy(halved))
+    for step in range(2):
+        trainer.step(step)
+    (tmp_path / "halved").mkdir()
+    trainer.save(tmp_path / "halved", 2)
+    halved.run.resume = True
+    first, second = (load_file(folder / WEIGHTS) for folder in (whole, train_world_model(halved)))
+    assert first.keys() == second.keys() == load_file(made[0] / WEIGHTS).keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_where_it_cannot_be_it_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    under = config(made, tmp_path / "lora")
+    under.lora.rank = 2
+    with pytest.raises(UserError, match=r"run\.fp8.*lora\.rank=2.*all weights trained"):
+        tiny_large.trainer(under)
+    with pytest.raises(UserError, match=r"run\.fp8.*model="):
+        train_world_model(TrainWorldModelConfig(run=RunConfig(out=str(tmp_path / "small"), fp8=True)))
+    for kind in (TrainVaeConfig, TrainPolicyConfig):
+        with pytest.raises(UserError, match=r"run\.fp8.*large world models"):
+            kind(run=RunConfig(fp8=True))
+
+
+def test_without_torchao_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from physisforcing.worldmodel.training.float8 import check_float8
+
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(UserError, match=r"physisforcing\[fp8\]"):
+        check_float8(True, rank=0)
+    check_float8(False, rank=0)

@@ -1,0 +1,66 @@
+"""Matrix products of a large backbone's blocks in 8-bit floats, by TorchAO: weights, their gradients and the optimiser stay what they are.
+
+Activations, weights and gradients are scaled a row at a time (TorchAO's recipe ``rowwise``) and multiplied in ``float8_e4m3``; what comes out is bfloat16.
+Names of parameters and checkpoints are those of the layers without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from physisforcing.core.errors import UserError
+
+#: What 8-bit matrix products of a GPU want the sides of a weight to be multiples of.
+MULTIPLE = 16
+#: The first GPUs that have them (Ada; Hopper is 9.0).
+CAPABILITY = (8, 9)
+
+
+def check_float8(wanted: bool, *, rank: int, device: torch.device | None = None) -> None:
+    """``UserError`` where ``run.fp8`` is ``wanted`` and cannot be: beside adapters (``rank``), without TorchAO, on a GPU that has no such products
+    (``device``; None is not known yet)."""
+    if not wanted:
+        return
+    if rank:
+        fix = "lora.rank=0, or leave run.fp8 out: frozen layers under adapters compute in bfloat16"
+        raise UserError("run.fp8", got=f"true with lora.rank={rank}", wanted="all weights trained", fix=fix)
+    try:
+        import torchao.float8  # noqa: F401
+    except ImportError as error:
+        fix = "pip install 'physisforcing[fp8]', or leave run.fp8 out"
+        raise UserError("run.fp8", got="no TorchAO here", wanted="the package torchao", fix=fix) from error
+    if (
+        device is not None
+        and device.type == "cuda"
+        and (found := torch.cuda.get_device_capability(device)) < CAPABILITY
+    ):
+        wanted_gpu = "8.9 or later: Ada, Hopper, Blackwell"
+        raise UserError(
+            "run.fp8", got=f"compute capability {found[0]}.{found[1]}", wanted=wanted_gpu, fix="leave run.fp8 out"
+        )
+
+
+def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> int:
+    """Let the linear layers of ``blocks`` multiply in 8-bit floats; returns how many do. To be called before compilation and sharding; on a CPU
+    the same numbers are emulated, slowly."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    # the tokens of a sample are no multiple of 16, and the gradient of a weight adds over them
+    config = dataclasses.replace(
+        Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True, emulate=device.type == "cpu"
+    )
+    count = 0
+
+    def fits(module: nn.Module, name: str) -> bool:
+        nonlocal count
+        fine = not (module.in_features % MULTIPLE or module.out_features % MULTIPLE)  # type: ignore[operator]
+        count += fine
+        return fine
+
+    for block in blocks:
+        convert_to_float8_training(block, module_filter_fn=fits, config=config)
+    return count
