@@ -14,7 +14,7 @@ from physisforcing.worldmodel.training.optim import OptimConfig, build_optimizer
 from ranks import run_script
 from two_eight_bits import Net
 
-pytest.importorskip("torchao")
+pytest.importorskip("torchao", reason="needs the extra fp8 (torchao), which diffusers would import in every process")
 
 
 def test_it_is_near_adamw_and_small() -> None:

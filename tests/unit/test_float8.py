@@ -24,7 +24,9 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def made(large_models: dict[str, tuple[Path, Path]]) -> tuple[Path, Path]:
     """A pipeline folder and a latent store."""
-    pytest.importorskip("torchao")
+    pytest.importorskip(
+        "torchao", reason="needs the extra fp8 (torchao), which diffusers would import in every process"
+    )
     return large_models["ti2v"]
 
 
