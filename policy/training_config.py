@@ -46,7 +46,7 @@ class TrainPolicyConfig(TrainWorldModelConfig):
         if self.video_weight < 0:
             raise UserError("video_weight", got=self.video_weight, wanted="0 or more", fix="video_weight=1")
         check_at_least(self, text_tokens=1)
-        self.run.refuse_fp8()
+        self.run.refuse_large()
         if self.action_rate <= 0:
             raise UserError("action_rate", got=self.action_rate, wanted="more than 0", fix="action_rate=1")
         if self.normalization not in KINDS:

@@ -24,6 +24,8 @@ CASES = {
     "lora": ("a14b", 2, {"checkpointing": "selective"}),
     "spread": ("a14b", 2, {"sharding": "weights", "micro": 1}),
     "cosmos": ("cosmos3", 2, {}),
+    "split": ("ti2v", 0, {"sequence": 2, "micro": 2, "checkpointing": "full"}),
+    "split_lora": ("a14b", 2, {"sequence": 2}),
 }
 
 
@@ -34,6 +36,8 @@ def settings(folder: Path, case: str, name: str) -> TrainWorldModelConfig:
     made.run.batch, made.run.save_every, made.run.resume = 4, 3, True
     for field, value in more.items():
         setattr(made.run, field, value)
+    if "WORLD_SIZE" not in os.environ:
+        made.run.sequence = 1
     return made
 
 

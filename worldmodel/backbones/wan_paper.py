@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from physisforcing.core.errors import UserError, unknown_name
 
 from .protocol import FIRST_LATENT, call_block, check_tap, pin, to_timesteps
+from .sequence import SequenceSplit, SplitAttention
 from .wan import WAN_LORA_TARGETS, Embedded, OverWan, block_forward, embed, unembed
 
 #: Channels that say which pixel frames of a latent frame are given: as many as a latent frame has pixel frames.
@@ -58,6 +59,7 @@ class WanBackbone(OverWan, nn.Module):
         self.tap = check_tap(tap, len(transformer.blocks))
         self.stride = stride
         self.run_block: Callable[..., Tensor] = call_block
+        self.split: SequenceSplit | None = None
         for block in transformer.blocks:
             block.__class__ = frame_block()
 
@@ -94,12 +96,26 @@ class WanBackbone(OverWan, nn.Module):
         if self.conditioned:
             x_BCFhw = torch.cat([x_BCFhw, conditions["condition_BCFhw"].to(x_BCFhw.dtype)], dim=1)
         at = self._embed(x_BCFhw, to_timesteps(sigma_B), text_BLD)
-        x, tapped = at.x_BLD, None
+        x, rotary, tapped, split, frames = at.x_BLD, at.rotary, None, self.split, x_BCFhw.shape[2]
+        if split is not None:
+            x, rotary = split.share(x, frames), tuple(split.share(part, frames) for part in rotary)
         for index, block in enumerate(model.blocks, start=1):
-            x = self.run_block(block, x, at.context_BLD, at.modulation_BF6D, at.rotary)
+            x = self.run_block(block, x, at.context_BLD, at.modulation_BF6D, rotary)
             if need_tap and index == self.tap:
                 tapped = x
+        if split is not None:
+            x, tapped = split.whole(x, frames), None if tapped is None else split.whole(tapped, frames)
         return unembed(model, x, at.temb_BFD, x_BCFhw.shape), tapped
+
+    def share_samples(self, split: SequenceSplit) -> None:
+        """From here on a sample is computed by the processes of ``split`` together. ``UserError`` for heads that do not divide."""
+        heads = int(self.transformer.config.num_attention_heads)
+        if heads % split.count:
+            fix = "a number of processes that divides the heads"
+            raise UserError("run.sequence", got=f"{split.count}, and {heads} heads", wanted="equal parts", fix=fix)
+        self.split = split
+        for block in self.transformer.blocks:
+            block.attn1.set_processor(SplitAttention(split))
 
     def _embed(self, x_BCFhw: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Embedded:
         """What the blocks read, in the precision of the transformer."""

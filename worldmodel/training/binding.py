@@ -24,6 +24,7 @@ FREE_SETTINGS = (
             "checkpointing",
             "sharding",
             "gather",
+            "sequence",
             "wandb",
             "log_every",
             "save_every",

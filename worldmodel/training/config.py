@@ -68,7 +68,8 @@ class RunConfig:
     exchanged: for every ``part`` of an update (``micro``) and block by block, or once an ``update``, which keeps all weights in bfloat16 and whole
     gradients in memory until its end. ``deterministic``: kernels that give the same bits every time,
     on a GPU as well, which costs time (cuDNN's attention has no such backward pass). ``fp8``: the blocks of a large backbone that is trained whole
-    multiply in 8-bit floats (``float8.py``; needs torchao). ``wandb``: a Weights & Biases project that is told the log's lines as well (needs wandb).
+    multiply in 8-bit floats (``float8.py``; needs torchao). ``sequence``: processes that compute a sample of a large Wan model together
+    (``backbones/sequence.py``). ``wandb``: a Weights & Biases project that is told the log's lines as well (needs wandb).
     """
 
     out: str = "runs/train"
@@ -87,15 +88,18 @@ class RunConfig:
     gather: str = "part"
     deterministic: bool = False
     fp8: bool = False
+    sequence: int = 1
     wandb: str = ""
     log_every: int = 50
     save_every: int = 1000
     eval_every: int = 1000
 
-    def refuse_fp8(self) -> None:
-        """``UserError`` for ``fp8`` where nothing is trained in it."""
-        if self.fp8:
-            raise UserError("run.fp8", got=True, wanted="false: large world models alone have it", fix="leave it out")
+    def refuse_large(self) -> None:
+        """``UserError`` for what large world models alone have."""
+        for name, usual in (("fp8", False), ("sequence", 1)):
+            if (got := getattr(self, name)) != usual:
+                wanted = f"{usual}: large world models alone have it"
+                raise UserError(f"run.{name}", got=got, wanted=wanted, fix="leave it out")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -167,7 +171,7 @@ class TrainVaeConfig:
     )
 
     def __post_init__(self) -> None:
-        self.run.refuse_fp8()
+        self.run.refuse_large()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -20,6 +20,8 @@ from physisforcing.core.errors import UserError
 
 from ..backbones.folder import Described, describe_backbone, wrap_transformer
 from ..backbones.loading import Weights, build_empty, folder_entries, read_transformer
+from ..backbones.sequence import SequenceSplit
+from ..backbones.wan_paper import WanBackbone
 from ..data.latent_shards import StoreInfo
 from .config import TrainWorldModelConfig
 from .denoiser import BackboneDenoiser
@@ -36,7 +38,7 @@ _SMALL = (
     "codec", "actions", "text_dropout", "backbone.", "conditioner.", "data.limit", "data.success_only",
     "data.start_stride", "data.start_fraction", "data.end_fraction",
 )  # fmt: skip
-_LARGE = ("large.", "data.live.", "run.fp8")
+_LARGE = ("large.", "data.live.", "run.fp8", "run.sequence")
 #: Those of the small models whose like ``data.live`` has.
 _ALSO_LIVE = ("data.limit", "data.success_only", "data.start_stride")
 #: Those that say how windows are made, which stores hold already.
@@ -119,6 +121,12 @@ def large_denoiser(config: TrainWorldModelConfig, info: StoreInfo, processes: Pr
     backbone = wrap_transformer(transformer, found, fps=info.fps)
     denoiser = BackboneDenoiser(backbone)
     _check_stores(denoiser, info)
+    if processes.sequence > 1:
+        if not isinstance(backbone, WanBackbone):
+            fix = "run.sequence=1: every process computes its own samples"
+            raise UserError("run.sequence", got=processes.sequence, wanted="1 with this backbone", fix=fix)
+        place = processes.rank % processes.sequence
+        backbone.share_samples(SequenceSplit(group=processes.neighbours, place=place, count=processes.sequence))
     if config.run.fp8:
         use_float8(backbone.blocks, device)
     if compiles(config.run):

@@ -94,6 +94,11 @@ def check_run(config: TrainWorldModelConfig, processes: Processes) -> None:
     if config.run.micro and config.physics.weights == "gradient":
         wanted = "fixed with run.micro: the weights would move between the parts of a batch"
         raise UserError("physics.weights", got="gradient", wanted=wanted, fix="physics.weights=fixed, or run.micro=0")
+    if config.run.sequence > 1 and config.physics.weights == "gradient":
+        wanted = "fixed with run.sequence: the gradients are not measured there"
+        raise UserError(
+            "physics.weights", got="gradient", wanted=wanted, fix="physics.weights=fixed, or run.sequence=1"
+        )
     if not config.lora.rank and (config.lora.targets or config.lora.also):
         name = "lora.targets" if config.lora.targets else "lora.also"
         fix = "lora.rank=32, or leave it out: all weights are trained"

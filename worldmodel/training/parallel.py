@@ -142,7 +142,7 @@ def mean_terms(terms: dict[str, Tensor], processes: Processes) -> dict[str, Tens
     means = {}
     for name, value in summed.items():
         if name in _COUNTS:
-            means[name] = value
+            means[name] = value / processes.sequence  # neighbours have counted the same
         elif name in _OF_POINTS and count is not None:
             means[name] = value / count
         else:

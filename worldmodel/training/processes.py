@@ -29,18 +29,24 @@ def pick_device(name: str) -> torch.device:
 
 @dataclass(slots=True, kw_only=True)
 class Processes:
-    """The processes of a run. ``rank`` counts from 0, and 0 alone writes what is not sharded."""
+    """The processes of a run. ``rank`` counts from 0, and 0 alone writes what is not sharded. ``sequence`` neighbours compute a sample together;
+    ``neighbours`` is their group."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world: int = 1
     mesh: Any = None
+    sequence: int = 1
+    neighbours: Any = None
 
     @classmethod
-    def start(cls, device: str) -> Processes:
+    def start(cls, device: str, sequence: int = 1) -> Processes:
         """This process as ``torchrun`` describes it in the environment; one alone without it. ``device``: ``run.device``; on GPUs each
-        process takes its own."""
+        process takes its own. ``sequence``: ``run.sequence``. ``UserError`` where it does not divide the processes."""
         world = int(os.environ.get("WORLD_SIZE", "1"))
+        if sequence < 1 or world % sequence:
+            wanted = f"1, or what divides the {world} processes of the run"
+            raise UserError("run.sequence", got=sequence, wanted=wanted, fix="run.sequence=1, or torchrun with more")
         picked = pick_device(device)
         if world == 1:
             return cls(device=picked)
@@ -51,7 +57,12 @@ class Processes:
             backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=TIMEOUT)
         mesh = dist.device_mesh.init_device_mesh(picked.type, (world,))
-        return cls(device=picked, rank=dist.get_rank(), world=world, mesh=mesh)
+        found = cls(device=picked, rank=dist.get_rank(), world=world, mesh=mesh, sequence=sequence)
+        for first in range(0, world, sequence) if sequence > 1 else ():
+            group = dist.new_group(list(range(first, first + sequence)))  # every process makes all groups
+            if first <= found.rank < first + sequence:
+                found.neighbours = group
+        return found
 
     @property
     def first(self) -> bool:
@@ -85,16 +96,17 @@ class Processes:
 
     def share(self, count: int) -> slice:
         """The rows of this process in a batch of ``count``. ``UserError`` where they cannot be equally many everywhere."""
-        if count % self.world:
-            more = -(-count // self.world) * self.world
+        sharing = self.world // self.sequence
+        if count % sharing:
+            more = -(-count // sharing) * sharing
             raise UserError(
                 "run.batch",
                 got=count,
-                wanted=f"a multiple of the {self.world} processes that share it",
+                wanted=f"a multiple of the {sharing} {'groups of ' * (self.sequence > 1)}processes that share it",
                 fix=f"run.batch={more}",
             )
-        part = count // self.world
-        return slice(self.rank * part, (self.rank + 1) * part)
+        part, place = count // sharing, self.rank // self.sequence
+        return slice(place * part, (place + 1) * part)
 
     def close(self) -> None:
         if self.many and dist.is_initialized():

@@ -116,11 +116,14 @@ class Trainer:
         """
         begun = time.perf_counter()
         if self.forcing is not None:
-            self.forcing.measure = (step + 1) % self.config.run.log_every == 0
+            # flow matching's gradient does not pass where the parts of a sample are put together for the physics losses
+            due = (step + 1) % self.config.run.log_every == 0
+            self.forcing.measure = due and self.processes.sequence == 1
         batch = self.batch(step)
         generator = step_generator(self.config.run.seed + 1, step, self.device)
         drawn = self.draw(batch, generator)
         self.wait_s, self.operations = time.perf_counter() - begun, self.flops(batch["latents_BCFhw"].shape)
+        self.operations /= self.processes.sequence
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, step, self.config.run.steps))
         terms = self._backward(batch, drawn)
         average_gradients(self.trained, self.processes)

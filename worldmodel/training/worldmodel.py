@@ -45,7 +45,7 @@ def run_training(
     config: TrainWorldModelConfig, banks: Any | None, prepare: Callable[..., Any], kind: Callable[..., Trainer]
 ) -> Path:
     """The run of a trainer of any ``kind``, on ``banks`` or those that ``prepare`` makes; returns its export. See ``train_world_model``."""
-    processes = Processes.start(config.run.device)
+    processes = Processes.start(config.run.device, config.run.sequence)
     try:
         return _train(config, banks, processes, prepare, kind)
     finally:
