@@ -177,7 +177,7 @@ def test_keys_hold_weights_and_everything_that_may_change_an_episode(folder: Cal
     said = ({"source": both}, {"source": both, "mode": "idm"})
     assert len({identify_policy(dataclasses.replace(base, **one)).fingerprint for one in said}) == 1, "said or not"
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    usual = {"device": "cuda", "compute": "compile"}, {"compute": "eager"}, {"device": "auto"}
+    usual = {"device": "cuda", "compute": "fused"}, {"compute": "eager"}, {"device": "auto"}
     for said, meant in zip(usual, ({"device": "cuda"}, {}, {"device": here}), strict=True):
         one, two = (identify_policy(dataclasses.replace(base, **change)).fingerprint for change in (said, meant))
         assert one == two, "said, or what this device does anyway"
