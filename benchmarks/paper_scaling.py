@@ -127,7 +127,8 @@ def main() -> None:
     for row in options.rows:
         # the same settings on one GPU, or the usual ones
         claims = (f"training/{options.experiment}/{row}{name}_1_gpus_step_ms" for name in (changed, ""))
-        alone = next((before[claim]["value"] for claim in claims if claim in before), None)
+        beside = next((claim for claim in claims if claim in before), None)
+        alone = before[beside]["value"] if beside else None
         for gpus in options.gpus:
             found = run(row, gpus, options)
             times = [line["step_ms"] for line in found]
@@ -136,12 +137,13 @@ def main() -> None:
             if found:
                 more |= {
                     "memory_gib": round(found[-1]["memory_gib"], 2),
-                    "mfu_pct": round(found[-1].get("mfu_pct", 0.0), 2),
+                    "mfu_pct": round(statistics.median(line.get("mfu_pct", 0.0) for line in found), 2),
                 }
                 more["data_wait_pct"] = round(statistics.median(line["data_wait_pct"] for line in found), 3)
                 alone = value if gpus == 1 else alone
                 if alone and value:
                     more["scaling_efficiency"] = round(alone / value, 4)
+                    more["against_one"] = beside or "this run's row on one GPU"
             else:
                 more["failed"] = "ended by itself; see its log"
             lines.append(

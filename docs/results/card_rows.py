@@ -62,6 +62,8 @@ def row(line: dict[str, Any]) -> str:
     memory = next((against[name] for name in ("peak_memory_gb", "memory_gib") if against.get(name)), "")
     peak = f"{against['mfu_pct']:.1f} %" if against.get("mfu_pct") else ""
     shown = ", ".join(f"{name} {against[name]:g}" for name in SHOWN if isinstance(against.get(name), int | float))
+    if against.get("difference_from"):
+        shown += f" from {against['difference_from']}"
     if against.get("fits_gb"):
         shown = f"fits {', '.join(map(str, against['fits_gb']))} GB"
     value = "failed" if line["value"] is None else f"{line['value']:.4g} {line['unit']}"

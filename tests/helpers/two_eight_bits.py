@@ -15,13 +15,24 @@ from physisforcing.worldmodel.training.processes import Processes
 from ranks import both
 
 
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(128, 128), nn.Linear(128, 4)
+        self.table = nn.Parameter(torch.ones(1, 6, 128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.nn.functional.gelu(self.first(x)) * self.table.mean(1))
+
+
 class Net:
-    """``kind``: of the optimiser. The moments of the first layer are 8-bit numbers, those of the last are too few."""
+    """``kind``: of the optimiser. The moments of the first layer's matrix are 8-bit numbers; the last one's are too few, and the ``table`` has one row,
+    which two processes cannot share, as the modulations of a Wan block."""
 
     def __init__(self, processes: Processes | None = None, kind: str = "adamw8bit") -> None:
         torch.manual_seed(0)
         self.processes = processes or Processes()
-        self.module = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 4))
+        self.module = Layers()
         if self.processes.many:
             shard_block(self.module, self.processes)
         config = OptimConfig(kind=kind, lr=1e-2, ema=0.9)
@@ -30,7 +41,7 @@ class Net:
 
     def step(self, number: int) -> None:
         draw = torch.Generator().manual_seed(number)
-        x = torch.randn(32, 64, generator=draw)
+        x = torch.randn(32, 128, generator=draw)
         set_learning_rate(self.optimizer, 1e-2 / (1 + number))
         (self.module(x) - x[:, :4].sin()).square().mean().backward()
         self.optimizer.step()

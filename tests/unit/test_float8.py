@@ -15,6 +15,7 @@ from physisforcing.core.errors import UserError
 from physisforcing.policy.training_config import TrainPolicyConfig
 from physisforcing.worldmodel.data.batches import step_generator
 from physisforcing.worldmodel.training.config import RunConfig, TrainVaeConfig, TrainWorldModelConfig
+from physisforcing.worldmodel.training.float8 import check_float8, use_float8
 from physisforcing.worldmodel.training.trainer import Trainer
 from physisforcing.worldmodel.training.worldmodel import train_world_model
 
@@ -22,11 +23,15 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
-def made(large_models: dict[str, tuple[Path, Path]]) -> tuple[Path, Path]:
-    """A pipeline folder and a latent store."""
+def torchao() -> None:
     pytest.importorskip(
         "torchao", reason="needs the extra fp8 (torchao), which diffusers would import in every process"
     )
+
+
+@pytest.fixture
+def made(large_models: dict[str, tuple[Path, Path]]) -> tuple[Path, Path]:
+    """A pipeline folder and a latent store."""
     return large_models["ti2v"]
 
 
@@ -42,6 +47,7 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.usefixtures("torchao")
 def test_gradients_are_near_those_without(made: tuple[Path, Path], tmp_path: Path) -> None:
     eight = config(made, tmp_path / "eight")
     plain = copy.deepcopy(eight)
@@ -58,6 +64,7 @@ def test_gradients_are_near_those_without(made: tuple[Path, Path], tmp_path: Pat
         assert 1e-4 < gap < 0.2, (name, gap)
 
 
+@pytest.mark.usefixtures("torchao")
 def test_a_stopped_run_goes_on_with_the_same_bits_and_exports_stock_names(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -86,9 +93,13 @@ def test_where_it_cannot_be_it_is_refused(made: tuple[Path, Path], tmp_path: Pat
             kind(run=RunConfig(fp8=True))
 
 
-def test_without_torchao_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from physisforcing.worldmodel.training.float8 import check_float8
+@pytest.mark.usefixtures("torchao")
+def test_layers_that_have_no_such_products_are_told() -> None:
+    with pytest.raises(UserError, match=r"run\.fp8.*multiples of 16"):
+        use_float8([torch.nn.Sequential(torch.nn.Linear(24, 32))], torch.device("cpu"))
 
+
+def test_without_torchao_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     with pytest.raises(UserError, match=r"physisforcing\[fp8\]"):
         check_float8(True, rank=0)

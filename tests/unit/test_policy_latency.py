@@ -49,6 +49,22 @@ def test_the_full_size_path_on_a_cpu(monkeypatch, repository):
     assert not torch.equal(arms["eager"].actions_BPA[0], arms["eager"].actions_BPA[1])
 
 
+def test_the_fused_arms_encode_as_they_say(monkeypatch, repository):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import policy_latency
+
+    asked: list[dict] = []
+    monkeypatch.setattr(policy_latency, "first_frame_by", lambda _vae, _device, **more: asked.append(more))
+    monkeypatch.setattr(policy_latency, "ChunkModel", lambda *parts: asked[-1].update(compute=parts[5].compute))
+    parts = None, None, argparse.Namespace(vae=None), None
+    monkeypatch.setattr(policy_latency, "PipelineVae", lambda vae: vae)
+    for name in policy_latency.ARMS:
+        policy_latency.full_arm(parts, name, argparse.Namespace(steps=2), torch.device("cuda"))
+    said = [(one["compute"], one["fast"], one["half"]) for one in asked]
+    eager, graph, compiled = (("eager", False, False), ("graph", False, False), ("compile", False, False))
+    assert said == [eager, graph, compiled, ("fused", True, False), ("fused", True, True)]
+
+
 def test_rows_of_a_small_update_are_rehearsed_on_a_cpu(monkeypatch, repository, tmp_path):
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     import policy_small_update

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import tiny_large
-import tiny_paper
 from physisforcing.core.errors import UserError
+from physisforcing.worldmodel.backbones.folder import describe_backbone
 from physisforcing.worldmodel.backbones.sequence import SequenceSplit, _rotate
-from physisforcing.worldmodel.backbones.wan_paper import WanBackbone
+from physisforcing.worldmodel.training.large import check_sequence
 from physisforcing.worldmodel.training.modules import check_run
 from physisforcing.worldmodel.training.processes import Processes
 
@@ -21,8 +21,6 @@ def test_each_process_has_its_part_of_every_frame() -> None:
     parts = [SequenceSplit(group=None, place=place, count=4).share(tokens, 3).flatten().tolist() for place in range(4)]
     assert parts[1] == [2, 3, 10, 11, 18, 19]
     assert sorted(token for part in parts for token in part) == list(range(24))
-    with pytest.raises(UserError, match=r"run\.sequence.*3, and 8 tokens a latent frame"):
-        SequenceSplit(group=None, place=0, count=3).share(tokens, 3)
 
 
 def test_positions_are_turned_as_the_stock_processor_turns_them() -> None:
@@ -43,9 +41,12 @@ def test_batches_are_shared_by_groups() -> None:
 def test_where_it_cannot_be_it_is_refused(
     large_models: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backbone = WanBackbone(tiny_paper.wan_transformer(8, 8, 0), stride=(4, 16, 16))
-    with pytest.raises(UserError, match=r"run\.sequence.*3, and 2 heads"):
-        backbone.share_samples(SequenceSplit(group=None, place=0, count=3))
+    found = {name: describe_backbone(str(large_models[name][0])) for name in ("ti2v", "cosmos3")}
+    for name, count, words in (
+        ("cosmos3", 2, "1 with Cosmos3"), ("ti2v", 3, "3, and 2 heads"), ("ti2v", 2, "2, and 9 tokens a latent frame of .6, 6."),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=rf"run\.sequence.*{words}"):
+            check_sequence(count, found[name], [(8, 3, 4, 6), (8, 3, 6, 6)])
     monkeypatch.setenv("WORLD_SIZE", "4")
     for sequence in (0, 3):
         with pytest.raises(UserError, match=r"run\.sequence.*divides the 4 processes"):

@@ -15,8 +15,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from physisforcing.core.errors import UserError
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSplit:
@@ -27,12 +25,9 @@ class SequenceSplit:
     count: int
 
     def share(self, x_BLD: Tensor, frames: int) -> Tensor:
-        """What of all tokens [B,L,...] is taken here, [B,L/count,...]. ``UserError`` where a frame has a number of them that does not divide."""
+        """What of all tokens [B,L,...] is taken here, [B,L/count,...]; ``count`` divides those of a frame."""
         rows = x_BLD.unflatten(1, (frames, -1))
-        if rows.shape[2] % self.count:
-            got = f"{self.count}, and {rows.shape[2]} tokens a latent frame"
-            fix = "a number of processes that divides them, or another bucket"
-            raise UserError("run.sequence", got=got, wanted="equal parts of each frame", fix=fix)
+        assert rows.shape[2] % self.count == 0, "equal parts of each frame"
         part = rows.shape[2] // self.count
         return rows[:, :, self.place * part : (self.place + 1) * part].flatten(1, 2)
 

@@ -108,11 +108,8 @@ class WanBackbone(OverWan, nn.Module):
         return unembed(model, x, at.temb_BFD, x_BCFhw.shape), tapped
 
     def share_samples(self, split: SequenceSplit) -> None:
-        """From here on a sample is computed by the processes of ``split`` together. ``UserError`` for heads that do not divide."""
-        heads = int(self.transformer.config.num_attention_heads)
-        if heads % split.count:
-            fix = "a number of processes that divides the heads"
-            raise UserError("run.sequence", got=f"{split.count}, and {heads} heads", wanted="equal parts", fix=fix)
+        """From here on a sample is computed by the processes of ``split`` together, whose number divides the heads and the tokens of a frame."""
+        assert self.transformer.config.num_attention_heads % split.count == 0
         self.split = split
         for block in self.transformer.blocks:
             block.attn1.set_processor(SplitAttention(split))

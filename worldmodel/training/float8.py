@@ -44,9 +44,9 @@ def check_float8(wanted: bool, *, rank: int, device: torch.device | None = None)
         )
 
 
-def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> int:
-    """Let the linear layers of ``blocks`` multiply in 8-bit floats; returns how many do. To be called before compilation and sharding; on a CPU
-    the same numbers are emulated, slowly."""
+def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Let the linear layers of ``blocks`` multiply in 8-bit floats, those whose sides are multiples of ``MULTIPLE``. To be called before compilation
+    and sharding; on a CPU the same numbers are emulated, slowly. ``UserError`` where no layer has such sides."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     # the tokens of a sample are no multiple of 16, and the gradient of a weight adds over them
@@ -63,4 +63,6 @@ def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> int:
 
     for block in blocks:
         convert_to_float8_training(block, module_filter_fn=fits, config=config)
-    return count
+    if not count:
+        wanted = f"layers whose sides are multiples of {MULTIPLE}"
+        raise UserError("run.fp8", got="none in the blocks of this model", wanted=wanted, fix="leave run.fp8 out")

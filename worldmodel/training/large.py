@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +72,28 @@ def check_large(config: TrainWorldModelConfig) -> None:
             "data.workers", got=config.data.workers, wanted="1 or more: they read ahead", fix="data.workers=4"
         )
     check_float8(config.run.fp8, rank=config.lora.rank)
-    described(config)
+    check_sequence(config.run.sequence, described(config))
+
+
+def check_sequence(count: int, found: Described, shapes: Iterable[Sequence[int]] = ()) -> None:
+    """``UserError`` unless ``count`` processes can compute a sample of this transformer together; ``shapes``: of the latents [C,F,h,w] of its windows."""
+    if count == 1:
+        return
+    fix, settings = (
+        "run.sequence=1, or another number of processes",
+        json.loads((found.path / "config.json").read_text()),
+    )
+    if found.cosmos:
+        raise UserError("run.sequence", got=count, wanted="1 with Cosmos3", fix="run.sequence=1")
+    if (heads := int(settings["num_attention_heads"])) % count:
+        raise UserError("run.sequence", got=f"{count}, and {heads} heads", wanted="equal parts", fix=fix)
+    _, rows, columns = settings["patch_size"]
+    for shape in shapes:
+        if (tokens := shape[2] // rows * (shape[3] // columns)) % count:
+            got = f"{count}, and {tokens} tokens a latent frame of {list(shape[2:])}"
+            raise UserError(
+                "run.sequence", got=got, wanted="equal parts of each frame", fix=f"{fix}, or another bucket"
+            )
 
 
 def check_small(config: TrainWorldModelConfig) -> None:
@@ -122,9 +144,7 @@ def large_denoiser(config: TrainWorldModelConfig, info: StoreInfo, processes: Pr
     denoiser = BackboneDenoiser(backbone)
     _check_stores(denoiser, info)
     if processes.sequence > 1:
-        if not isinstance(backbone, WanBackbone):
-            fix = "run.sequence=1: every process computes its own samples"
-            raise UserError("run.sequence", got=processes.sequence, wanted="1 with this backbone", fix=fix)
+        assert isinstance(backbone, WanBackbone), "check_sequence has looked"
         place = processes.rank % processes.sequence
         backbone.share_samples(SequenceSplit(group=processes.neighbours, place=place, count=processes.sequence))
     if config.run.fp8:

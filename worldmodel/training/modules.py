@@ -35,9 +35,10 @@ def prepared_modules(
     generator first."""
     check_run(config, processes)
     if config.model:
-        from .large import large_denoiser
+        from .large import check_sequence, described, large_denoiser
 
         assert isinstance(bank, LatentBank)
+        check_sequence(processes.sequence, described(config), {window.shape for _, window in bank.windows})
         denoiser = large_denoiser(config, bank.info, processes)
         modules: dict[str, nn.Module] = {"denoiser": denoiser}
         if (heads := build_forcing(config, bank, denoiser.width)) is not None:

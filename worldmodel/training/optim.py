@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from physisforcing.core.errors import UserError, unknown_name
 
 KINDS = ("adamw", "adamw8bit")
+#: Of 8-bit moments: numbers that share a scale, and the processes that may share a weight at most.
+BLOCK, MOST_PARTS = 256, 64
 
 
 @dataclass(slots=True, kw_only=True)
 class OptimConfig:
     """AdamW with linear warm-up and a cosine to ``final_lr * lr``. ``kind``: ``adamw``, or ``adamw8bit``, whose moments are 8-bit numbers with a
-    scale for each 256 of them (TorchAO, after arXiv:2110.02861): a quarter of their memory. ``ema``: decay of the averaged weights that are exported; 0 exports
+    scale for each 256 of them (TorchAO, after arXiv:2110.02861): a quarter of their memory; of matrices alone (``in_eight_bits``). ``ema``: decay of the averaged weights that are exported; 0 exports
     the weights as they are and keeps no average. ``heads``: learning rate of the physics heads, as a multiple of ``lr``."""
 
     lr: float = 1e-3
@@ -73,17 +76,42 @@ def build_optimizer(
 
 
 def _in_eight_bits(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    for parameter in (one for group in groups for one in group["params"] if in_eight_bits(one)):
+        if is_sharded(parameter) and (rows := parameter.shape[0]) % (parts := parameter.device_mesh.size()):
+            got = f"adamw8bit, and a weight of {rows} rows over {parts} processes"
+            fix = "a number of processes that divides them, or optim.kind=adamw"
+            raise UserError("optim.kind", got=got, wanted="equal parts, which share their scales with nobody", fix=fix)
+    return _eight_bit_adamw()(groups, lr=config.lr, betas=(config.beta1, config.beta2), block_size=BLOCK)
+
+
+def in_eight_bits(parameter: Tensor) -> bool:
+    """Whether the moments of this parameter are 8-bit numbers: matrices whose parts are whole blocks in as many as ``MOST_PARTS`` processes. It must
+    not depend on how many there are, or a checkpoint would not fit another number."""
+    return parameter.ndim > 1 and not (parameter.shape[0] % MOST_PARTS or parameter.numel() % (MOST_PARTS * BLOCK))
+
+
+@functools.cache
+def _eight_bit_adamw() -> type[torch.optim.Optimizer]:
+    """TorchAO's, whose choice of what is in 8 bits depends on what lies in a process. ``UserError`` without TorchAO."""
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
         fix = "pip install 'physisforcing[fp8]', or optim.kind=adamw"
         raise UserError("optim.kind", got="adamw8bit without TorchAO", wanted="the package torchao", fix=fix) from error
-    for parameter in (one for group in groups for one in group["params"]):
-        if is_sharded(parameter) and (rows := parameter.shape[0]) % (parts := parameter.device_mesh.size()):
-            got = f"adamw8bit, and a weight of {rows} rows over {parts} processes"
-            fix = "another number of processes, or optim.kind=adamw"
-            raise UserError("optim.kind", got=got, wanted="equal parts, which share their scales with nobody", fix=fix)
-    return AdamW8bit(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+
+    class EightBitAdamW(AdamW8bit):
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            if not in_eight_bits(p):
+                return torch.zeros_like(p)
+            made = self._subclass_zeros(local(p), signed, self.block_size)
+            if not is_sharded(p):
+                return made
+            from torch.distributed.tensor import DTensor
+
+            mesh, places = p.device_mesh, p.placements  # type: ignore[attr-defined]
+            return DTensor.from_local(made, mesh, places, run_check=False, shape=p.shape, stride=p.stride())
+
+    return EightBitAdamW
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
