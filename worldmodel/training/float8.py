@@ -33,15 +33,11 @@ def check_float8(wanted: bool, *, rank: int, device: torch.device | None = None)
     except ImportError as error:
         fix = "pip install 'physisforcing[fp8]', or leave run.fp8 out"
         raise UserError("run.fp8", got="no TorchAO here", wanted="the package torchao", fix=fix) from error
-    if (
-        device is not None
-        and device.type == "cuda"
-        and (found := torch.cuda.get_device_capability(device)) < CAPABILITY
-    ):
-        wanted_gpu = "8.9 or later: Ada, Hopper, Blackwell"
-        raise UserError(
-            "run.fp8", got=f"compute capability {found[0]}.{found[1]}", wanted=wanted_gpu, fix="leave run.fp8 out"
-        )
+    if device is None or device.type != "cuda":
+        return
+    if (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
+        got, least = f"compute capability {found[0]}.{found[1]}", "8.9 or later: Ada, Hopper, Blackwell"
+        raise UserError("run.fp8", got=got, wanted=least, fix="leave run.fp8 out")
 
 
 def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> None:

@@ -79,10 +79,8 @@ def check_sequence(count: int, found: Described, shapes: Iterable[Sequence[int]]
     """``UserError`` unless ``count`` processes can compute a sample of this transformer together; ``shapes``: of the latents [C,F,h,w] of its windows."""
     if count == 1:
         return
-    fix, settings = (
-        "run.sequence=1, or another number of processes",
-        json.loads((found.path / "config.json").read_text()),
-    )
+    fix = "run.sequence=1, or another number of processes"
+    settings = json.loads((found.path / "config.json").read_text())
     if found.cosmos:
         raise UserError("run.sequence", got=count, wanted="1 with Cosmos3", fix="run.sequence=1")
     if (heads := int(settings["num_attention_heads"])) % count:
@@ -90,10 +88,8 @@ def check_sequence(count: int, found: Described, shapes: Iterable[Sequence[int]]
     _, rows, columns = settings["patch_size"]
     for shape in shapes:
         if (tokens := shape[2] // rows * (shape[3] // columns)) % count:
-            got = f"{count}, and {tokens} tokens a latent frame of {list(shape[2:])}"
-            raise UserError(
-                "run.sequence", got=got, wanted="equal parts of each frame", fix=f"{fix}, or another bucket"
-            )
+            got, fix = f"{count}, and {tokens} tokens a latent frame of {list(shape[2:])}", f"{fix}, or another bucket"
+            raise UserError("run.sequence", got=got, wanted="equal parts of each frame", fix=fix)
 
 
 def check_small(config: TrainWorldModelConfig) -> None:
