@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,10 +35,8 @@ def export_large(
     processes: Processes,
 ) -> None:
     """Write the policy as ``checkpoint.load_policy`` reads it, matrices in bfloat16. Every process takes part in putting weights together, and
-    the first writes; a run that is killed here leaves the folder that was there before."""
-    target, folder = folder, folder.with_name(f".writing-{folder.name}")
+    the first writes."""
     if processes.first:
-        shutil.rmtree(folder, ignore_errors=True)
         (folder / TRANSFORMER).mkdir(parents=True)
     # of the outermost module: asking it makes FSDP take back weights that lie around gathered
     state = policy.state_dict()
@@ -65,8 +61,6 @@ def export_large(
     statistics.save(folder)
     if forcing is not None:
         save_heads(forcing, folder, None)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(folder, target)
 
 
 def _video(policy: WorldActionModel, state: dict[str, Tensor]) -> LivePart:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from physisforcing.core.errors import UserError
+from physisforcing.core.files import replace_folder, replaced
 from physisforcing.worldmodel.convert.parts import stock_folder
 from physisforcing.worldmodel.convert.writing import locked, plan_shards, write_part
 
@@ -37,13 +38,13 @@ def swap_backbone(
     target = policy if output is None else Path(output)
     if output is not None and os.path.lexists(target):
         raise UserError("output", got=str(target), wanted="a name that is not taken", fix="output=<another folder>")
-    killed = output is None and _replaced(target).exists()
+    killed = output is None and replaced(target).exists()
     if not killed:
         read_settings(policy)  # names what is no policy before anything is made
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
         if killed and not target.exists():
-            os.rename(_replaced(target), target)
+            os.rename(replaced(target), target)
         return _swap(policy, source, target, autoencoder)
 
 
@@ -87,20 +88,5 @@ def _swap(policy: Path, source: str | Path | Backbone, target: Path, autoencoder
         tap=extra["tap"],
         conditioner=conditioner and ConditionerConfig.of(conditioner),
     )
-    _put(aside, target)
+    replace_folder(aside, target)
     return report
-
-
-def _put(aside: Path, target: Path) -> None:
-    """Give a complete folder its name; the one that had it goes away last."""
-    old = _replaced(target)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(aside, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _replaced(target: Path) -> Path:
-    """What a folder is called while another one takes its name."""
-    return target.with_name(f".{target.name}.replaced")

@@ -1,8 +1,9 @@
-"""Files that a reader sees whole: written aside, then renamed."""
+"""Files and folders that a reader sees whole: written aside, then renamed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -12,3 +13,19 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """Give the complete ``folder`` the name ``target``; the folder that had it goes away last. A process that is killed between the two
+    renames leaves the old one as ``replaced(target)``, and no ``target``."""
+    old = replaced(target)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(folder, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def replaced(target: Path) -> Path:
+    """What a folder is called while another one takes its name."""
+    return target.with_name(f".{target.name}.replaced")

@@ -284,10 +284,19 @@ def test_an_export_that_is_cut_off_leaves_the_one_before(large_models, tmp_path,
     from physisforcing.worldmodel.training import export as module
 
     model, store = large_models["ti2v"]
-    export = train_world_model(tiny_large.config(model, [store], tmp_path / "run"))
+    config = tiny_large.config(model, [store], tmp_path / "run")
+    export = train_world_model(copy.deepcopy(config))
+    (export / "of the first").touch()
     before = {path.name: path.read_bytes() for path in (export / "transformer").iterdir()}
-    trainer = tiny_large.trainer(tiny_large.config(model, [store], tmp_path / "other"))
-    monkeypatch.setattr(module, "save_settings", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        trainer.export(export)
+    config.run.resume = True
+    for name in ("write_part", "save_settings", "save_heads"):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                train_world_model(copy.deepcopy(config))
+        assert {path.name: path.read_bytes() for path in (export / "transformer").iterdir()} == before, name
+        assert (export / "of the first").is_file(), name
+    train_world_model(config)
+    assert not (export / "of the first").exists(), "a whole export in place of the one before, nothing mixed"
     assert {path.name: path.read_bytes() for path in (export / "transformer").iterdir()} == before
+    assert [path.name for path in export.parent.iterdir() if path.name[0] == "."] == []

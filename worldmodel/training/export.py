@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,13 +93,9 @@ def _export_large(
 ) -> None:
     """``transformer/`` (a diffusers folder with ``physis_backbone.json``), ``adapter/`` and ``physics_heads.safetensors``. A tensor at a
     time is put together, whatever the model's size."""
-    adapters, target = config.lora.rank > 0, folder
-    folder = target.with_name(
-        f".writing-{target.name}"
-    )  # a run that is killed here leaves the export that was there before
+    adapters = config.lora.rank > 0
     if processes.first:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     if not (checkpoint and adapters):
         part = LivePart.of(live, config)
         shards = plan_shards(part, SHARD_BYTES)
@@ -120,11 +114,8 @@ def _export_large(
             save_adapter(state, config.lora, live.transformer, folder / "adapter", None)
         if config.lora.also:
             _save_whole(folder / "adapter", live, processes)
-    if processes.first:
-        if forcing is not None:
-            save_heads(forcing, folder, None)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(folder, target)
+    if processes.first and forcing is not None:
+        save_heads(forcing, folder, None)
 
 
 def _save_whole(folder: Path, live: BackboneDenoiser, processes: Processes) -> None:

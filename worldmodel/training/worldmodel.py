@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from physisforcing.core.errors import UserError
+from physisforcing.core.files import replace_folder
 
 from ..data.batches import WindowBank
 from ..data.latent_bank import LatentBank
@@ -96,14 +98,19 @@ def _train(
 
 
 def _finish(trainer: Trainer, banks: Banks, run: Path) -> Path:
-    """Write the averaged weights as ``export/``."""
+    """Write the averaged weights as ``export/``: a run that is killed while it does leaves the export that was there before."""
+    target, aside, first = run / "export", run / ".writing-export", trainer.processes.first
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
     trainer.average.swap()
-    trainer.export(run / "export")
+    trainer.export(aside)
+    if first:
+        replace_folder(aside, target)
     for some in banks:
         if hasattr(some, "close"):  # windows that are read or encoded while a run trains
             some.close()
     trainer.processes.barrier()
-    return run / "export"
+    return target
 
 
 def _told(signals: StopSignals, processes: Processes) -> str | None:
