@@ -95,6 +95,11 @@ class PolicyTrainer(Trainer):
         return {} if heads is None else {"forcing": heads}
 
     @property
+    def noted(self) -> dict[str, Any]:
+        """See ``Trainer``; a policy's first latent is always the clean picture of now."""
+        return {"large.tap": self.policy.tap} if self.config.model else {}
+
+    @property
     def _spread(self) -> bool:
         """Whether the weights are spread over the processes. Frozen ones have no gradients and states to spread: ``auto`` leaves them whole."""
         whole = self.config.freeze_video and self.config.run.sharding == "auto"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import tiny_paper
 from physisforcing.worldmodel.data.latent_shards import LatentWindow, StoreInfo, write_shard, write_store
 from physisforcing.worldmodel.data.target_shards import EpisodeTargets, TargetRecipe
 from physisforcing.worldmodel.data.target_shards import write_shard as write_targets
+from physisforcing.worldmodel.storage import latents_fingerprint
 from physisforcing.worldmodel.training.banks import open_stores
 from physisforcing.worldmodel.training.config import TrainWorldModelConfig
 from physisforcing.worldmodel.training.initial import adopt_model
@@ -22,13 +25,21 @@ STRIDES = {"ti2v": (4, 16, 16), "a14b": (4, 8, 8), "cosmos3": (4, 16, 16)}
 CHANNELS, POINTS = 6, (2, 3)
 
 
+@functools.cache
+def fingerprint(kind: str) -> str:
+    """That of the latents of ``pipeline``'s autoencoder."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_paper.vae(SHAPES[kind][0], STRIDES[kind][1]).save_pretrained(folder)
+        return latents_fingerprint(Path(folder))
+
+
 def store(folder: Path, kind: str, episodes: int = 4, *, seed: int = 0, targets: bool = True, rows: int = 0) -> Path:
     """A store of ``episodes`` with two windows each. Every fourth episode has no targets. ``rows``: other rows of latents."""
     draw = torch.Generator().manual_seed(seed)
     channels, frames, high, wide = SHAPES[kind]
     shape = (channels, frames, rows or high, wide)
     info = StoreInfo(
-        kind="cosmos3" if kind == "cosmos3" else "wan", latents="made here", text="made here", channels=channels,
+        kind="cosmos3" if kind == "cosmos3" else "wan", latents=fingerprint(kind), text="made here", channels=channels,
         stride=STRIDES[kind], conditioned=kind == "a14b", fps=16.0, teachers={"tracker": "random"} if targets else None,
     )  # fmt: skip
     windows = []

@@ -198,6 +198,37 @@ def test_adapters_belong_to_the_weights_they_began_with(large_models, tmp_path):
         tiny_large.trainer(same).restore(path)
 
 
+def test_what_is_noted_beside_the_weights_stays_that_of_the_run(large_models, tmp_path):
+    from physisforcing.worldmodel.backbones.folder import save_settings
+
+    model, store = large_models["a14b"]
+    moved = Path(shutil.copytree(model, tmp_path / "moved"))
+    trainer = tiny_large.trainer(tiny_large.config(model, [store], tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    path = trainer.save(tmp_path / "run", 1)
+    assert tiny_large.trainer(tiny_large.config(moved, [store], tmp_path / "run")).restore(path) == 1
+    for noted, wanted in (
+        ({"first_latent": "pinned"}, "first_latent=mask"),
+        ({"first_latent": "mask", "tap": 2}, "tap=1"),
+    ):
+        save_settings(moved / "transformer", **noted)
+        other = tiny_large.trainer(tiny_large.config(moved, [store], tmp_path / "run"))
+        with pytest.raises(UserError, match=f"large.{wanted}"):
+            other.restore(path)
+
+
+def test_latents_of_another_autoencoder_are_refused(large_models, tmp_path):
+    model, store = large_models["ti2v"]
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    torch.manual_seed(9)
+    vae = tiny_paper.vae(8, 16)
+    for parameter in vae.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    vae.save_pretrained(other / "vae")
+    with pytest.raises(UserError, match=r"data\.latents: got 'of the autoencoder .*other/vae"):
+        train_world_model(tiny_large.config(other, [store], tmp_path / "run"))
+
+
 def test_a_finished_run_is_a_beginning(large_models, tmp_path):
     model, store = large_models["ti2v"]
     export = train_world_model(tiny_large.config(model, [store], tmp_path / "first"))

@@ -117,7 +117,7 @@ def test_stores_of_another_model_are_refused(large_models, tmp_path):
     config = tiny_large.config(
         large_models["ti2v"][0], [large_models["ti2v"][1], large_models["a14b"][1]], tmp_path / "run"
     )
-    with pytest.raises(UserError, match=r"data\.latents: channels of .*a14b"):
+    with pytest.raises(UserError, match=r"data\.latents: latents of .*a14b"):
         train_world_model(config)
     blind = tiny_large.store(tmp_path / "blind", "ti2v", targets=False)
     config = tiny_large.config(large_models["ti2v"][0], [blind], tmp_path / "run")

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from physisforcing import cli
+from physisforcing.core.config import compose
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.training.checkpoint import latest_checkpoint, load_training
+from physisforcing.worldmodel.training.config import TrainWorldModelConfig
 from physisforcing.worldmodel.training.stopping import StopSignals, TrainingStopped
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
 from tiny_training import bank, config
@@ -176,3 +178,23 @@ def test_gradients_are_clipped_to_the_limit_before_the_optimiser_sees_them(tmp_p
         weights[clip] = torch.cat([state["exp_avg"].flatten() for state in trainer.optimizer.state.values()])
     ratio = weights[0.01].norm() / weights[1e9].norm()
     assert float(ratio) == pytest.approx(0.01 / norms[1e9], rel=1e-3) and norms[0.01] <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (["optim.clip=0"], r"optim\.clip"),
+        (["optim.ema=1.5"], r"optim\.ema"),
+        (["optim.beta2=1"], r"optim\.beta2"),
+        (["optim.lr=-1"], r"optim\.lr"),
+        (["run.batch=0"], r"run\.batch"),
+        (["run.steps=0"], r"run\.steps"),
+        (["run.log_every=0"], r"run\.log_every"),
+        (["run.save_every=0"], r"run\.save_every"),
+        (["run.micro=-1"], r"run\.micro"),
+        (["lora.rank=-2"], r"lora\.rank"),
+    ],
+)
+def test_settings_with_which_nothing_is_trained_are_refused(words: list[str], field: str) -> None:
+    with pytest.raises(UserError, match=f"^{field}: got .*Fix: "):
+        compose("train_worldmodel", words, TrainWorldModelConfig)

@@ -94,6 +94,9 @@ class RunConfig:
     save_every: int = 1000
     eval_every: int = 1000
 
+    def __post_init__(self) -> None:
+        check_at_least(self, "run.", steps=1, batch=1, micro=0, sequence=1, log_every=1, save_every=1, eval_every=1)
+
     def refuse_large(self) -> None:
         """``UserError`` for what large world models alone have."""
         for name, usual in (("fp8", False), ("sequence", 1)):
@@ -113,8 +116,7 @@ class LoraConfig:
     also: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise UserError("lora.rank", got=self.rank, wanted="0 or more", fix="lora.rank=32")
+        check_at_least(self, "lora.", rank=0)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..backbones.loading import Weights, build_empty, folder_entries, read_trans
 from ..backbones.sequence import SequenceSplit
 from ..backbones.wan_paper import WanBackbone
 from ..data.latent_shards import StoreInfo
+from ..storage import latents_fingerprint
 from .config import TrainWorldModelConfig
 from .denoiser import BackboneDenoiser
 from .float8 import check_float8, use_float8
@@ -138,7 +140,7 @@ def large_denoiser(config: TrainWorldModelConfig, info: StoreInfo, processes: Pr
         add_lora(transformer, config.lora, found.lora_targets, base)
     backbone = wrap_transformer(transformer, found, fps=info.fps)
     denoiser = BackboneDenoiser(backbone)
-    _check_stores(denoiser, info)
+    _check_stores(denoiser, info, Path(config.model) / "vae")
     if processes.sequence > 1:
         assert isinstance(backbone, WanBackbone), "check_sequence has looked"
         place = processes.rank % processes.sequence
@@ -192,7 +194,8 @@ def _draw_adapters(module: nn.Module, device: torch.device) -> None:
         holder._parameters[leaf] = nn.Parameter(value.to(device, parameter.dtype), requires_grad=True)
 
 
-def _check_stores(denoiser: BackboneDenoiser, info: StoreInfo) -> None:
+def _check_stores(denoiser: BackboneDenoiser, info: StoreInfo, autoencoder: Path) -> None:
+    """``autoencoder``: that of the pipeline, whose weights a run without held-out videos need not have."""
     backbone = denoiser.backbone
     kind = "cosmos3" if type(backbone.transformer).__name__ == "Cosmos3OmniTransformer" else "wan"
     needed: list[tuple[str, Any, Any]] = [
@@ -205,6 +208,10 @@ def _check_stores(denoiser: BackboneDenoiser, info: StoreInfo) -> None:
         if got != wanted:
             fix = "physis data latents with the model= of this run"
             raise UserError(f"data.latents: {name}", got=got, wanted=f"{wanted}, as the backbone has", fix=fix)
+    if any(autoencoder.glob("*.safetensors")) and (mine := latents_fingerprint(autoencoder)) != info.latents:
+        got, wanted = f"of the autoencoder {info.latents}", f"those of {autoencoder}, which is {mine}"
+        fix = "physis data latents with the model= of this run, or name the folder that they were made with"
+        raise UserError("data.latents", got=got, wanted=wanted, fix=fix)
 
 
 def transformer_fingerprint(config: TrainWorldModelConfig) -> str:

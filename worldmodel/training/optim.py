@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from physisforcing.core.errors import UserError, unknown_name
+from physisforcing.core.errors import UserError, check_at_least, unknown_name
 
 KINDS = ("adamw", "adamw8bit")
 #: Of 8-bit moments: numbers that share a scale, and the processes that may share a weight at most.
@@ -38,6 +38,12 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise unknown_name("optim.kind", self.kind, KINDS, see="docs/training.md")
+        check_at_least(self, "optim.", lr=0, final_lr=0, warmup=0, weight_decay=0, beta1=0, beta2=0, ema=0, heads=0)
+        for name in ("beta1", "beta2", "ema"):
+            if (value := getattr(self, name)) >= 1:
+                raise UserError(f"optim.{name}", got=value, wanted="below 1: a decay", fix=f"write optim.{name}=0.99")
+        if self.clip <= 0:  # the gradients' norm would become 0, and nothing would be trained
+            raise UserError("optim.clip", got=self.clip, wanted="a norm above 0", fix="optim.clip=1, or 1e9 for none")
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

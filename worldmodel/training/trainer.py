@@ -218,9 +218,16 @@ class Trainer:
             "skipped": self.guard.skipped,
             "base": self.base,
             "windows": self.windows,
+            "noted": self.noted,
             "processes": self.processes.world,
         }
         return save_checkpoint(run, done, write_model, tensors, state, self.processes)
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """Settings that are not given but noted beside a large backbone's weights."""
+        live = self.model["denoiser"] if self.config.model else None
+        return {} if live is None else {"large.first_latent": live.first_latent, "large.tap": live.tap}
 
     @property
     def teachers(self) -> dict[str, Any] | None:
@@ -229,7 +236,8 @@ class Trainer:
 
     def restore(self, checkpoint: Path) -> int:
         """Continue from a checkpoint, bit-exactly; returns the number of updates it holds. ``UserError`` where the targets are of
-        other teachers, the frozen weights of another model or the windows of latent stores others, whose settings may look the same."""
+        other teachers, the frozen weights of another model or the windows of latent stores others, whose settings may look the same, and
+        where another folder of the same model notes that it is tapped elsewhere or shown its first latent in another way."""
         state = json.loads((checkpoint / "training" / "state.json").read_text())
         began, self.guard.skipped = state.get("teachers", self.teachers), state.get("skipped", 0)
         if began != self.teachers:
@@ -238,6 +246,10 @@ class Trainer:
         if state.get("base") != self.base:
             fix = "give run.init the model that the run began with, or begin another run"
             raise UserError("run.init", got=f"weights {self.base}", wanted=f"weights {state.get('base')}", fix=fix)
+        for name, mine in self.noted.items():
+            if (theirs := state.get("noted", self.noted)[name]) != mine:
+                wanted, fix = f"{theirs}, with which {checkpoint} was trained", f"{name}={theirs}, or begin another run"
+                raise UserError(name, got=f"{mine}, as {self.config.model} notes", wanted=wanted, fix=fix)
         if state.get("windows", self.windows) != self.windows:
             name = "data.latents" if self.config.data.latents else "data.roots"
             fix = f"give {name} and how windows are made as they were when the run began, or begin another run with run.init"
