@@ -452,7 +452,7 @@ def test_training_shows_one_held_out_window(
     bank, heldout = prepare_banks(config, torch.device("cpu"))
     trainer = Trainer(config, bank, torch.device("cpu"))
     board = Board()
-    monkeypatch.setattr(steplog, "_tensorboard", lambda run: board)
+    monkeypatch.setattr(steplog, "_tensorboard", lambda *_: board)
     log = steplog.StepLog(tmp_path, steps=1, batch=1, device=torch.device("cpu"))
     before = copy.deepcopy(trainer.model.state_dict())
     for step in (0, 7):

@@ -198,3 +198,18 @@ def test_gradients_are_clipped_to_the_limit_before_the_optimiser_sees_them(tmp_p
 def test_settings_with_which_nothing_is_trained_are_refused(words: list[str], field: str) -> None:
     with pytest.raises(UserError, match=f"^{field}: got .*Fix: "):
         compose("train_worldmodel", words, TrainWorldModelConfig)
+
+
+def test_as_many_checkpoints_stay_as_are_asked_for(tmp_path):
+    made = config(tmp_path, "kept", 7)
+    made.run.save_every, made.run.keep = 1, 2
+    train_world_model(made, (bank(0), bank(1)))
+    run = tmp_path / "kept"
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-000006", "step-000007"]
+    assert latest_checkpoint(run) == run / "step-000007" and not list(run.glob(".writing-*"))
+    # one that was damaged is no reason to remove what a run goes on from
+    (run / "step-000007" / "COMPLETE").unlink()
+    trainer = Trainer(made, bank(0), torch.device("cpu"))
+    assert latest_checkpoint(run) == run / "step-000006"
+    trainer.save(run, 6)
+    assert sorted(path.name for path in run.glob("step-*")) == ["step-000006", "step-000007"]

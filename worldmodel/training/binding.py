@@ -28,6 +28,7 @@ FREE_SETTINGS = (
             "wandb",
             "log_every",
             "save_every",
+            "keep",
             "eval_every",
         )
     )

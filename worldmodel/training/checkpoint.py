@@ -39,10 +39,11 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     processes: Processes | None = None,
+    keep: int = 0,
 ) -> Path:
     """Write ``run/step-000500`` (the step in six digits). ``write_model(folder)`` fills ``model/``; ``tensors`` go into ``training/``
     bit-exactly under ``<group>/<name>``; ``state`` becomes ``training/state.json`` with the step in it. Every one of ``processes`` calls
-    this, and ``write_model`` in each of them.
+    this, and ``write_model`` in each of them. ``keep``: how many checkpoints stay, this one and the newest before it; 0: all.
 
     Raises ``FloatingPointError`` and writes nothing where a tensor is not finite: a run must not go on from there.
     """
@@ -64,6 +65,8 @@ def save_checkpoint(
         (aside / "training" / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
         _complete(aside, hashes)
         _put(aside, target)
+        if keep:
+            _keep(run, step, keep)
     together.barrier()
     return target
 
@@ -113,6 +116,14 @@ def _put(aside: Path, target: Path) -> None:
     link.symlink_to(target.name)
     os.replace(link, run / "last")
     _sync(run)
+    _remove_leftovers(run)
+
+
+def _keep(run: Path, step: int, count: int) -> None:
+    """Remove the checkpoints up to ``step`` but the newest ``count``. Each loses its name first: one that is half removed is none."""
+    found = _checkpoints(run)
+    for path in found[: found.index(run / f"step-{step:06d}") + 1][:-count]:
+        os.rename(path, run / f".writing-old-{uuid.uuid4().hex}")
     _remove_leftovers(run)
 
 

@@ -70,6 +70,7 @@ class RunConfig:
     on a GPU as well, which costs time (cuDNN's attention has no such backward pass). ``fp8``: the blocks of a large backbone that is trained whole
     multiply in 8-bit floats (``float8.py``; needs torchao). ``sequence``: processes that compute a sample of a large Wan model together
     (``backbones/sequence.py``). ``wandb``: a Weights & Biases project that is told the log's lines as well (needs wandb).
+    ``keep``: how many checkpoints stay in the run folder, the newest; 0 keeps all.
     """
 
     out: str = "runs/train"
@@ -92,10 +93,13 @@ class RunConfig:
     wandb: str = ""
     log_every: int = 50
     save_every: int = 1000
+    keep: int = 0
     eval_every: int = 1000
 
     def __post_init__(self) -> None:
-        check_at_least(self, "run.", steps=1, batch=1, micro=0, sequence=1, log_every=1, save_every=1, eval_every=1)
+        check_at_least(
+            self, "run.", steps=1, batch=1, micro=0, sequence=1, log_every=1, save_every=1, keep=0, eval_every=1
+        )
 
     def refuse_large(self) -> None:
         """``UserError`` for what large world models alone have."""

@@ -1,4 +1,4 @@
-"""One structured line a logged step: on the terminal, in ``metrics.jsonl`` and, where it is installed, in TensorBoard."""
+"""One structured line a logged step: on the terminal, in ``metrics.jsonl`` and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StepLog:
         if not quiet:
             _drop_lines_after(run / "metrics.jsonl", done)
             self._stream = (run / "metrics.jsonl").open("a", encoding="utf-8")
-            self._board = _tensorboard(run)
+            self._board = _tensorboard(run, done)
             self._wandb = _wandb(run, wandb)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -152,12 +152,14 @@ def _has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 
 
-def _tensorboard(run: Path) -> Any:
-    if not _has_tensorboard():
+def _tensorboard(run: Path, done: int) -> Any:
+    if not _has_tensorboard():  # an environment that was put together by hand
+        print("tensorboard is not installed: the log is metrics.jsonl alone", file=sys.stderr, flush=True)
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run / "tensorboard"))
+    # what a killed process showed of steps that are made again is taken back
+    return SummaryWriter(str(run / "tensorboard"), purge_step=done + 1 if done else None)
 
 
 def check_wandb(project: str) -> None:

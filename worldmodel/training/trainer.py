@@ -221,7 +221,7 @@ class Trainer:
             "noted": self.noted,
             "processes": self.processes.world,
         }
-        return save_checkpoint(run, done, write_model, tensors, state, self.processes)
+        return save_checkpoint(run, done, write_model, tensors, state, self.processes, self.config.run.keep)
 
     @property
     def noted(self) -> dict[str, Any]:

@@ -193,7 +193,12 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
                 tensors = training_tensors(model, average, optimizer, device)
                 state = {"settings": binding_settings(config), "skipped": guard.skipped}
                 saved = save_checkpoint(
-                    run, done, lambda folder: _write_average(folder, model, average), tensors, state
+                    run,
+                    done,
+                    lambda folder: _write_average(folder, model, average),
+                    tensors,
+                    state,
+                    keep=config.run.keep,
                 )
                 if told:
                     log.close()

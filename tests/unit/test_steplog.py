@@ -1,0 +1,83 @@
+"""The log's lines are the same in metrics.jsonl, in TensorBoard and, where a project is named, at Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from physisforcing.worldmodel.training.steplog import StepLog
+
+
+class Project(types.ModuleType):
+    """Stands for the package wandb: keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.begun: list[dict[str, Any]] = []
+        self.told: list[tuple[int, dict[str, float]]] = []
+        self.finished = 0
+
+    def init(self, **words: Any) -> Project:
+        self.begun.append(words)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.told.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def write(run: Path, first: int, last: int, **words: Any) -> None:
+    log = StepLog(run, steps=last, batch=4, device=torch.device("cpu"), done=first, **words)
+    for step in range(first, last):
+        log.add({"loss": torch.tensor(1.0 / (step + 1)), "grad_norm": torch.tensor(2.0)}, wait_s=0.0)
+        log.line(step + 1, lr=1e-3)
+    log.event({"step": last, "heldout_loss": 0.25, "note": "words are no numbers"})
+    log.close()
+
+
+def test_every_number_of_every_line_is_in_tensorboard_and_told_to_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project()
+    monkeypatch.setitem(sys.modules, "wandb", project)
+    write(tmp_path, 0, 3, wandb="physis")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    numbers = [{k: v for k, v in line.items() if isinstance(v, float)} for line in lines]
+    assert [line["step"] for line in lines] == [1, 2, 3, 3] and numbers[-1] == {"heldout_loss": 0.25}
+    assert project.told == [(line["step"], found) for line, found in zip(lines, numbers, strict=True)]
+    assert project.begun[0]["project"] == "physis" and project.finished == 1
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == set().union(*numbers)
+    for name in board.Tags()["scalars"]:
+        shown = [(event.step, event.value) for event in board.Scalars(name)]
+        wanted = [(line["step"], found[name]) for line, found in zip(lines, numbers, strict=True) if name in found]
+        assert [step for step, _ in shown] == [step for step, _ in wanted]
+        assert [value for _, value in shown] == pytest.approx([value for _, value in wanted], rel=1e-6)
+
+
+def test_a_continued_run_drops_the_lines_that_are_made_again(tmp_path: Path) -> None:
+    write(tmp_path, 0, 4)
+    write(tmp_path, 2, 5)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 5]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5]
+
+
+def test_without_tensorboard_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("physisforcing.worldmodel.training.steplog._has_tensorboard", lambda: False)
+    write(tmp_path, 0, 1)
+    assert "metrics.jsonl alone" in capsys.readouterr().err and not (tmp_path / "tensorboard").exists()
