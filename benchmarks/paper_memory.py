@@ -6,7 +6,7 @@
 
 A step is forward, backward and AdamW, as `physis train worldmodel` makes it: adapters in float32 over weights in bfloat16, or all weights
 (``float32`` under autocast, which is what the trainer does, or ``bfloat16`` altogether), both physics losses, heads included, random weights,
-480x640 pixels, one sample. Row: model, what is trained, activation checkpointing, pixel frames. Without --eager blocks are compiled.
+480x640 pixels, two samples one after the other (as ``run.micro=1``: the gradients of the first lie there while the second computes). Row: model, what is trained, activation checkpointing, pixel frames. Without --eager blocks are compiled.
 
 ``value`` is what PyTorch's allocator had at most in tensors. A card fits if what it had reserved at most, with the CUDA context (measured),
 is no more than the card has; --limit-gib tries a limit out, where the allocator gives back what lies unused before it fails. What others hold
@@ -48,7 +48,7 @@ from physisforcing.worldmodel.training.recompute import recomputed
 
 #: Card -> MiB that nvidia-smi says it has: RTX 4090, L40S, H100 80GB HBM3, H200.
 CARDS = {24: 24564, 48: 46068, 80: 81559, 141: 143771}
-STEPS = 3
+STEPS, SAMPLES = 3, 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -178,9 +178,10 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     seconds = []
     for _ in range(STEPS):
         begun = time.perf_counter()
-        with precise():
-            loss = loss_of(denoiser, forcing, batch, targets)
-            loss.backward()
+        for _ in range(SAMPLES):
+            with precise():
+                loss = loss_of(denoiser, forcing, batch, targets)
+                (loss / SAMPLES).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         finite = bool(loss.isfinite())  # waits for the device
@@ -190,7 +191,11 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "first_step_s": round(seconds[0], 1),
         "finite": finite,
     }
-    found |= {"trained_millions": round(sum(p.numel() for p in trained) / 1e6, 3), "compiled": backend is not None}
+    found |= {
+        "samples": SAMPLES,
+        "trained_millions": round(sum(p.numel() for p in trained) / 1e6, 3),
+        "compiled": backend is not None,
+    }
     return found
 
 
