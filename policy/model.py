@@ -4,7 +4,8 @@ Conventions are those of ``worldmodel.flow_matching``: ``x_s = (1 - s) x0 + s ep
 actions have noise levels of their own. Latent frame 0 is the clean picture at timestep 0. The video never sees the actions.
 
 Precision is the caller's ``torch.autocast``: in training that of ``run.precision``, in use ``precision`` below, which is the same where that is
-``auto`` and both run on the same kind of device. Times, action latents, their first and last layers and the modulations are float32 in all.
+``auto`` and both run on the same kind of device. Times, action latents and their first and last layers are float32 in all; modulations are
+made by a layer under autocast and applied in float32.
 """
 
 from __future__ import annotations

@@ -55,6 +55,11 @@ class PolicyTrainer(Trainer):
     config: TrainPolicyConfig
     bank: PolicyBank  # type: ignore[assignment]
 
+    def __init__(self, *given: Any, **named: Any) -> None:
+        # what autocast leaves in float32 (times, action latents, their layers) is multiplied in float32, not in TF32, where a policy acts
+        torch.set_float32_matmul_precision("highest")
+        super().__init__(*given, **named)
+
     @property
     def policy(self) -> WorldActionModel:
         return self.model["policy"]  # type: ignore[return-value]

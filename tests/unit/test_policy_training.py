@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -433,3 +434,22 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, mode: str, vid
         found._backward(batch, drawn)
     counted = found.flops(batch["latents_BCFhw"].shape)
     assert counter.get_total_flops() == pytest.approx(counted, rel=within)
+
+
+def test_layers_that_stay_in_float32_are_multiplied_as_a_policy_multiplies_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, seen, terms = torch.get_float32_matmul_precision(), [], PolicyTrainer.terms
+
+    def watched(self: PolicyTrainer, *given: Any) -> dict[str, torch.Tensor]:
+        seen.append(torch.get_float32_matmul_precision())
+        return terms(self, *given)
+
+    monkeypatch.setattr(PolicyTrainer, "terms", watched)
+    # what a training on a GPU begins with: TF32
+    monkeypatch.setattr(
+        "physisforcing.worldmodel.training.runtime.choose_kernels",
+        lambda *_: torch.set_float32_matmul_precision("high"),
+    )
+    train_policy(config(tmp_path, "run", 1), banks())
+    assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == usual
