@@ -6,7 +6,6 @@ A page has its table between two marks; which measurements of this folder's JSON
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,21 @@ PAGES = {
     FOLDER.parent / "perfect_model.md": ("env/perfect/",),
     FOLDER.parent / "worldarena.md": ("planner/worldarena",),
 }
+#: Columns of the nano policies' table, by the cells of their claims. A cell of several names is the first that was measured.
+CELLS = {
+    "joint, seed 0": ("joint_0", "eight_joint_0"), "joint, seed 1": ("joint_1",), "actions, seed 0": ("actions_0", "eight_actions_0"),
+    "actions, seed 1": ("actions_1",), "planner": ("planner",), "no-op": ("noop",), "random": ("random",), "retrieval": ("retrieval",),
+    "expert": ("expert",),
+}  # fmt: skip
+#: Columns of the table of latency, by the arms of their claims, and its rows, by the stages.
+ARMS = {
+    "kernel by kernel": "eager", "graphs": "graph", "graphs, compiled": "compile", "fused": "fused",
+    "fused, autoencoder in bfloat16": "fused_half",
+}  # fmt: skip
+STAGES = {
+    "canvas of three pictures": "canvas", "encode (autoencoder, float32)": "encode", "prefill (first frame and text)": "prefill",
+    "ten action steps": "steps", "all, by the wall clock": "total",
+}  # fmt: skip
 #: What has a page of its own and is left out of the README.
 APART = ("planner/worldarena", "planner/pareto")
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
@@ -64,6 +78,48 @@ def why(line: dict[str, Any]) -> str:
     return ", ".join(f"{name}: {count}" for name, count in sorted(failures.items(), key=lambda item: -item[1]))
 
 
+def nano() -> str:
+    """Successes of the nano policies, of the planner and of baselines, task by task, with Wilson's intervals."""
+    found = {line["claim"]: line for line in json.loads((FOLDER / "policy_success.json").read_text(encoding="utf-8"))}
+
+    def line(cells: tuple[str, ...], task: str) -> dict[str, Any] | None:
+        return next((found[name] for cell in cells if (name := f"policy/{cell}/{task}/success") in found), None)
+
+    def shown(one: dict[str, Any] | None) -> str:
+        return "" if one is None else f"{100 * one['value']:.3g} ({100 * one['low']:.0f} to {100 * one['high']:.0f})"
+
+    tasks = list(
+        dict.fromkeys(claim.split("/")[2] for claim in found if claim.endswith("/success") and "/mean/" not in claim)
+    )
+    text = f"| task | {' | '.join(CELLS)} |\n|{'---|' * (1 + len(CELLS))}\n"
+    for task in tasks:
+        text += f"| `{task}` | {' | '.join(shown(line(cells, task)) for cells in CELLS.values())} |\n"
+    means = []
+    for cells in CELLS.values():
+        values = [one["value"] for task in tasks if (one := line(cells, task)) is not None]
+        means.append(f"{100 * sum(values) / len(values):.1f} %" if len(values) == len(tasks) else "")
+    return f"{text}| **mean of {len(tasks)}** | {' | '.join(means)} |\n"
+
+
+def latency() -> str:
+    """Medians of the stages of a plan at full size, and 95th percentiles of single plans."""
+    found = {line["claim"]: line for line in json.loads((FOLDER / "policy.json").read_text(encoding="utf-8"))}
+    head = "policy/latency/h200/full"
+
+    def row_of(name: str, cells: list[str]) -> str:
+        return f"| {name} | {' | '.join(cells)} |\n"
+
+    text = f"| ms: median (95th percentile) | {' | '.join(ARMS)} |\n|{'---|' * (1 + len(ARMS))}\n"
+    for name, stage in STAGES.items():
+        lines = [found[f"{head}/{arm}/{stage}_ms"] for arm in ARMS.values()]
+        text += row_of(name, [f"{line['value']:.3g} ({line['against']['p95']:.3g})" for line in lines])
+    cold = [found[f"{head}/{arm}/cold_ms"]["value"] for arm in ARMS.values()]
+    text += row_of("the first plan of an arm, s", [f"{value / 1e3:.1f}" for value in cold])
+    apart = [found[f"{head}/{arm}/largest_difference"]["value"] for arm in ARMS.values()]
+    text += row_of("largest difference from kernel by kernel, z", [f"{value:.1g}" if value else "" for value in apart])
+    return text + row_of("memory, GiB", [f"{found[f'{head}/{arm}/memory_gib']['value']:.1f}" for arm in ARMS.values()])
+
+
 def table(page: Path) -> str:
     lines = success_lines(PAGES[page])
     if page == README:
@@ -79,13 +135,20 @@ def table(page: Path) -> str:
 def filled(page: Path) -> str:
     """The page's text with its table as the measurements say."""
     text = page.read_text(encoding="utf-8")
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    assert pattern.search(text), f"{page.name} has a place for the table"
-    return pattern.sub(lambda _: BEGIN + table(page) + END, text)
+    for name, made in OWN[page].items() if page in OWN else [("results", lambda: table(page))]:
+        begin, end = BEGIN.replace("results", name), END.replace("results", name)
+        before, found, rest = text.partition(begin)
+        assert found and end in rest, f"{page.name} has a place for the table"
+        text = before + begin + made() + end + rest.partition(end)[2]
+    return text
+
+
+#: Pages with tables of their own kinds, by the names of their marks.
+OWN = {FOLDER / "policy.md": {"nano": nano, "latency": latency}}
 
 
 def main() -> None:
-    for page in PAGES:
+    for page in (*PAGES, *OWN):
         page.write_text(filled(page), encoding="utf-8")
 
 
