@@ -26,7 +26,8 @@ layout=auto      or robotwin | libero: canvas and control rate, by the widths of
 statistics=null  the dataset_stats.json beside the weights; a path, or none
 normalization=auto   or zscore | minmax: which of them the weights were trained with; auto is that of the layout
 autoencoder=null the converted Wan2.2 pipeline, or its vae: acting needs the fingerprint of its latents
-mode=first_frame chunk=32 action_shift=5.0    with which the weights were trained
+mode=first_frame with which the weights were trained, as chunk=null and action_shift=null: what the config.json beside them says,
+                 else 32 and 5; one that contradicts the file is refused
 
 Nothing is downloaded. A missing shard, a file that was cut off, and a tensor that is missing, unknown, of another shape or quantised are
 errors that name file and tensor, before anything is written.
@@ -80,7 +81,7 @@ def told(report: dict[str, Any]) -> str:
         lines += [f"    left out: {count} tensors of {why}" for why, count in part.get("left_out", {}).items()]
     lines += [f"  left out: {count} tensors of {why}" for why, count in report.get("left_out", {}).items()]
     if "canvas" in report:
-        lines.append(f"  canvas: {report['canvas']}; statistics: {report['statistics']}")
+        lines.append(f"  canvas: {report['canvas']}; statistics: {report['statistics']}; config: {report['config']}")
     elif "statistics" in report:
         lines.append(f"  statistics: {report['statistics']}")
     lines += [f"  note: {note}" for note in report["notes"]]

@@ -19,35 +19,16 @@ from physisforcing.worldmodel.convert.command import SHARD_BYTES
 from physisforcing.worldmodel.convert.configs import read_jsonc
 from physisforcing.worldmodel.convert.parts import Part
 from physisforcing.worldmodel.convert.writing import check_space, plan_shards, workplace, write_part
-from physisforcing.worldmodel.data.canvas import canvas_layout
 from physisforcing.worldmodel.storage import latents_fingerprint, save_tensors
 
-from . import fastwam, fastwam_export, fastwam_statistics
+from . import fastwam, fastwam_config, fastwam_export, fastwam_statistics
 from .backbone import autoencoder_in
 from .checkpoint import EXPERT, TRANSFORMER, PolicyInfo, write_settings
 from .config import MODES
+from .fastwam_config import INSTRUCTION, LAYOUTS, Layout, ReleaseSettings
 from .normalization import KINDS as NORMALIZATIONS
 
 KINDS = ("fastwam", "to_fastwam")
-#: Stands for the sentence of an episode in a template.
-INSTRUCTION = "{instruction}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """What a released policy's tensors do not say. ``hz``: actions a second; ``normalization``: kind of its statistics."""
-
-    action_dim: int
-    state_dim: int
-    hz: float
-    normalization: str
-
-
-#: By the name of its canvas. RoboTwin records every 15th of 250 physics steps a second; LIBERO is controlled at 20 Hz.
-LAYOUTS = {
-    "robotwin": Layout(action_dim=14, state_dim=14, hz=50.0 / 3.0, normalization="zscore"),
-    "libero": Layout(action_dim=7, state_dim=8, hz=20.0, normalization="minmax"),
-}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,7 +41,8 @@ class ConvertPolicyConfig:
     them the weights were trained with, ``zscore`` or ``minmax``; auto is that of the layout, since the file does not say it. ``autoencoder``: folder of the converted
     Wan2.2 autoencoder, or the pipeline with it in ``vae``; the fingerprint of its latents is kept, and acting needs it. ``template``: what is put round the instruction, with
     ``{instruction}`` in it: released weights know the sentence that their training data begins with. ``mode``, ``chunk``, ``action_shift``: what the weights were trained with, which they do
-    not say. ``config``: JSON with what the video expert's shapes do not say. ``sha256``: file name -> checksum.
+    not say. ``template``, ``chunk``, ``action_shift``: null is what the ``config.json`` beside the weights says, else the published value
+    (``fastwam_config``). ``config``: JSON with what the video expert's shapes do not say. ``sha256``: file name -> checksum.
     """
 
     source: str = ""
@@ -70,10 +52,10 @@ class ConvertPolicyConfig:
     statistics: str | None = None
     normalization: str = "auto"
     autoencoder: str | None = None
-    template: str = INSTRUCTION
+    template: str | None = None
     mode: str = "first_frame"
-    chunk: int = 32
-    action_shift: float = 5.0
+    chunk: int | None = None
+    action_shift: float | None = None
     config: str | None = None
     sha256: dict[str, str] = field(default_factory=dict)
 
@@ -87,7 +69,7 @@ class ConvertPolicyConfig:
         ):
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known, see="docs/policy_weights.md")
-        if INSTRUCTION not in self.template:
+        if self.template is not None and INSTRUCTION not in self.template:
             raise UserError(
                 "template", got=self.template, wanted=f"{INSTRUCTION} in it", fix=f"template='... {INSTRUCTION}'"
             )
@@ -109,12 +91,12 @@ def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, 
     for name in config.sha256:
         if name not in source.digests:
             raise unknown_name("sha256", name, source.digests, see="the files of the source")
-    given = {} if config.config is None else read_jsonc(Path(config.config))
-    released = fastwam.match_released(
-        source, given, mode=config.mode, chunk=config.chunk, action_shift=config.action_shift
-    )
+    told, video_told = fastwam_config.read(path)
+    asked = {name: getattr(config, name) for name in ("chunk", "action_shift", "template")}
+    settings = ReleaseSettings(**fastwam_config.agreed(told, asked))
+    given = fastwam_config.agreed(video_told, {} if config.config is None else read_jsonc(Path(config.config)))
+    released = fastwam.match_released(source, given, mode=config.mode, **settings.model)
     name, layout = _layout(config.layout, released.config.action_dim, released.config.state_dim)
-    canvas = canvas_layout(name)
     statistics, sums = _statistics(config, path, layout, released.config)
     video = _video_part(released)
     shards = plan_shards(video, SHARD_BYTES)
@@ -122,13 +104,12 @@ def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, 
     check_space(output, sum(shard.bytes for shard in shards) + sum(_bytes(released, name) for name in expert))
     report = _report(released, left_out)
     info = PolicyInfo(
-        canvas=name, size=(canvas.height, canvas.width), frames=9, frame_stride=4, control_hz=layout.hz,
-        text={"encoder": "umt5-xxl", "tokens": 128, "width": released.video["text_dim"], "template": config.template},
+        **settings.info(name, released.video["text_dim"]),
         latents=latents_fingerprint(autoencoder_in(Path(config.autoencoder))) if config.autoencoder else "",
         autoencoder=Path(config.autoencoder).name if config.autoencoder else "", source=report,
     )  # fmt: skip
     report = report | {"canvas": name, "statistics": "none" if sums is None else sums.name}
-    report["notes"] = _notes(config, sums)
+    report |= {"config": fastwam_config.NAME if told else "none", "notes": _notes(config, settings.template, sums)}
     plan = config_hash(
         {"info": dataclasses.asdict(info), "shards": [shard.header.decode("latin-1") for shard in shards]}
     )
@@ -218,7 +199,7 @@ def _report(released: fastwam.Released, left_out: dict[str, int]) -> dict[str, A
     }
 
 
-def _notes(config: ConvertPolicyConfig, statistics: Path | None) -> list[str]:
+def _notes(config: ConvertPolicyConfig, template: str, statistics: Path | None) -> list[str]:
     notes = []
     if statistics is None:
         notes.append(
@@ -226,7 +207,7 @@ def _notes(config: ConvertPolicyConfig, statistics: Path | None) -> list[str]:
         )
     if not config.autoencoder:
         notes.append("autoencoder= was not given: acting needs the fingerprint of its latents, convert again with it")
-    if config.template == INSTRUCTION:
+    if template == INSTRUCTION:
         notes.append(
             "template= was not given: released weights were trained with a sentence before the instruction (DEFAULT_PROMPT in Fast-WAM's dataset)"
         )

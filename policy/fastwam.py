@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from physisforcing.core.digests import file_sha256
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.backbones.loading import TensorEntry, build_empty
-from physisforcing.worldmodel.convert.configs import Look, wan_original, wan_transformer
+from physisforcing.worldmodel.convert.configs import Look, wan_transformer
 from physisforcing.worldmodel.convert.keys import KeyMap
 from physisforcing.worldmodel.convert.parts import match
 from physisforcing.worldmodel.convert.sources import PICKLED, Source, open_source
@@ -222,23 +222,3 @@ def released_names(model: nn.Module) -> dict[str, str]:
     names = {f"{PREFIX}{keys.original(ours)}": ours for ours in model.state_dict()}
     assert f"{PREFIX}None" not in names and len(names) == len(model.state_dict()), "each tensor has a released name"
     return names
-
-
-def released_settings(config: PolicyModelConfig, video: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes under the names of the release's model configs (``video_dit_config``, ``action_dit_config``, ``proprio_dim``)."""
-    wan = wan_original(video)
-    shared = {name: wan[name] for name in ("num_heads", "num_layers", "freq_dim", "eps")}
-    shared |= {"attn_head_dim": video["attention_head_dim"], "text_dim": video["text_dim"]}
-    return {
-        "video_dit_config": {
-            **shared, "hidden_dim": wan["dim"], "ffn_dim": wan["ffn_dim"], "in_dim": wan["in_dim"], "out_dim": wan["out_dim"],
-            "patch_size": list(video["patch_size"]),
-        },
-        "action_dit_config": {
-            **shared, "hidden_dim": config.width, "ffn_dim": config.ffn_dim, "action_dim": config.action_dim,
-        },
-        "proprio_dim": config.state_dim,
-        "action_horizon": config.chunk,
-        "video_scheduler": {"train_shift": config.video_shift, "infer_shift": config.video_shift},
-        "action_scheduler": {"train_shift": config.action_shift, "infer_shift": config.action_shift},
-    }  # fmt: skip

@@ -26,7 +26,7 @@ from physisforcing.worldmodel.convert.sources import Source
 from physisforcing.worldmodel.convert.writing import check_space, plan_shards, workplace, write_part
 from physisforcing.worldmodel.storage import fingerprint
 
-from . import fastwam, fastwam_statistics, normalization
+from . import fastwam, fastwam_config, fastwam_statistics, normalization
 from .backbone import tail
 from .checkpoint import EXPERT, SETTINGS, read_settings, transformer_folder
 from .normalization import ActionStatistics
@@ -67,6 +67,9 @@ def export(folder: Path, output: Path) -> dict[str, Any]:
     (shard,) = plan_shards(part, 2**62)  # LeRobot reads one file
     check_space(output, shard.bytes)
     text, notes = released_statistics(folder)
+    config, info, _ = read_settings(folder)
+    if changed := fastwam_config.differences(config, info):
+        notes.append(f"{fastwam_config.NAME} cannot say: {'; '.join(changed)}")
     report = {
         "kind": "to_fastwam",
         "source": tail(folder),
@@ -122,7 +125,7 @@ def released_part(folder: Path) -> ReleasedPart:
     are damaged or do not fit."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
-    config, _, extra = read_settings(folder)
+    config, info, extra = read_settings(folder)
     for name, value in fastwam.EXPRESSED.items():  # before anything is built: other designs have other tensors
         if getattr(config, name) != value:
             fix = "only policies of the published design have this layout: policy.config.fastwam_compat"
@@ -148,5 +151,5 @@ def released_part(folder: Path) -> ReleasedPart:
         names=names,
         read_from=read_from,
         shapes={released: shapes[ours] for released, ours in names.items()},
-        config=fastwam.released_settings(config, dict(model.transformer.config)),
+        config=fastwam_config.write(config, info, dict(model.transformer.config)),
     )

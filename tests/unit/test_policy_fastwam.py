@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,70 @@ def test_there_and_back_no_bit_changes(
     for name in ("expert.safetensors", f"{TRANSFORMER}/diffusion_pytorch_model.safetensors"):
         one, two = load_file(folder / name), load_file(tmp_path / "again" / name)
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def trained_further(folder: Path, output: Path, model: dict[str, Any], info: dict[str, Any]) -> Path:
+    """A copy of a policy with other settings of ``model`` and beside it, as one that was trained from it has."""
+    shutil.copytree(folder, output)
+    values = json.loads((output / "policy.json").read_text())
+    values["model"] |= model
+    values |= info | {"text": values["text"] | info.get("text", {})}
+    (output / "policy.json").write_text(json.dumps(values))
+    return output
+
+
+def test_there_and_back_no_setting_changes(converted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """What ``config.json`` can say comes back equal; what it cannot is named when the release is written."""
+    model = {"chunk": 16, "action_shift": 1.0, "video_shift": 3.0, "steps_per_latent": 8.0}
+    info = {"frames": 17, "frame_stride": 2, "text": {"tokens": 64, "template": "Robot: {instruction}"}}
+    mine = trained_further(converted[0], tmp_path / "mine", model, info)
+    export = run(ConvertPolicyConfig(source=str(mine), output=str(tmp_path / "release"), kind="to_fastwam"))
+    assert not any("cannot say" in note for note in export["notes"])
+    back = run(ConvertPolicyConfig(source=str(tmp_path / "release"), output=str(tmp_path / "back")))
+    assert back["config"] == "config.json"
+    ours, theirs = (json.loads((folder / "policy.json").read_text()) for folder in (mine, tmp_path / "back"))
+    assert {name for name in ours if ours[name] != theirs[name]} == {"source"}
+    for name, value in {"chunk": 32, "action_shift": 5.0, "template": "{instruction}"}.items():
+        asked = {"source": str(tmp_path / "release"), "output": str(tmp_path / "none"), name: value}
+        with pytest.raises(UserError, match=rf"{name}.*config\.json beside the weights"):
+            run(ConvertPolicyConfig(**asked))
+    run(
+        ConvertPolicyConfig(source=str(tmp_path / "release"), output=str(tmp_path / "same"), chunk=16, action_shift=1.0)
+    )
+
+    lost = {
+        "control_hz": 30.0,
+        "canvas": "head",
+        "size": [120, 160],
+        "text": {"encoder": "all-MiniLM-L6-v2", "padded": 512},
+    }
+    other = trained_further(
+        mine, tmp_path / "other", {"mode": "idm", "weighting": "uniform", "steps_per_latent": 16.0}, lost
+    )
+    notes = run(ConvertPolicyConfig(source=str(other), output=str(tmp_path / "told"), kind="to_fastwam"))["notes"]
+    said = next(note for note in notes if "cannot say" in note)
+    for words in (
+        "mode idm, read back as first_frame", "weighting uniform, read back as bell", "control_hz 30, read back as 16.67",
+        "steps_per_latent 16, read back as 8", "canvas head, read back as robotwin", "text.encoder all-MiniLM-L6-v2",
+        "text.padded 512, read back as 64",
+    ):  # fmt: skip
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"action_horizon": "16"}, r"action_horizon.*'?16'?.*whole number"),
+        ({"num_video_frames": 34}, r"num_video_frames.*34.*multiple of 16"),
+        ({"action_scheduler": {"train_shift": 5.0, "infer_shift": 1.0}}, "action_scheduler.*infer_shift 1.*one shift"),
+        ({"prompt_template": "do it"}, r"prompt_template.*\{task\} in it"),
+    ],
+)
+def test_a_config_that_cannot_be(change: dict[str, Any], word: str, payload: dict[str, Any], tmp_path: Path) -> None:
+    path = write_release(tmp_path, payload)
+    (tmp_path / "config.json").write_text(json.dumps(change))
+    with pytest.raises(UserError, match=word):
+        run(settings(path, tmp_path / "policy"))
 
 
 def test_a_policy_opens_with_the_published_design(
