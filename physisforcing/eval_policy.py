@@ -39,6 +39,7 @@ settings (field=value):
   policy.mode=           first_frame or idm, for a policy that was trained for both
   policy.execution=receding   async: a plan is begun before the last one is executed, and its first policy.delay=4 rows are dropped: the control
                          steps that it takes (0: as long as it takes by the clock; then results depend on the machine's speed)
+  policy.seed=0          of the noise, apart from the scenes' seeds: other seeds show what of a result is the policy's chance
   policy.device=cpu      policy.compute=auto (eager, graph, compile, fused)   policy.autoencoder= (its folder, for large policies)
   policy.server=auto: one process holds the policy for all workers; or HOST:PORT of physis serve policy
   tasks=[click_bell] (task=NAME for one)   episodes=50   per task
@@ -295,6 +296,7 @@ def _notes(config: EvalPolicyConfig, plan: PolicyPlan, rows: Sequence[Mapping[st
         words = [f"{settings.execute} rows executed a plan", f"{settings.steps} denoising steps", settings.execution]
         words += [f"delay {settings.delay}"] if settings.execution == "async" else []
         words += [f"mode {settings.mode}"] if settings.mode else []
+        words += [f"noise of seed {settings.seed}"] if settings.seed else []
         words += [f"recipe {policy.recipe}"] if policy.recipe else []
         words += [f"training seed {policy.training_seed}"] if policy.training_seed is not None else []
         notes.append(f"{name}: {', '.join(words)}; {settings.source}")

@@ -37,7 +37,7 @@ class PolicySettings:
     ``receding`` waits for every plan; ``async`` begins the next one before the last is executed, and drops its rows for the ``delay`` control
     steps that pass meanwhile (0: as long as it takes by the clock). ``video_steps``: denoising steps of the video, where a mode imagines it.
     ``compute``: how on a GPU (``policy.planning``). ``autoencoder``: its folder, or the pipeline's, where neither the policy's folder nor the
-    package holds it. ``server``: ``auto`` (an evaluation starts one), or HOST:PORT of ``physis serve policy``; with a source beside it, its
+    package holds it. ``seed``: of the noise, apart from the scenes' (``policy.sampling.plan_seed``). ``server``: ``auto`` (an evaluation starts one), or HOST:PORT of ``physis serve policy``; with a source beside it, its
     plans must be that source's."""
 
     source: str = ""
@@ -50,6 +50,7 @@ class PolicySettings:
     device: str = "cpu"
     compute: str = "auto"
     autoencoder: str = ""
+    seed: int = 0
     server: str = ""
 
 
@@ -203,7 +204,7 @@ def check_policy(settings: PolicySettings, workers: int = 0) -> None:
     from .model_process import meant_device
     from .planners import check_device
 
-    check_at_least(settings, execute=1, steps=1, video_steps=1, delay=0)
+    check_at_least(settings, execute=1, steps=1, video_steps=1, delay=0, seed=0)
     if settings.execution not in EXECUTIONS:
         raise unknown_name("policy.execution", settings.execution, EXECUTIONS, see="docs/eval_policy.md")
     if settings.mode and settings.mode not in ACTING_MODES:
@@ -248,7 +249,8 @@ def execution(settings: PolicySettings) -> ExecutionConfig:
     """How the rows of its plans are executed."""
     from physisforcing.policy.act import ExecutionConfig
 
-    return ExecutionConfig(execute=settings.execute, execution=settings.execution, delay=settings.delay)
+    names = ("execute", "execution", "delay", "seed")
+    return ExecutionConfig(**{name: getattr(settings, name) for name in names})
 
 
 def refuse_served(given: Mapping[str, Any]) -> None:

@@ -43,6 +43,8 @@ def identify_policy(settings: PolicySettings, server: ServerAddress | None = Non
         policy = open_policy(settings)
         try:
             given = _given(settings) | {"device": meant_device(settings.device)}
+            if not settings.seed:
+                del given["seed"]  # as in ``acting`` below: keys are those from before there was one
             fingerprint = f"{policy.fingerprint}-{config_hash(given)[:8]}"
             return PolicyIdentity(fingerprint=fingerprint, cameras=tuple(getattr(policy, "cameras", ("head",))))
         finally:
@@ -54,6 +56,8 @@ def identify_policy(settings: PolicySettings, server: ServerAddress | None = Non
     acting: dict[str, Any] = {name: getattr(settings, name) for name in ("execute", "execution")}
     if settings.execution == "async":
         acting["delay"] = settings.delay
+    if settings.seed:
+        acting["seed"] = settings.seed
     plans = _plans(settings, folder)
     acting |= {"plans": plans} | _computed(settings, server, threads)
     cameras = canvas_layout(info.canvas).names

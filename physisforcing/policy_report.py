@@ -285,6 +285,7 @@ def _about(name: str, policies: Mapping[str, ActingPolicy]) -> dict[str, Any]:
     if not policy.is_planner:
         names = ("execute", "steps", "mode", "execution")
         found |= {key: value for key in names if (value := getattr(policy.settings, key)) != ""}
+        found |= {"seed": policy.settings.seed} if policy.settings.seed else {}
     return found
 
 

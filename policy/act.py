@@ -34,11 +34,12 @@ STAGES = ("canvas", "encode", "prefill", "steps")
 class ExecutionConfig:
     """``execute``: rows between two looks that begin a plan. ``execution``: one of ``EXECUTIONS``. ``delay``: control steps that an asynchronous
     plan takes: its first ``delay`` rows are dropped, and a plan that is not there in time is waited for, so that an episode is repeatable;
-    0: as long as it takes by the clock, row by row, with whatever is left of the plan before."""
+    0: as long as it takes by the clock, row by row, with whatever is left of the plan before. ``seed``: of the noise, beside the episode's."""
 
     execute: int = 12
     execution: str = "receding"
     delay: int = 4
+    seed: int = 0
 
     def check(self, chunk: int) -> None:
         """``UserError`` for settings that a chunk of so many rows cannot serve."""
@@ -67,7 +68,7 @@ def check_rate(spec: PolicySpec, dt: float, fix: str = "") -> None:
 class WorldActionPolicy:
     """``core.protocols.Policy`` over whatever plans chunks (``planning.ChunkModel``, or a client of one).
 
-    Noise depends on (episode seed, number of the plan). ``action_spec``: limits that rows are clipped to, as the environment would do, so that
+    Noise depends on (``config.seed``, episode seed, number of the plan). ``action_spec``: limits that rows are clipped to, as the environment would do, so that
     the history holds what is executed; clipped rows are counted.
     """
 
@@ -89,6 +90,8 @@ class WorldActionPolicy:
         parts: dict[str, Any] = {"policy": self.spec.fingerprint, "execute": self.config.execute}
         if self.config.execution == "async":
             parts["delay"] = self.config.delay
+        if self.config.seed:
+            parts["seed"] = self.config.seed
         return f"{self.spec.name}-{config_hash(parts)}"
 
     def reset(self, *, task: str, seed: int, instruction: str) -> None:
@@ -162,7 +165,7 @@ class WorldActionPolicy:
         begun = time.perf_counter()
         canvas = self._compose(observation.images)
         self._counts["canvas_s"] += time.perf_counter() - begun
-        seed = plan_seed(self._seed, int(self._counts["plans"]))
+        seed = plan_seed(self._seed, int(self._counts["plans"]), self.config.seed)
         self._counts["plans"] += 1
         return PlanRequest(
             canvas_BHWC=canvas[None],

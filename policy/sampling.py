@@ -49,9 +49,11 @@ class Joint(NamedTuple):
     noise_BCFhw: Tensor
 
 
-def plan_seed(episode_seed: int, plan: int) -> int:
-    """Seed of a plan's noise, from what it is for and nothing else: 63 bits of a hash."""
-    digest = hashlib.sha256(f"policy:{episode_seed}:{plan}".encode()).digest()
+def plan_seed(episode_seed: int, plan: int, seed: int = 0) -> int:
+    """Seed of a plan's noise, from what it is for and nothing else: 63 bits of a hash. ``seed``: the policy's own, whatever the scene's; 0
+    draws what there was before there was one."""
+    own = f":{seed}" if seed else ""
+    digest = hashlib.sha256(f"policy:{episode_seed}:{plan}{own}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

@@ -16,7 +16,7 @@ import toy_policies
 from physisforcing.core.config import compose
 from physisforcing.core.errors import UserError
 from physisforcing.core.message_server import MessageServerConfig
-from physisforcing.core.results import ResultKey, ResultsFile
+from physisforcing.core.results import ResultKey, ResultsFile, config_hash
 from physisforcing.envs.manifest import load_manifest
 from physisforcing.envs.seeds import Job
 from physisforcing.episode_jobs import run_jobs
@@ -171,6 +171,7 @@ def test_keys_hold_weights_and_everything_that_may_change_an_episode(folder: Cal
         {"source": other}, {"execute": 4}, {"steps": 3}, {"execute": 4, "execution": "async"},
         {"execute": 4, "execution": "async", "delay": 2}, {"device": "cuda"}, {"device": "cuda", "server": "auto"},
         {"source": both}, {"source": both, "mode": "first_frame"}, {"source": both, "video_steps": 3}, {"compute": "compile"},
+        {"seed": 1}, {"seed": 2},
     ]  # fmt: skip
     found = [identify_policy(dataclasses.replace(base, **change)).fingerprint for change in ({}, *changed)]
     assert len(set(found)) == len(found) and identify_policy(base).fingerprint == found[0]
@@ -203,9 +204,24 @@ def test_all_that_a_factory_is_given_is_in_its_key() -> None:
     base = PolicySettings(source=SWAYING)
     changed = (
         {"execute": 4}, {"steps": 3}, {"video_steps": 3}, {"compute": "eager"}, {"autoencoder": "vae"}, {"delay": 2}, {"device": "cuda"},
+        {"seed": 1},
     )  # fmt: skip
     found = [identify_policy(dataclasses.replace(base, **change)).fingerprint for change in ({}, *changed)]
     assert len(set(found)) == len(found)
+
+
+def test_keys_of_the_usual_noise_are_those_of_results_from_before_it_had_a_seed(folder: Callable[..., str]) -> None:
+    mine, made = (
+        identify_policy(PolicySettings(source=folder(), execute=8)),
+        identify_policy(PolicySettings(source=SWAYING)),
+    )
+    acting = {"execute": 8, "execution": "receding", "plans": mine.plans, "device": "cpu"}
+    assert mine.fingerprint == f"policy-{config_hash(acting)}"
+    given = {
+        "execute": 12, "steps": 10, "video_steps": 10, "mode": "", "execution": "receding", "delay": 4, "device": "cpu",
+        "compute": "auto", "autoencoder": "",
+    }  # fmt: skip
+    assert made.fingerprint == f"swaying-{config_hash(given)[:8]}"
 
 
 def test_the_protocols_own_settings_are_no_mistake_beside_the_planner() -> None:

@@ -101,7 +101,9 @@ def test_noise_is_that_of_its_seed_wherever_it_stands() -> None:
     assert torch.equal(one[1:], other) and not torch.equal(one[0], one[1])
     seeds = {plan_seed(episode, number) for episode in (0, 1, 100000) for number in range(50)}
     assert len(seeds) == 150 and all(0 <= seed < 2**63 for seed in seeds)
-    assert plan_seed(100000, 3) == 1766354192504353851
+    assert plan_seed(100000, 3) == plan_seed(100000, 3, 0) == 1766354192504353851
+    own = {plan_seed(episode, number, seed) for episode in (0, 1) for number in range(5) for seed in range(5)}
+    assert len(own) == 50, "the policy's own seed is no scene's and no plan's"
 
 
 def test_a_mode_without_its_training_is_refused() -> None:

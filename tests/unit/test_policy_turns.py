@@ -126,6 +126,13 @@ def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path, monkeypatch
             assert np.array_equal(chunk(there, seed), chunk(here, seed))
         assert not np.array_equal(chunk(here, 100_000), chunk(here, 100_001)), "noise of the episode"
         assert there.fingerprint.rpartition("-")[2] == here.fingerprint.rpartition("-")[2]
+        seeded = [open_policy(dataclasses.replace(own, seed=seed)) for seed in (0, 1)]
+        assert seeded[0].fingerprint == here.fingerprint != seeded[1].fingerprint
+        assert np.array_equal(chunk(seeded[0], 100_000), chunk(here, 100_000))
+        assert not np.array_equal(chunk(seeded[1], 100_000), chunk(here, 100_000)), "noise of the policy's own seed"
+        far = open_policy(dataclasses.replace(served, seed=1), address)
+        assert np.array_equal(chunk(far, 100_000), chunk(seeded[1], 100_000))
+        close_policy(far)
         at = dataclasses.replace(own, server=address.address)
         assert identify_policy(at, address, threads=1) == identify_policy(own, threads=1)
         assert identify_policy(at, address, threads=2) != identify_policy(own, threads=2), "one thread there, two here"
@@ -143,5 +150,7 @@ def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path, monkeypatch
             deployed = make_policy({"physis_policy": "world_action", "policy": {"server": address.address, **given}})
             assert deployed.fingerprint == there.fingerprint
             assert np.array_equal(chunk(deployed, 100_000), chunk(here, 100_000))
+        deployed = make_policy({"physis_policy": "world_action", "policy": {"server": address.address, "seed": 1}})
+        assert np.array_equal(chunk(deployed, 100_000), chunk(seeded[1], 100_000))
         with pytest.raises(UserError, match=r"policy\.server: got 'plans .*steps and mode"):
             make_policy({"physis_policy": "world_action", "policy": {"server": address.address, "source": str(folder)}})
