@@ -29,8 +29,6 @@ from .recordings import Recordings
 from .training_config import TrainPolicyConfig
 from .windows import PolicyBank, episode_statistics, latent_banks
 
-HEADS = "physics_heads.safetensors"
-
 
 def adopt(config: TrainPolicyConfig) -> None:
     """Take what ``run.init`` fixes into the config. ``UserError`` for a setting that was changed to something that its weights do not have."""
@@ -233,12 +231,10 @@ def packaged_source(config: TrainPolicyConfig) -> str:
 
 
 def heads_from(config: TrainPolicyConfig) -> TrainPolicyConfig:
-    """The config that ``build_forcing`` makes the physics heads by: those of ``run.init``, or drawn, which is said, where it has none
-    (it was trained by flow matching alone, or as a policy) or its weights are drawn."""
+    """The config that ``build_forcing`` makes the physics heads by: those of ``run.init``'s folder, or drawn, which is said, where its weights are."""
     init = config.run.init or ""
     folder = None if init.startswith(RANDOM) else initial_folder(config)
-    if folder is not None and (folder / HEADS).is_file():
-        return dataclasses.replace(config, run=dataclasses.replace(config.run, init=str(folder)))
-    if init:
+    if init and folder is None:
         print(f"physics heads are drawn: {init} has none", file=sys.stderr, flush=True)
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, init=None))
+    start = None if folder is None else str(folder)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, init=start))

@@ -30,6 +30,8 @@ from .physics.forcing import PhysisForcing
 from .storage import as_dtype, fingerprint, latents_fingerprint, read_json, save_tensors
 from .text import TextEmbedder
 
+HEADS_NAME = "physics_heads.safetensors"
+
 #: Denoising steps where nothing else is asked for.
 DEFAULT_STEPS = 8
 
@@ -63,14 +65,14 @@ def save_world_model(
 
 def save_heads(forcing: PhysisForcing, folder: Path, dtype: torch.dtype | None) -> None:
     """Write ``physics_heads.safetensors``, which nothing needs to imagine."""
-    save_tensors(as_dtype(forcing.state_dict(), dtype), folder / "physics_heads.safetensors")
+    save_tensors(as_dtype(forcing.state_dict(), dtype), folder / HEADS_NAME)
 
 
 def load_heads(forcing: PhysisForcing, folder: Path) -> None:
     """Load ``physics_heads.safetensors`` of a world-model folder. Raises ``UserError`` where it is missing."""
     from safetensors.torch import load_file
 
-    path = folder / "physics_heads.safetensors"
+    path = folder / HEADS_NAME
     if not path.is_file():
         raise UserError(
             "run.init",

@@ -112,7 +112,7 @@ def _model_folder(init: str, needed: str) -> Path:
 
 
 def _head_widths(folder: Path) -> dict[str, int]:
-    """Widths of the stored physics heads; none where the model was trained without (``load_heads`` says so when they matter)."""
+    """Widths of the stored physics heads; none where the model was trained without, whose heads are drawn."""
     from safetensors import safe_open
 
     path = folder / "physics_heads.safetensors"

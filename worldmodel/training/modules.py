@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from ..backbones.wan import WanDenoiser, build_denoiser, load_denoiser
 from ..backbones.wan_paper import frame_block
 from ..data.batches import WindowBank
 from ..data.latent_bank import LatentBank
-from ..model import load_heads
+from ..model import HEADS_NAME, load_heads
 from ..physics.forcing import PhysisForcing
 from ..storage import fingerprint
 from .config import TrainWorldModelConfig
@@ -71,14 +72,16 @@ def build_modules(config: TrainWorldModelConfig, bank: WindowBank) -> dict[str, 
 
 
 def build_forcing(config: TrainWorldModelConfig, bank: WindowBank | LatentBank, width: int) -> PhysisForcing | None:
-    """The physics heads on the CPU, those of ``run.init`` where there is one; None where the windows have no targets."""
+    """The physics heads on the CPU, those of ``run.init`` where it has some, else drawn, which is said; None where the windows have no targets."""
     if bank.targets is None:
         return None
     # without an encoder relations come from bodies, whose psi may have any width
     teacher_dim = bank.targets.teacher_dim or config.physics.feature_dim
     forcing = PhysisForcing(config.physics, width=width, teacher_dim=teacher_dim)
-    if config.run.init:
+    if config.run.init and (Path(config.run.init) / HEADS_NAME).is_file():
         load_heads(forcing, Path(config.run.init))
+    elif config.run.init:
+        print(f"physics heads are drawn: {config.run.init} has none", file=sys.stderr, flush=True)
     return forcing
 
 
