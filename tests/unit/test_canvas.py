@@ -13,13 +13,19 @@ import torch
 
 from physisforcing.core.episodes import EpisodeSource
 from physisforcing.core.errors import UserError
+from physisforcing.core.lerobot import HEAD, LeRobotDataset, LeRobotWriter, robot_features
+from physisforcing.core.types import Observation
+from physisforcing.policy.act import ExecutionConfig, WorldActionPolicy
+from physisforcing.policy.requests import PlanAnswer, PlanRequest, PolicySpec
 from physisforcing.worldmodel.data import canvas
+from physisforcing.worldmodel.data.buckets import Bucket
 from physisforcing.worldmodel.data.canvas import compose
 from physisforcing.worldmodel.data.canvas_device import compose_on
+from physisforcing.worldmodel.data.latent_maker import window_frames
 from physisforcing.worldmodel.data.latent_settings import WindowSettings
 from physisforcing.worldmodel.data.latent_shards import StoreInfo, check_same
-from physisforcing.worldmodel.data.latent_sources import CanvasEpisodes
-from physisforcing.worldmodel.data.windows import resize_area
+from physisforcing.worldmodel.data.latent_sources import CanvasEpisodes, SizedEpisodes, open_source
+from physisforcing.worldmodel.data.windows import kept_steps, read_episodes, resize_area
 
 
 def flat(height: int, width: int, value: int) -> np.ndarray:
@@ -69,9 +75,78 @@ def test_resizing_is_the_antialiased_triangle_filter() -> None:
             assert np.abs(small - resize_area(some)).max() > 20, "also of exactly twice the size no mean of four pixels"
 
 
-def test_the_small_models_see_what_their_windows_show() -> None:
-    picture = np.random.default_rng(1).integers(0, 256, (240, 320, 3), dtype=np.uint8)
-    assert np.array_equal(compose("head", {"head": picture}), resize_area(picture))
+def record(folder: Path, cameras: tuple[str, ...], size: tuple[int, int], length: int) -> LeRobotDataset:
+    """A dataset of one episode as it lies on disk, its pictures in compressed videos."""
+    draw = np.random.default_rng(1)
+    writer = LeRobotWriter(folder, robot_features(["a", "b"], cameras=cameras, height=size[0], width=size[1]))
+    state_TA = np.zeros((length, 2), np.float32)
+    columns = dict.fromkeys(("observation.state", "observation.state_measured", "action"), state_TA)
+    frames = {f"observation.images.{name}": draw.integers(0, 256, (length, *size, 3), np.uint8) for name in cameras}
+    writer.add_episode(
+        columns={**columns, "next.success": np.ones(length, bool)}, frames=frames, instruction="press", task_name="t", seed=0,
+        success=True,
+    )  # fmt: skip
+    writer.finalize()
+    return LeRobotDataset(folder)
+
+
+class Asked:
+    """Keeps the canvases that it is asked to plan for."""
+
+    def __init__(self, name: str) -> None:
+        layout = canvas.CANVASES[name]
+        self.spec = PolicySpec(
+            name="asked", canvas=name, size=(layout.height, layout.width), lags=(0,), state_dim=2, action_dim=2, chunk=4,
+            control_hz=50 / 3, fingerprint="asked",
+        )  # fmt: skip
+        self.canvases: list[np.ndarray] = []
+
+    def plan(self, request: PlanRequest) -> PlanAnswer:
+        self.canvases.append(request.canvas_BHWC[0])
+        return PlanAnswer(actions_BPA=np.zeros((1, 4, 2), np.float32), seconds={})
+
+
+def acted(name: str, dataset: LeRobotDataset, steps: list[int]) -> np.ndarray:
+    """What a policy that acts is asked about, where the cameras show these recorded frames."""
+    asked, state = Asked(name), np.zeros(2, np.float32)
+    policy = WorldActionPolicy(asked, ExecutionConfig(execute=1))
+    cameras = {key.removeprefix("observation.images."): dataset.frames(0, steps, key) for key in dataset.video_keys}
+    for place in range(len(steps)):
+        images = {camera: rows[place] for camera, rows in cameras.items()}
+        seen = Observation(images=images, state_A=state, measured_A=state, instruction="press", step=0)
+        policy.reset(task="t", seed=0, instruction="press")
+        policy.act(seen)
+    return np.stack(asked.canvases)
+
+
+@pytest.mark.parametrize("size", [(240, 320), (120, 160)])
+def test_a_small_policy_acts_on_the_pictures_that_its_training_reads(size: tuple[int, int], tmp_path: Path) -> None:
+    dataset = record(tmp_path / "data", ("head",), size, 7)
+    (episode,) = read_episodes([tmp_path / "data"], success_only=True)
+    steps = kept_steps(7).tolist()
+    assert episode.frames.shape == (len(steps), 120, 160, 3) and len(np.unique(episode.frames)) > 100
+    assert np.array_equal(acted("head", dataset, steps), episode.frames)
+
+
+@pytest.mark.parametrize(
+    ("name", "cameras", "size"),
+    [
+        ("libero", ("image", "wrist_image"), (256, 256)),
+        ("libero", ("agentview", "robot0_eye_in_hand"), (128, 128)),
+        ("robotwin", ("head", "left_wrist", "right_wrist"), (240, 320)),
+        ("robotwin", ("cam_high", "cam_left_wrist", "cam_right_wrist"), (96, 128)),
+    ],
+)
+def test_a_large_policy_acts_on_the_pictures_that_its_training_reads(
+    name: str, cameras: tuple[str, ...], size: tuple[int, int], tmp_path: Path
+) -> None:
+    """The window as a store and a live bank read it out of the dataset."""
+    dataset, layout = record(tmp_path / "data", cameras, size, 11), canvas.CANVASES[name]
+    bucket = Bucket(5, layout.height, layout.width)
+    source = SizedEpisodes(open_source(tmp_path / "data", 0.0, name), bucket.size, HEAD)
+    trained = window_frames(source, 0, bucket, 2, 2)
+    assert trained.shape == (5, layout.height, layout.width, 3) and len(np.unique(trained)) > 100
+    assert np.array_equal(acted(name, dataset, [2, 4, 6, 8, 10]), trained)
 
 
 def test_what_is_missing_is_named() -> None:
