@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from physisforcing.core.errors import UserError, unknown_name
 from physisforcing.core.history import StateHistory
 from physisforcing.core.results import config_hash
-from physisforcing.core.types import ActionSpec, Observation
+from physisforcing.core.types import RATE_TOLERANCE, ActionSpec, Observation
 from physisforcing.worldmodel.data.canvas import compose
 
-from .config import RATE_TOLERANCE
 from .requests import CanvasSource, ChunkSource, PlanAnswer, PlanRequest, PolicySpec
 from .sampling import plan_seed
 

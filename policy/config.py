@@ -13,8 +13,6 @@ HEADS = ("modulated", "bare")
 POSITIONS = ("shared", "separate")
 PROPRIOCEPTION = ("linear", "backbone")
 WEIGHTINGS = ("uniform", "bell")
-#: Rates that differ by a smaller share are one: datasets round theirs.
-RATE_TOLERANCE = 0.01
 
 
 @dataclass(slots=True, kw_only=True)

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from physisforcing.core.errors import DatasetError, UserError
+from physisforcing.core.types import RATE_TOLERANCE
 from physisforcing.worldmodel.data.batches import WindowBank
 from physisforcing.worldmodel.data.latent_bank import LatentBank
 from physisforcing.worldmodel.data.windows import FRAME_STRIDE, WINDOW_STEPS, Episode
 
-from .config import RATE_TOLERANCE
 from .normalization import ActionStatistics
 
 

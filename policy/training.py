@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from physisforcing.core.errors import UserError
+from physisforcing.core.types import FPS
 from physisforcing.worldmodel.data.latent_bank import LatentBank
 from physisforcing.worldmodel.data.windows import FRAME_STRIDE, WINDOW_FRAMES
 from physisforcing.worldmodel.physics.relation import token_order
@@ -229,6 +230,7 @@ class PolicyTrainer(Trainer):
             text={"encoder": ENCODER, "tokens": MAX_TOKENS, "width": TEXT_WIDTH},
             latents=latents_fingerprint(Path(config.codec)),
             autoencoder=Path(config.codec).name,
+            control_hz=FPS,
             source=source,
             tasks=tuple(config.data.tasks),
         )

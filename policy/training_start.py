@@ -124,8 +124,9 @@ def prepare_policy_banks(
         raise UserError("data.heldout", got=data.heldout, wanted="at least 1", fix="data.heldout=1")
     if episodes is None:
         episodes = read_episodes(
-            data.roots, success_only=data.success_only, tasks=data.tasks, limit=data.limit, workers=data.workers
-        )
+            data.roots, success_only=data.success_only, tasks=data.tasks, limit=data.limit, workers=data.workers,
+            quiet=quiet,
+        )  # fmt: skip
     codec, parts = load_codec(config.codec, device), split_heldout(episodes, data.heldout)
     stored = initial_statistics(config)
     statistics = stored if stored is not None else episode_statistics(parts[0], config.normalization)
@@ -146,7 +147,7 @@ def _large_banks(
     data, physics = config.data, config.physics if config.physics.wanted else None
     if data.latents:
         banks: tuple[LatentBank, LatentBank | None] = open_stores(
-            data.latents, data.heldout, device, physics, ahead=data.workers, tasks=data.tasks
+            data.latents, data.heldout, device, physics, ahead=data.workers, tasks=data.tasks, quiet=quiet
         )
     else:
         banks = open_datasets(config, device, physics, quiet=quiet)

@@ -22,6 +22,8 @@ PHYSICS_STEPS_PER_ACTION = 15
 DT = PHYSICS_STEPS_PER_ACTION / PHYSICS_HZ
 #: LeRobot frame rate of every dataset recorded here.
 FPS = PHYSICS_HZ / PHYSICS_STEPS_PER_ACTION
+#: Rates that differ by a smaller share are one: datasets round theirs.
+RATE_TOLERANCE = 0.01
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)

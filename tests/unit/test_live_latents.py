@@ -306,7 +306,7 @@ def test_what_does_not_go_together_is_refused(models, data, tmp_path, change, er
         train_world_model(config)
 
 
-def test_only_the_tasks_that_are_asked_for_are_prepared(models, data, tmp_path):
+def test_only_the_tasks_that_are_asked_for_are_prepared(models, data, tmp_path, capsys):
     other = tmp_path / "other"
     writer = boxes.LeRobotWriter(other, boxes.robot_features([f"joint{i}" for i in range(14)]), robot_type="boxes")
     add = writer.add_episode
@@ -322,7 +322,9 @@ def test_only_the_tasks_that_are_asked_for_are_prepared(models, data, tmp_path):
     with pytest.raises(DatasetError, match=r"ground truth of episode 0: got 'none'"):
         prepare_banks(config, CPU)
     config.data.tasks = ["boxes"]
+    capsys.readouterr()
     assert prepare_banks(config, CPU)[0].fingerprint == alone
+    assert "  left out, 1 episodes of 1 other tasks (spheres); data.tasks=[] takes all\n" in capsys.readouterr().err
     assert len(list((tmp_path / "text").iterdir())) == 1, "no sentence of the other task"
     config.data.tasks = ["sphere"]
     with pytest.raises(UserError, match=r"data\.tasks: got 'sphere'.*did you mean 'spheres'"):

@@ -347,8 +347,14 @@ def test_it_acts_on_what_it_was_trained_on(model: Path, tmp_path: Path, monkeypa
         load_chunk_model(export, PlanningConfig(autoencoder=str(other), steps=2))
 
 
-def test_tasks_choose_among_windows(model: Path, store: Path, tmp_path: Path) -> None:
+def test_tasks_choose_among_windows(model: Path, store: Path, tmp_path: Path, capsys) -> None:
     bank, held = open_stores([store], 1, CPU, None, tasks=["lift"])
+    assert (
+        capsys.readouterr().err
+        == "data.latents: left out, 2 episodes of 1 other tasks (press); data.tasks=[] takes all\n"
+    )
+    open_stores([store], 1, CPU, None, tasks=["lift"], quiet=True)
+    assert not capsys.readouterr().err
     assert held is not None and {w.episode for b in (bank, held) for _, w in b.windows} == {1, 3}
     with pytest.raises(UserError, match=r"data\.tasks.*'lfit'.*lift"):
         open_stores([store], 1, CPU, None, tasks=["lfit"])

@@ -22,6 +22,8 @@ from physisforcing.policy.backbone import build_policy
 from physisforcing.policy.config import PolicyModelConfig
 from physisforcing.policy.objective import draw, policy_losses
 from physisforcing.policy.recordings import Recordings
+from physisforcing.policy.training_config import TrainPolicyConfig
+from physisforcing.policy.training_start import prepare_policy_banks
 from physisforcing.policy.windows import PolicyBank, episode_statistics, latent_banks
 from physisforcing.worldmodel.data.batches import WindowBank
 from physisforcing.worldmodel.data.canvas import compose
@@ -344,24 +346,50 @@ def test_small_models_read_the_column_where_there_is_one(column: bool) -> None:
     assert made.statistics.steps == 0 + 20 + 59
 
 
-def test_our_recordings_have_the_next_state_as_action(tmp_path: Path) -> None:
-    """So that the small models' statistics and chunks are the same, bit for bit, by the column and by the states."""
+def ours(folder: Path, tasks: tuple[str, ...] = ("t",), fps: float = 50 / 3) -> Path:
+    """What our recorder writes of a head camera: 12 rows an episode."""
     draw = np.random.default_rng(4)
     drawn = np.zeros((240, 320, 3), np.uint8)
     recorder = EpisodeRecorder(ground_truth="none", cameras=("head",))
     env = SimpleNamespace(success=True)
+    writer = LeRobotWriter(folder, robot_features([f"j{k}" for k in range(14)], fps=fps), robot_type="drawn", fps=fps)
     for _ in range(12):
         state = draw.normal(size=14).astype(np.float32)
         recorder.frame(env, {"head_rgb": drawn, "state": state, "state_measured": state, "instruction": "go"})
-    features = robot_features([f"j{k}" for k in range(14)])
-    writer = LeRobotWriter(tmp_path / "ours", features, robot_type="drawn")
-    writer.add_episode(
-        columns=recorder.columns(), frames={"observation.images.head": np.stack(recorder.images["head"])},
-        instruction="go", task_name="t", seed=0, success=True, scene_hash="", policy="", embodiment="", assets_version="",
-    )  # fmt: skip
+    for seed, task in enumerate(tasks):
+        writer.add_episode(
+            columns=recorder.columns(), frames={"observation.images.head": np.stack(recorder.images["head"])}, instruction="go",
+            task_name=task, seed=seed, success=True, scene_hash="", policy="", embodiment="", assets_version="",
+        )  # fmt: skip
     writer.finalize()
-    (episode,) = read_episodes([tmp_path / "ours"], success_only=False)
+    return folder
+
+
+def test_our_recordings_have_the_next_state_as_action(tmp_path: Path) -> None:
+    """So that the small models' statistics and chunks are the same, bit for bit, by the column and by the states."""
+    (episode,) = read_episodes([ours(tmp_path / "ours")], success_only=False)
     assert episode.actions_TA is not None and len(episode.actions_TA) == 12
     assert np.array_equal(episode.actions_TA[:-1], episode.states_TA[1:])
     by_states = episode_statistics([dataclasses.replace(episode, actions_TA=None)], "zscore")
     assert episode_statistics([episode], "zscore").difference(by_states) is None
+
+
+def test_the_small_models_have_one_rate(tmp_path: Path) -> None:
+    """Their windows and chunks are counted in steps of 0.06 s, whatever is given beside them. Rates are rounded in others' datasets."""
+    rounded, other = ours(tmp_path / "rounded", fps=16.67), ours(tmp_path / "other", fps=30.0)
+    assert len(read_episodes([ours(tmp_path / "ours"), rounded], success_only=True)) == 2
+    config = TrainPolicyConfig()
+    config.data.roots = [str(rounded), str(other)]
+    with pytest.raises(
+        DatasetError, match=r"rate of .*other: got '30 rows a second', wanted 16\.67, the one rate of the"
+    ):
+        prepare_policy_banks(config, CPU)
+
+
+def test_it_is_said_how_many_episodes_of_other_tasks_are_left_out(tmp_path: Path, capsys) -> None:
+    roots = [ours(tmp_path / "one", ("bell", "cup", "lid")), ours(tmp_path / "two", ("cup", "bell"))]
+    assert len(read_episodes(roots, success_only=True, tasks=["bell"])) == 2
+    said = "data.roots: left out, 3 episodes of 2 other tasks (cup, lid); data.tasks=[] takes all\n"
+    assert capsys.readouterr() == ("", said)
+    read_episodes(roots, success_only=True, tasks=["bell"], quiet=True)
+    assert len(read_episodes(roots, success_only=True)) == 5 and capsys.readouterr() == ("", "")

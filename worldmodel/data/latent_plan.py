@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from physisforcing.core.errors import UserError, unknown_name
+from physisforcing.core.types import RATE_TOLERANCE
 
 from .latent_settings import COMMAND, SettingNames, WindowSettings
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from .latent_shards import LatentWindow, StoreInfo
 
 T = TypeVar("T")
-#: Rates that differ by less are one: datasets round theirs.
-RATE_TOLERANCE = 0.01
 
 
 @dataclass(slots=True, kw_only=True)

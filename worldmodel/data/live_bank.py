@@ -35,7 +35,8 @@ from .window_targets import reduce_shard
 @dataclass(slots=True, kw_only=True)
 class LiveWindows:
     """What the banks of a run share. ``jobs``: by the shard that a store would keep their windows in. ``cache``: folder of the targets, None
-    is ``targets`` in each dataset. ``online``: the teachers of targets that are made with each batch; None where they are cached."""
+    is ``targets`` in each dataset. ``other_tasks``: those of the episodes that are left out for theirs. ``online``: the teachers of
+    targets that are made with each batch; None where they are cached."""
 
     settings: WindowSettings
     maker: LatentMaker
@@ -44,6 +45,7 @@ class LiveWindows:
     jobs: dict[str, Job]
     recipes: dict[Bucket, TargetRecipe]
     cache: Path | None
+    other_tasks: list[str]
     online: Teachers | None = None
 
     @classmethod
@@ -64,10 +66,13 @@ class LiveWindows:
         settings.check_windows(TRAINING)
         maker = LatentMaker(model, device=device, dtype=DTYPES[settings.dtype], text_cache=text_cache)
         plan = make_plan(settings, data, maker, names=TRAINING)
-        plan.jobs = of_tasks(plan.jobs, tasks, lambda job: (job.task, job.name))
+        every, plan.jobs = plan.jobs, of_tasks(plan.jobs, tasks, lambda job: (job.task, job.name))
+        others = [job.task for job in every if tasks and job.task not in tasks]
         recipes = bucket_recipes(settings, teachers, maker, plan.jobs, cache, TRAINING) if teachers is not None else {}
         info, jobs = maker.info(plan.fps, teachers_of(recipes), settings.canvas), {job.shard: job for job in plan.jobs}
-        return cls(settings=settings, maker=maker, plan=plan, info=info, jobs=jobs, recipes=recipes, cache=cache)
+        return cls(
+            settings=settings, maker=maker, plan=plan, info=info, jobs=jobs, recipes=recipes, cache=cache, other_tasks=others
+        )  # fmt: skip
 
     def make(self, teachers: TeachersConfig, *, online: bool, workers: int) -> None:
         """What the first batch needs: embeddings of the sentences, the autoencoder, and the targets that are not cached, or with ``online``

@@ -6,17 +6,23 @@ Control step t is a row of the dataset (``core.types.DT`` seconds apart). A wind
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from physisforcing.core.errors import UserError
+from physisforcing.core.errors import DatasetError, UserError
+from physisforcing.core.types import FPS, RATE_TOLERANCE
+
+if TYPE_CHECKING:
+    from physisforcing.core.lerobot import LeRobotDataset
 
 #: Pictures a window, control steps between two of them, control steps covered.
 WINDOW_FRAMES = 17
@@ -156,21 +162,26 @@ def read_episodes(
     limit: int | None = None,
     workers: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    quiet: bool = False,
 ) -> list[Episode]:
     """Episodes of LeRobot datasets (head camera 240x320, halved), in the order of ``roots`` and episode index.
 
-    ``tasks``: keep these task names only (all if empty). ``limit``: at most so many episodes a task. Raises ``DatasetError`` for
-    damaged data and ``UserError`` when nothing is left.
+    ``tasks``: keep these task names only (all if empty); how many episodes of others are left out is said unless ``quiet``. ``limit``:
+    at most so many episodes a task. Raises ``DatasetError`` for damaged data and data of another rate, and ``UserError`` when nothing is left.
     """
     from physisforcing.core.lerobot import LeRobotDataset
 
     jobs: list[tuple] = []
     seen: dict[str, int] = {}
+    others: list[str] = []
     for root in roots:
         dataset = LeRobotDataset(root)
+        _check_rate(dataset)
         for info in dataset.episodes:
-            wanted = not tasks or info.task_name in tasks
-            if not wanted or (success_only and info.success is False):
+            if tasks and info.task_name not in tasks:
+                others.append(info.task_name)
+                continue
+            if success_only and info.success is False:
                 continue
             seen[info.task_name] = seen.get(info.task_name, 0) + 1
             if limit is None or seen[info.task_name] <= limit:
@@ -182,6 +193,8 @@ def read_episodes(
             wanted=f"episodes{' that succeed' if success_only else ''} of {list(tasks) or 'any task'}",
             fix="collect some with physis data collect, or change data.tasks",
         )
+    if others and not quiet:
+        print(f"data.roots: left out, {tasks_left_out(others)}", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(max_workers=workers) as pool:
         episodes = []
         for done, episode in enumerate(pool.map(_read_episode, jobs), start=1):
@@ -189,6 +202,21 @@ def read_episodes(
             if progress is not None:
                 progress(done, len(jobs))
     return episodes
+
+
+def tasks_left_out(tasks: Sequence[str]) -> str:
+    """What ``data.tasks`` leaves out, for a reader: episodes of these ``tasks``, one entry an episode."""
+    names = sorted(set(tasks))
+    some = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    return f"{len(tasks)} episodes of {len(names)} other tasks ({some}); data.tasks=[] takes all"
+
+
+def _check_rate(dataset: LeRobotDataset) -> None:
+    """``DatasetError`` unless its rows are ``DT`` apart: the small models have that one rate, in which steps, windows and chunks are counted."""
+    if abs(dataset.fps - FPS) > RATE_TOLERANCE * FPS:
+        fix = "leave that dataset out; a large backbone (model=) takes the rate of its datasets"
+        wanted = f"{FPS:.4g}, the one rate of the small models"
+        raise DatasetError(f"rate of {dataset.root}", got=f"{dataset.fps:.4g} rows a second", wanted=wanted, fix=fix)
 
 
 def _read_episode(job: tuple) -> Episode:

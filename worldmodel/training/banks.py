@@ -18,7 +18,7 @@ from ..data.latent_bank import LatentBank
 from ..data.latent_plan import of_tasks, told
 from ..data.latent_shards import LatentWindow, check_same, read_store
 from ..data.live_bank import LiveBank, LiveWindows
-from ..data.windows import Episode, FrameStore, WindowTable, read_episodes
+from ..data.windows import Episode, FrameStore, WindowTable, read_episodes, tasks_left_out
 from ..physics.config import PhysicsConfig
 from ..teachers.online import OnlineTeachers
 from ..teachers.selection import Teachers
@@ -37,7 +37,7 @@ def prepare_banks(
     """-> (training windows, held-out windows): latents, conditions and physics targets on ``device``.
 
     With ``run.init`` the sizes in ``config`` become those of that model first (``adopt_model``). ``quiet``: do not say what a large
-    backbone's datasets give, and what is left out of them.
+    backbone's datasets give, and what is left out of any.
     """
     adopt_model(config)
     data = config.data
@@ -45,7 +45,7 @@ def prepare_banks(
         physics = config.physics if config.physics.wanted else None
         if data.latents:
             return open_stores(
-                data.latents, data.heldout, device, physics, ahead=data.workers, tasks=data.tasks
+                data.latents, data.heldout, device, physics, ahead=data.workers, tasks=data.tasks, quiet=quiet
             )  # fmt: skip
         return open_datasets(config, device, physics, quiet=quiet)
     refuse_stores(data.latents)
@@ -54,8 +54,9 @@ def prepare_banks(
         raise UserError("data.heldout", got=data.heldout, wanted=wanted, fix="data.heldout=1")
     if episodes is None:
         episodes = read_episodes(
-            data.roots, success_only=data.success_only, tasks=data.tasks, limit=data.limit, workers=data.workers
-        )
+            data.roots, success_only=data.success_only, tasks=data.tasks, limit=data.limit, workers=data.workers,
+            quiet=quiet,
+        )  # fmt: skip
     codec = load_codec(config.codec, device)
     banks = []
     for part in split_heldout(episodes, data.heldout):
@@ -100,16 +101,20 @@ def open_stores(
     *,
     ahead: int = 4,
     tasks: Sequence[str] = (),
+    quiet: bool = False,
 ) -> tuple[LatentBank, LatentBank | None]:
     """-> (training windows, windows of ``heldout`` episodes spread evenly, None for 0). Episodes are whole on one side, also where several
-    stores were made of them. ``tasks``: those of these tasks alone."""
+    stores were made of them. ``tasks``: those of these tasks alone; what of others is left out is said unless ``quiet``."""
     assert folders, "check_large has looked"
     stores = {Path(folder): read_store(Path(folder)) for folder in folders}
     info = check_same({folder: found for folder, (found, _) in stores.items()})
     windows = [(folder, window) for folder, (_, some) in stores.items() for window in some]
     if not windows:
         raise UserError("data.latents", got="stores without windows", wanted="windows", fix="see physis data latents")
-    windows = of_tasks(windows, tasks, lambda placed: (placed[1].task, placed[1].name))
+    every, windows = windows, of_tasks(windows, tasks, lambda placed: (placed[1].task, placed[1].name))
+    if len(windows) < len(every) and not quiet:
+        others = {(window.source, window.episode): window.task for _, window in every if window.task not in tasks}
+        print(f"data.latents: left out, {tasks_left_out(list(others.values()))}", file=sys.stderr, flush=True)
     parts = _split(windows, heldout)
     options: dict[str, Any] = {"info": info, "device": device, "physics": physics, "ahead": ahead}
     training = LatentBank(windows=parts[0], **options)
@@ -132,6 +137,8 @@ def open_datasets(
     parts = _split(windows, data.heldout)
     if not quiet:
         lines = [f"data.roots: {len(windows)} windows", *told(live.plan.left_out, live.plan.repeating)]
+        if live.other_tasks:
+            lines.append(f"left out, {tasks_left_out(live.other_tasks)}")
         print("\n  ".join(lines), file=sys.stderr, flush=True)
     live.make(config.teacher, online=data.targets == "online", workers=data.workers)
     options: dict[str, Any] = {"live": live, "info": live.info, "device": device, "physics": physics}
