@@ -178,23 +178,40 @@ class ActionStatistics:
         path = folder / NAME
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("no object with names")
         except (OSError, ValueError) as error:
             fix = "copy the whole folder: a policy without its statistics acts in the wrong units"
             raise UserError(str(path), got=repr(error), wanted="the statistics of the policy", fix=fix) from error
         if values.get("kind") not in KINDS:
             raise unknown_name(f"{path}: kind", str(values.get("kind")), KINDS, see="docs/policy.md")
         action, state = _scale(values, "action", action_dim, path), _scale(values, "state", state_dim, path)
-        more = {name: values.get(name, 0) for name in ("steps", "episodes")}
-        return cls(action=action, state=state, kind=values["kind"], source=values.get("source", {}), **more)
+        more = {
+            name: _typed(values, name, kind, path)
+            for name, kind in (("steps", int), ("episodes", int), ("source", dict))
+        }
+        return cls(action=action, state=state, kind=values["kind"], **more)
+
+
+def _typed(values: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
+    """What was noted beside the numbers; nothing where it was not."""
+    if type(found := values.get(name, kind())) is not kind:
+        fix = "use the statistics that were saved with these weights"
+        raise UserError(f"{path}: {name}", got=found, wanted=kind.__name__, fix=fix)
+    return found
 
 
 def _scale(values: Mapping[str, Any], name: str, width: int, path: Path) -> Scale:
     fix = "use the statistics that were saved with these weights"
-    rows = {}
+    rows, vectors = {}, values.get(name, {})
+    if not isinstance(vectors, dict):
+        raise UserError(f"{path}: {name}", got=type(vectors).__name__, wanted="offset and scale", fix=fix)
     for key in ("offset", "scale"):
-        found = values.get(name, {}).get(key)
-        if not isinstance(found, list) or len(found) != width:
-            got = "nothing" if found is None else f"{len(found)} numbers"
+        found = vectors.get(key)
+        if not isinstance(found, list) or len(found) != width or any(type(x) not in (int, float) for x in found):
+            got: Any = "nothing" if found is None else found
+            if isinstance(found, list):
+                got = f"{len(found)} numbers" if len(found) != width else "something that is no number"
             raise UserError(f"{path}: {name}.{key}", got=got, wanted=f"{width} numbers", fix=fix)
         rows[key] = np.array(found, dtype=np.float64)
         if not np.isfinite(rows[key]).all() or (key == "scale" and not (rows[key] > 0).all()):

@@ -79,7 +79,10 @@ def test_episodes_that_do_not_go_together_are_refused() -> None:
         ActionStatistics.of([np.zeros((2, 3))], [np.zeros((2, 3))], "quantile")
 
 
-@pytest.mark.parametrize("damage", ["gone", "width", "missing", "nan", "zero", "kind"])
+DAMAGES = ["gone", "width", "missing", "nan", "zero", "kind", "list", "vectors", "text", "word", "number", "nested"]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "counts", "source"])
 def test_a_file_that_does_not_fit_is_named(damage: str, tmp_path: Path) -> None:
     ActionStatistics.of(episodes(), episodes()).save(tmp_path)
     path = tmp_path / "statistics.json"
@@ -94,6 +97,22 @@ def test_a_file_that_does_not_fit_is_named(damage: str, tmp_path: Path) -> None:
         values["state"]["scale"][0] = 0.0
     elif damage == "kind":
         values["kind"] = "quantile"
+    elif damage == "list":
+        values = [values]
+    elif damage == "vectors":
+        values["action"] = [1.0, 2.0, 3.0]
+    elif damage == "text":
+        values["action"]["offset"][1] = "much"
+    elif damage == "word":
+        values["state"]["scale"] = "one"
+    elif damage == "number":
+        values["state"]["scale"] = 1.0
+    elif damage == "nested":
+        values["state"]["offset"][2] = [0.0]
+    elif damage == "counts":
+        values["episodes"] = "two"
+    elif damage == "source":
+        values["source"] = ["here"]
     if damage != "gone":
         path.write_text(json.dumps(values))
     words = {
@@ -103,6 +122,14 @@ def test_a_file_that_does_not_fit_is_named(damage: str, tmp_path: Path) -> None:
         "nan": "action.offset",
         "zero": "state.scale",
         "kind": "kind",
+        "list": "no object with names",
+        "vectors": r"json: action: got 'list', wanted offset and scale",
+        "text": r"action\.offset: got 'something that is no number', wanted 3 numbers",
+        "word": r"state\.scale: got 'one', wanted 3 numbers",
+        "number": r"state\.scale: got 1\.0, wanted 3 numbers",
+        "nested": r"state\.offset: got 'something that is no number'",
+        "counts": "episodes: got 'two', wanted int",
+        "source": "source: .*wanted dict",
     }
     with pytest.raises(UserError, match=words[damage]):
         ActionStatistics.load(tmp_path, action_dim=4 if damage == "width" else 3, state_dim=3)
