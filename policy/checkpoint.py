@@ -29,6 +29,8 @@ from .config import PolicyModelConfig
 from .model import WorldActionModel
 
 SETTINGS, EXPERT, TRANSFORMER = "policy.json", "expert.safetensors", "transformer"
+#: Stands for the sentence of an episode in a template.
+INSTRUCTION = "{instruction}"
 #: Of the folder's layout; another one is refused.
 FORMAT = 1
 #: What ``policy.json`` says beside the model's settings and ``PolicyInfo``, and of which kind it is.
@@ -40,7 +42,7 @@ class PolicyInfo:
     """What belongs to a policy beside its weights.
 
     ``canvas``: how pictures become one (``canvas.py``), with its height and width; ``frames``, ``frame_stride``: pictures of a training
-    window and control steps between two. ``text``: encoder and tokens of a sentence. ``latents``: fingerprint of the autoencoder;
+    window and control steps between two. ``text``: encoder and tokens of a sentence, and the ``template`` that it is put into. ``latents``: fingerprint of the autoencoder;
     ``autoencoder``: where it lies, a folder or ``shipped``. ``control_hz``: actions a second. ``source``: which weights were taken from
     where (``backbone.py``). ``tasks``: what it was trained on.
     """

@@ -23,9 +23,9 @@ from physisforcing.worldmodel.storage import latents_fingerprint, save_tensors
 
 from . import fastwam, fastwam_config, fastwam_export, fastwam_statistics
 from .backbone import autoencoder_in
-from .checkpoint import EXPERT, TRANSFORMER, PolicyInfo, write_settings
+from .checkpoint import EXPERT, INSTRUCTION, TRANSFORMER, PolicyInfo, write_settings
 from .config import MODES
-from .fastwam_config import INSTRUCTION, LAYOUTS, Layout, ReleaseSettings
+from .fastwam_config import LAYOUTS, Layout, ReleaseSettings
 from .normalization import KINDS as NORMALIZATIONS
 
 KINDS = ("fastwam", "to_fastwam")

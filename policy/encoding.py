@@ -21,7 +21,7 @@ from physisforcing.worldmodel.storage import latents_fingerprint
 from physisforcing.worldmodel.text import ENCODER, TextEmbedder
 
 from .backbone import autoencoder_in
-from .checkpoint import PolicyInfo
+from .checkpoint import INSTRUCTION, PolicyInfo
 
 #: Sentences whose embeddings stay on the device.
 MOST_SENTENCES = 256
@@ -108,7 +108,7 @@ class Sentences:
         if int(info.text.get("width", width)) != width:
             fix = "export or convert the policy again"
             raise UserError("policy.json: text.width", got=info.text["width"], wanted=width, fix=fix)
-        self._template = str(info.text.get("template", "{instruction}"))
+        self._template = str(info.text.get("template", INSTRUCTION))
         self._device, self._kept = device, dict[str, Tensor]()
         self._lock = threading.Lock()  # of the encoder, which may take seconds
         self._embed: Any
@@ -137,7 +137,7 @@ class Sentences:
         return torch.stack([self._one(sentence) for sentence in instructions])
 
     def _worded(self, sentence: str) -> str:
-        return self._template.replace("{instruction}", sentence)
+        return self._template.replace(INSTRUCTION, sentence)
 
     def _one(self, sentence: str) -> Tensor:
         if sentence not in self._kept:

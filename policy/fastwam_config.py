@@ -17,13 +17,13 @@ from physisforcing.worldmodel.convert.configs import read_jsonc, wan_original
 from physisforcing.worldmodel.data.canvas import canvas_layout
 from physisforcing.worldmodel.text import ENCODER as SMALL_ENCODER
 
-from .checkpoint import PolicyInfo
+from .checkpoint import INSTRUCTION, PolicyInfo
 from .config import RATE_TOLERANCE, PolicyModelConfig, fastwam_compat
 
 NAME = "config.json"
 ENCODER = "umt5-xxl"
-#: Stands for the sentence of an episode in a template: ours, and the port's.
-INSTRUCTION, TASK = "{instruction}", "{task}"
+#: Stands for the sentence of an episode in the port's template.
+TASK = "{task}"
 #: Pictures between two latent frames, of Wan2.2's autoencoder.
 PICTURES_PER_LATENT = 4
 #: Of the video expert: what no shape says.

@@ -29,13 +29,14 @@ def main(argv: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(HELP)
         return 0
-    from physisforcing.core.config import compose
+    from physisforcing.core.config import compose, typed_fields
 
     from .training import train_policy
     from .training_config import TrainPolicyConfig
 
     try:
-        print(train_policy(compose("train_policy", list(argv), TrainPolicyConfig)))
+        config = compose("train_policy", list(argv), TrainPolicyConfig)
+        print(train_policy(config, typed=typed_fields(argv)))
     except FloatingPointError as error:
         print(f"physis: {error}", file=sys.stderr)
         return 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,12 @@ HELDOUT_CHUNK = 8
 
 
 @kernels_given_back()
-def train_policy(config: TrainPolicyConfig, banks: tuple[PolicyBank, PolicyBank] | None = None) -> Path:
+def train_policy(
+    config: TrainPolicyConfig, banks: tuple[PolicyBank, PolicyBank] | None = None, *, typed: Collection[str] = ()
+) -> Path:
     """Train and write checkpoints, metrics and the policy (``<out>/export``, averaged weights in float16). Returns the export folder; raises as
-    ``train_world_model`` does."""
-    adopt(config)
+    ``train_world_model`` does. ``typed``: see ``adopt``."""
+    adopt(config, typed)
     return run_training(config, banks, prepare_policy_banks, PolicyTrainer)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from physisforcing.core.errors import UserError
 from physisforcing.core.paths import weights_root
+from physisforcing.core.types import RATE_TOLERANCE
 from physisforcing.worldmodel.backbones.wan import build_denoiser
 from physisforcing.worldmodel.codec import load_codec
 from physisforcing.worldmodel.data.latent_bank import LatentBank
@@ -21,7 +23,7 @@ from physisforcing.worldmodel.training.initial import adopt_heads, adopt_model
 from physisforcing.worldmodel.training.runtime import split_heldout
 
 from .backbone import RANDOM, SHIPPED, build_policy, tail
-from .checkpoint import SETTINGS, TRANSFORMER, PolicyInfo, load_policy, packaged_backbone, read_settings
+from .checkpoint import INSTRUCTION, SETTINGS, TRANSFORMER, PolicyInfo, load_policy, packaged_backbone, read_settings
 from .config import PolicyModelConfig
 from .model import WorldActionModel
 from .normalization import ActionStatistics
@@ -30,8 +32,9 @@ from .training_config import TrainPolicyConfig
 from .windows import PolicyBank, episode_statistics, latent_banks
 
 
-def adopt(config: TrainPolicyConfig) -> None:
-    """Take what ``run.init`` fixes into the config. ``UserError`` for a setting that was changed to something that its weights do not have."""
+def adopt(config: TrainPolicyConfig, typed: Collection[str] = ()) -> None:
+    """Take what ``run.init`` fixes into the config. ``UserError`` for a setting that was changed to something that its weights do not have.
+    ``typed``: dotted names of the settings that somebody typed, which count as changed where they are the defaults; of a policy's."""
     init = initial_folder(config)
     stored = init is not None and (init / SETTINGS).is_file()
     if stored and (config.run.init or "").startswith(RANDOM):
@@ -39,7 +42,7 @@ def adopt(config: TrainPolicyConfig) -> None:
         raise UserError("run.init", got=config.run.init, wanted="random: before a backbone, not a policy", fix=fix)
     if stored and not config.model:
         assert init is not None
-        adopt_policy(config, init)
+        adopt_policy(config, init, typed)
         return
     given = config.run.init
     config.run.init = None if init is None or stored else str(init)
@@ -53,7 +56,7 @@ def adopt(config: TrainPolicyConfig) -> None:
         find_start(config)
         if stored:
             assert init is not None
-            adopt_policy(config, init)
+            adopt_policy(config, init, typed)
         return
     joints, usual = config.conditioner.state_dim, PolicyModelConfig()
     for name in ("state_dim", "action_dim"):
@@ -71,8 +74,9 @@ def initial_folder(config: TrainPolicyConfig) -> Path | None:
     return weights_root() / "worldmodel" if name == SHIPPED else Path(name)
 
 
-def adopt_policy(config: TrainPolicyConfig, init: Path) -> None:
-    """Take the settings of the policy in ``init`` into the config and say so; ``UserError`` for one that was changed to something else."""
+def adopt_policy(config: TrainPolicyConfig, init: Path, typed: Collection[str] = ()) -> None:
+    """Take the settings of the policy in ``init`` into the config and say so; ``UserError`` for one that was changed to something else, or
+    ``typed``."""
     stored, info, extra = read_settings(init)
     statistics = ActionStatistics.load(init, action_dim=stored.action_dim, state_dim=stored.state_dim)
     usual = TrainPolicyConfig()
@@ -84,13 +88,13 @@ def adopt_policy(config: TrainPolicyConfig, init: Path) -> None:
         mine, default = getattr(chosen, name), getattr(before, name)
         if mine == theirs:
             continue
-        if mine != default:
+        if mine != default or f"{prefix}{name}" in typed:
             fix = f"leave {prefix}{name} out, or begin from a world model"
             raise UserError(f"{prefix}{name}", got=mine, wanted=f"{theirs!r}, with which run.init was trained", fix=fix)
         print(f"{prefix}{name}={theirs} (from run.init; the default is {default})", file=sys.stderr, flush=True)
         setattr(chosen, name, theirs)
     if config.model:
-        _adopt_text(config, info)
+        _adopt_text(config, info, typed)
         adopt_heads(config, init)
         return
     found = latents_fingerprint(Path(config.codec)) if config.codec else "none"
@@ -102,10 +106,15 @@ def adopt_policy(config: TrainPolicyConfig, init: Path) -> None:
     adopt_heads(config, init)
 
 
-def _adopt_text(config: TrainPolicyConfig, info: PolicyInfo) -> None:
-    """The length of sentences that the policy was trained with."""
+def _adopt_text(config: TrainPolicyConfig, info: PolicyInfo, typed: Collection[str]) -> None:
+    """The length of sentences that the policy was trained with. ``UserError`` for one that puts words round them: windows have sentences as they
+    stand in the data."""
+    if (template := info.text.get("template", INSTRUCTION)) != INSTRUCTION:
+        fix = "physis convert again without template=: it then learns, and acts on, sentences as they stand in the data"
+        wanted = f"no words round {INSTRUCTION}, which the windows of a training do not have"
+        raise UserError("run.init: text.template", got=template, wanted=wanted, fix=fix)
     theirs, usual = int(info.text["tokens"]), TrainPolicyConfig().text_tokens
-    if config.text_tokens not in (theirs, usual):
+    if config.text_tokens != theirs and (config.text_tokens != usual or "text_tokens" in typed):
         fix = f"leave text_tokens out: it is {theirs}"
         raise UserError("text_tokens", got=config.text_tokens, wanted=f"{theirs}, as run.init has", fix=fix)
     config.text_tokens = theirs
@@ -157,8 +166,25 @@ def _large_banks(
     stored = initial_statistics(config)
     more = {} if quiet else {"look": _tell_clamped}
     made, heldout = latent_banks(*banks, config.normalization, config.policy.chunk, stored, **more)
+    if (init := initial_folder(config)) is not None and (init / SETTINGS).is_file():
+        _check_windows(read_settings(init)[1], made)
     _check_sizes(config.policy, made)
     return made, heldout
+
+
+def _check_windows(info: PolicyInfo, bank: PolicyBank) -> None:
+    """``UserError`` for windows of another rate, or of other pictures, than the policy that is trained further on them has: its chunks would last
+    another time, and its statistics be those of other motions."""
+    assert isinstance(bank.bank, LatentBank) and bank.hz is not None
+    rows = abs(bank.hz - info.control_hz) <= RATE_TOLERANCE * info.control_hz
+    for name, fits, got, wanted in (
+        ("rate", rows, f"{bank.hz:.4g} rows a second", f"{info.control_hz:.4g}"),
+        ("stride", bank.stride == info.frame_stride, f"a picture every {bank.stride} rows", f"every {info.frame_stride}"),
+        ("canvas", bank.bank.info.canvas == info.canvas, bank.bank.info.canvas, info.canvas),
+    ):  # fmt: skip
+        if not fits:
+            fix = "data as that policy was trained on, or begin from a world model"
+            raise UserError(f"{bank.bank.SETTING}: {name}", got=got, wanted=f"{wanted}, as run.init has", fix=fix)
 
 
 def _check_sizes(policy: PolicyModelConfig, bank: PolicyBank) -> None:

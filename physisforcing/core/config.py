@@ -82,6 +82,15 @@ def _restore_tuples(made: Any) -> None:
             object.__setattr__(made, item.name, tuple(value))
 
 
+def typed_fields(overrides: Sequence[str]) -> set[str]:
+    """Dotted names of the fields that ``overrides`` (which ``compose`` has accepted) set themselves: a typed default looks like none in what
+    is composed."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return {path for one in parsed for path in _paths({one.key_or_group: one.value()})}
+
+
 def config_dir() -> Path:
     """Folder of the YAML files inside the installed package."""
     import importlib.util

@@ -34,6 +34,8 @@ def store(
     windows: int = 2,
     latents: str = "",
     targets: bool = False,
+    hz: float = HZ,
+    stride: int = STRIDE,
 ) -> Path:
     """``joints``: widths of actions and states. Tasks take turns; an episode has 50 rows and a window at every 8th. ``targets``: with drawn ones for
     the physics losses."""
@@ -41,7 +43,7 @@ def store(
     shape = (channels, FRAMES, layout.height // 16, layout.width // 16)
     info = StoreInfo(
         kind="wan", latents=latents, text="drawn", channels=channels, stride=(4, 16, 16), conditioned=False,
-        fps=HZ / STRIDE, canvas=canvas, teachers={"tracker": "random"} if targets else None,
+        fps=hz / stride, canvas=canvas, teachers={"tracker": "random"} if targets else None,
     )  # fmt: skip
     listed = []
     for episode in range(episodes):
@@ -55,7 +57,7 @@ def store(
         rows = np.random.default_rng(episode)
         actions, states = (rows.normal(size=(50, width)).astype(np.float32) for width in joints)
         place = actions_path(content)
-        write_actions(folder / place, RecordedActions(states_TA=states, actions_TA=actions, hz=HZ))
+        write_actions(folder / place, RecordedActions(states_TA=states, actions_TA=actions, hz=hz))
         seen = ""
         if targets:
             import tiny_large

@@ -79,6 +79,14 @@ def test_wrong_type_and_missing_value_name_the_field(folder: Path) -> None:
         config_module.compose("collect", ["--fast"], Command)
 
 
+def test_fields_that_were_typed_are_known(folder: Path) -> None:
+    """However they were written, and also where they say the default."""
+    words = ["experiment=pico", "++output=here", "episodes=10", "tasks=[a,b]", "optimiser={learning_rate: 0.001}"]
+    config_module.compose("collect", words, Command)
+    found = config_module.typed_fields(words)
+    assert found == {"experiment", "output", "episodes", "tasks", "optimiser.learning_rate"}
+
+
 def test_a_typo_in_the_yaml_is_found(folder: Path) -> None:
     (folder / "collect.yaml").write_text("optimiser: {learning_rte: 1}\n")
     with pytest.raises(UserError, match="learning_rate"):

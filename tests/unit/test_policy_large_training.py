@@ -136,9 +136,48 @@ def test_a_policy_is_trained_further(model: Path, store: Path, tmp_path: Path) -
         adopt(tiny.config(model, store, tmp_path / "two", f"run.init=random:{export}"))
     with pytest.raises(UserError, match=r"text_tokens: got 9, wanted 8, as run\.init has"):
         adopt(tiny.config(model, store, tmp_path / "two", f"run.init={export}", "text_tokens=9"))
+    with pytest.raises(UserError, match=r"text_tokens: got 128, wanted 8, as run\.init has"):
+        adopt(tiny.config(model, store, tmp_path / "two", f"run.init={export}", "text_tokens=128"), {"text_tokens"})
     other = tiny.store(tmp_path / "other", latents="others")
     with pytest.raises(UserError, match=r"data\.latents: got 'latents others'"):
         trainer(tiny.config(model, other, tmp_path / "two", f"run.init={export}"))
+
+
+def test_a_policy_is_trained_further_on_windows_like_its_own(model: Path, store: Path, tmp_path: Path) -> None:
+    """Of another rate a chunk would last another time, and statistics of other motions would stay."""
+    export = train_policy(tiny.config(model, store, tmp_path / "one", "run.steps=1"))
+    known = latents_fingerprint(model / "vae")
+    for number, (words, message) in enumerate([
+        ({"hz": 20.0}, r"data\.latents: rate: got '20 rows a second', wanted 50, as run\.init has"),
+        ({"hz": 50.4}, ""),
+        ({"stride": 8}, r"data\.latents: stride: got 'a picture every 8 rows', wanted every 4, as"),
+        ({"canvas": "libero"}, r"data\.latents: canvas: got 'libero', wanted robotwin, as"),
+    ]):  # fmt: skip
+        latents = tiny.store(tmp_path / f"{number}", latents=known, **words)  # type: ignore[arg-type]
+        made = tiny.config(model, latents, tmp_path / "two", f"run.init={export}")
+        adopt(made)
+        if not message:
+            prepare_policy_banks(made, CPU, quiet=True)
+            continue
+        with pytest.raises(UserError, match=message):
+            prepare_policy_banks(made, CPU, quiet=True)
+
+
+def test_words_round_a_sentence_are_not_forgotten(model: Path, store: Path, tmp_path: Path) -> None:
+    """A converted policy may have them; windows hold sentences as they stand."""
+    export = train_policy(tiny.config(model, store, tmp_path / "one", "run.steps=1"))
+    settings = json.loads((export / "policy.json").read_text())
+    for template, fine in (("{instruction}", True), ("A video of a robot that is to {instruction}", False)):
+        settings["text"]["template"] = template
+        (export / "policy.json").write_text(json.dumps(settings))
+        made = tiny.config(model, store, tmp_path / "two", f"run.init={export}")
+        if fine:
+            adopt(made)
+            continue
+        with pytest.raises(
+            UserError, match=r"run\.init: text\.template: got 'A video .*convert again without template="
+        ):
+            adopt(made)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -307,6 +307,16 @@ def test_settings_against_the_policy_to_start_from_are_refused(
     assert not (tmp_path / "more").exists()
 
 
+def test_a_default_that_was_typed_is_refused_as_well(policy_folder: Path, tmp_path: Path, capsys) -> None:
+    """By the command: what is composed does not tell it from one that nobody typed."""
+    from physisforcing import cli
+
+    words = [f"run.init={policy_folder}", f"codec={weights_root() / 'vae'}", f"run.out={tmp_path / 'more'}"]
+    for typed in ("policy.action_shift=1.0", "policy={action_shift: 1}"):
+        assert cli.main(["train", "policy", *words, "policy.video_shift=4.0", typed]) == 2
+        assert "policy.action_shift: got 1.0, wanted 2.0, with which run.init was" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("model", ["", "a large one"])
 def test_a_policy_has_no_weights_to_draw(policy_folder: Path, tmp_path: Path, model: str) -> None:
     made = as_usual(config(tmp_path, "more", 2), policy_folder, tmp_path / "more")
