@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,8 @@ class Sentences:
     A policy that was trained here says what its sentences were made by: the encoder, its precision, and how far they were padded, on which the
     last bits depend. ``source``: for UMT5, a pipeline folder with ``tokenizer/`` and ``text_encoder/``. ``store=False``: no files are written,
     for sentences of strangers. ``UserError`` for an encoder that is not known, makes another width or is not the one
-    of the training.
+    of the training, and for a sentence that is longer than those of the training could be. A released policy's encoder cuts it with a warning,
+    as does that of the small models.
 
     ``small``: the sentences are those of the small models. ``stored``: the type in which the windows of a large one were stored, if known.
     """
@@ -130,11 +130,19 @@ class Sentences:
         for sentence in dict.fromkeys(instructions):
             if sentence not in self._kept:
                 with self._lock:
-                    self._embed.tokens(self._worded(sentence))
+                    self._check(sentence)
 
     def batch(self, instructions: Sequence[str]) -> Tensor:
         """[B,L,D] float32 on the device. One call at a time."""
         return torch.stack([self._one(sentence) for sentence in instructions])
+
+    def _check(self, sentence: str) -> None:
+        """Embed it. ``UserError`` where it is too long."""
+        length = len(self._embed.tokens(self._worded(sentence)))
+        if self._tokens is not None and length > self._tokens:
+            got, wanted = f"{sentence[:60]!r}... of {length} tokens", f"at most {self._tokens}, as in its training"
+            fix = "say it in fewer words, or train a policy with a larger text_tokens"
+            raise UserError("instruction", got=got, wanted=wanted, fix=fix)
 
     def _worded(self, sentence: str) -> str:
         return self._template.replace(INSTRUCTION, sentence)
@@ -144,14 +152,10 @@ class Sentences:
             if len(self._kept) >= MOST_SENTENCES:
                 del self._kept[next(iter(self._kept))]
             with self._lock:
+                self._check(sentence)
                 made = self._embed.batch([self._worded(sentence)])
             tokens = (made[0] if isinstance(made, tuple) else made)[0]
-            if self._tokens is not None and len(tokens) > self._tokens:
-                if bool(tokens[self._tokens :].any()):
-                    said = f"a sentence is longer than the {self._tokens} tokens that the policy reads: {sentence[:60]!r}..."
-                    warnings.warn(said, stacklevel=3)
-                tokens = tokens[: self._tokens]
-            self._kept[sentence] = tokens.float().to(self._device)
+            self._kept[sentence] = tokens[: self._tokens].float().to(self._device)
         return self._kept[sentence]
 
 

