@@ -117,6 +117,8 @@ def _adopt_text(config: TrainPolicyConfig, info: PolicyInfo, typed: Collection[s
     if config.text_tokens != theirs and (config.text_tokens != usual or "text_tokens" in typed):
         fix = f"leave text_tokens out: it is {theirs}"
         raise UserError("text_tokens", got=config.text_tokens, wanted=f"{theirs}, as run.init has", fix=fix)
+    if config.text_tokens != theirs:
+        print(f"text_tokens={theirs} (from run.init; the default is {usual})", file=sys.stderr, flush=True)
     config.text_tokens = theirs
 
 

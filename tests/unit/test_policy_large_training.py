@@ -123,7 +123,7 @@ def test_weights_come_from_where_they_are_said_to(model: Path, store: Path, tmp_
         assert torch.equal(other[f"transformer.{name}"], value) and name.startswith("rope") is False
 
 
-def test_a_policy_is_trained_further(model: Path, store: Path, tmp_path: Path) -> None:
+def test_a_policy_is_trained_further(model: Path, store: Path, tmp_path: Path, capsys) -> None:
     export = train_policy(tiny.config(model, store, tmp_path / "one", "run.steps=1", "policy.mode=optional_idm"))
     held = load_policy(export)[0].state_dict()
     assert video(export)["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
@@ -136,6 +136,8 @@ def test_a_policy_is_trained_further(model: Path, store: Path, tmp_path: Path) -
         adopt(tiny.config(model, store, tmp_path / "two", f"run.init=random:{export}"))
     with pytest.raises(UserError, match=r"text_tokens: got 9, wanted 8, as run\.init has"):
         adopt(tiny.config(model, store, tmp_path / "two", f"run.init={export}", "text_tokens=9"))
+    adopt(tiny.config(model, store, tmp_path / "two", f"run.init={export}", "text_tokens=128"))
+    assert "text_tokens=8 (from run.init; the default is 128)" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"text_tokens: got 128, wanted 8, as run\.init has"):
         adopt(tiny.config(model, store, tmp_path / "two", f"run.init={export}", "text_tokens=128"), {"text_tokens"})
     other = tiny.store(tmp_path / "other", latents="others")
