@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from physisforcing.core.errors import UserError
+from physisforcing.core.types import RATE_TOLERANCE
 from physisforcing.worldmodel.convert.configs import read_jsonc, wan_original
 from physisforcing.worldmodel.data.canvas import canvas_layout
 from physisforcing.worldmodel.text import ENCODER as SMALL_ENCODER
 
 from .checkpoint import INSTRUCTION, PolicyInfo
-from .config import RATE_TOLERANCE, PolicyModelConfig, fastwam_compat
+from .config import PolicyModelConfig, fastwam_compat
 
 NAME = "config.json"
 ENCODER = "umt5-xxl"
