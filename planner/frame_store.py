@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from physisforcing.core.errors import DatasetError, UserError
+from physisforcing.worldmodel.data.windows import check_rate
 
 from .inverse_dynamics import JOINTS
 
@@ -150,12 +151,14 @@ def episode_counts(store: FrameStore, train_E: Tensor, validation_E: Tensor) -> 
 def load_frame_store(roots: Iterable[str | Path], *, height: int, width: int) -> FrameStore:
     """Decode LeRobot datasets into one store on the CPU.
 
-    Raises ``UserError`` for datasets that hold evaluation seeds and ``DatasetError`` for empty ones.
+    Raises ``UserError`` for datasets that hold evaluation seeds and ``DatasetError`` for empty ones and such of another rate.
     """
     from physisforcing.core.lerobot import LeRobotDataset
 
     roots = [Path(r) for r in roots]
     datasets = [LeRobotDataset(root) for root in roots]
+    for dataset in datasets:
+        check_rate(dataset)
     infos = [(d, e) for d in datasets for e in d.episodes]
     for dataset, episode in infos:
         if int(episode.seed) >= FIRST_TEST_SEED:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from physisforcing.core.errors import DatasetError, UserError
+from physisforcing.worldmodel.data.windows import check_rate
 
 from .frame_store import FIRST_TEST_SEED, HEAD, resize_to
 
@@ -99,11 +100,13 @@ def draw(
 def load_success_store(roots: Iterable[str | Path], *, height: int, width: int, stride: int = 2) -> SuccessStore:
     """Decode LeRobot datasets with ``next.success``.
 
-    ``UserError`` for evaluation seeds and where nothing succeeds; ``DatasetError`` for empty ones and such without that column.
+    ``UserError`` for evaluation seeds and where nothing succeeds; ``DatasetError`` for empty ones, such without that column and such of another rate.
     """
     from physisforcing.core.lerobot import LeRobotDataset
 
     datasets = [LeRobotDataset(root) for root in roots]
+    for dataset in datasets:
+        check_rate(dataset)
     infos = [(dataset, episode) for dataset in datasets for episode in dataset.episodes]
     for dataset, episode in infos:
         if int(episode.seed) >= FIRST_TEST_SEED:

@@ -142,7 +142,7 @@ def _statistics(config: ConvertPolicyConfig, source: Path, layout: Layout, model
         return None, None
     path = Path(config.statistics).expanduser() if config.statistics else fastwam_statistics.find_statistics(source)
     if path is None:
-        fix = "statistics=FILE, or statistics=none for weights that are trained further on other data"
+        fix = "statistics=FILE, or statistics=none for a folder that neither acts nor is trained further"
         raise UserError("statistics", got=None, wanted=f"{fastwam_statistics.NAME} of the release", fix=fix)
     widths = {"action_dim": model.action_dim, "state_dim": model.state_dim}
     kind = layout.normalization if config.normalization == "auto" else config.normalization

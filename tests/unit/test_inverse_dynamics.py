@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from physisforcing.core.errors import MissingCapabilityError, UserError
-from physisforcing.core.types import DT, Rollout
+from physisforcing.core.errors import DatasetError, MissingCapabilityError, UserError
+from physisforcing.core.types import DT, FPS, Rollout
 from physisforcing.planner.frame_store import (
     episode_counts,
     load_frame_store,
@@ -349,7 +349,10 @@ def test_dataset_with_evaluation_seeds_is_refused(tmp_path, monkeypatch):
 
     import physisforcing.core.lerobot as lerobot
 
-    fake = SimpleNamespace(root=tmp_path, episodes=[SimpleNamespace(seed=100_003, index=0, length=5)])
+    fake = SimpleNamespace(root=tmp_path, fps=FPS, episodes=[SimpleNamespace(seed=100_003, index=0, length=5)])
     monkeypatch.setattr(lerobot, "LeRobotDataset", lambda root: fake)
     with pytest.raises(UserError, match="100003"):
+        load_frame_store([tmp_path], height=120, width=160)
+    fake.fps = 30.0
+    with pytest.raises(DatasetError, match=r"rate of .*got '30 rows a second', wanted 16\.67"):
         load_frame_store([tmp_path], height=120, width=160)

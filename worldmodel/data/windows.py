@@ -176,7 +176,7 @@ def read_episodes(
     others: list[str] = []
     for root in roots:
         dataset = LeRobotDataset(root)
-        _check_rate(dataset)
+        check_rate(dataset)
         for info in dataset.episodes:
             if tasks and info.task_name not in tasks:
                 others.append(info.task_name)
@@ -211,7 +211,7 @@ def tasks_left_out(tasks: Sequence[str]) -> str:
     return f"{len(tasks)} episodes of {len(names)} other tasks ({some}); data.tasks=[] takes all"
 
 
-def _check_rate(dataset: LeRobotDataset) -> None:
+def check_rate(dataset: LeRobotDataset) -> None:
     """``DatasetError`` unless its rows are ``DT`` apart: the small models have that one rate, in which steps, windows and chunks are counted."""
     if abs(dataset.fps - FPS) > RATE_TOLERANCE * FPS:
         fix = "leave that dataset out; a large backbone (model=) takes the rate of its datasets"
