@@ -120,6 +120,16 @@ def install_package(venv: Path, repository: Path) -> None:
     if not (uv and succeeds([uv, "pip", "install", "--python", python, "-e", wanted])):
         run([python, *PIP_INSTALL, "-e", wanted])
     _headless_opencv(python)
+    install_apart(venv)
+
+
+def install_apart(venv: Path) -> None:
+    """TorchAO, for the tests of training in 8 bits alone, where no other process finds it: diffusers would import it in each of them."""
+    folder = venv / "apart"
+    if not (folder / "torchao").is_dir():
+        install = (*PIP_INSTALL, "--no-deps", "--target", folder, "torchao>=0.18")
+        if not succeeds([venv / "bin" / "python", *install]):
+            say("torchao could not be installed: the tests of training in 8 bits will be skipped")
 
 
 def _headless_opencv(python: Path) -> None:
