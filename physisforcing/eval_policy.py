@@ -34,6 +34,7 @@ settings (field=value):
                          settings and returns a policy), or planner (the planner of physis eval plan with the settings planner.*)
   policies=[A,B,planner] several, paired by scene; or with names, recipes and training seeds, and settings of their own:
                          policies={forced_0:{source:runs/f0/export,recipe:forced,training_seed:0},idm:{source:runs/i/export,mode:idm}}
+                         policies=[]: the baselines alone
                          paired_seeds=true: equal training seeds of two recipes belong together
   policy.execute=12      rows of a chunk that are executed before the next plan      policy.steps=10   denoising steps of the actions
   policy.mode=           first_frame or idm, for a policy that was trained for both
@@ -101,6 +102,8 @@ class EvalPolicyConfig(EpisodeSettings):
         if self.max_steps is not None:
             check_at_least(self, max_steps=1)
         policies = acting_policies(self.policy, self.policies)
+        if not policies and not self.baselines:
+            raise UserError("policies", got="[]", wanted="baselines beside no policy", fix="baselines=[noop,random]")
         for policy in policies.values():
             check_policy(policy.settings, self.workers)
         if all(policy.is_planner for policy in policies.values()):

@@ -69,8 +69,10 @@ class ActingPolicy:
 
 def acting_policies(common: PolicySettings, several: Any) -> dict[str, ActingPolicy]:
     """Name -> policy. ``several``: what ``policies`` may be, a list of sources or ``{name: source or {source, recipe, training_seed, and any
-    field of the settings}}``; none of them: ``common`` alone. ``UserError`` for none at all, unknown fields names that clash, and
-    one recipe and training seed given twice."""
+    field of the settings}}``; none of them: ``common`` alone; an empty list: no policy, for baselines alone. ``UserError`` for none at all, unknown
+    fields, names that clash, and one recipe and training seed given twice."""
+    if several == [] and not common.source:
+        return {}
     if not several:
         if not common.source:
             raise UserError("policy", got="", wanted=SOURCES, fix="policy=runs/policy/export")

@@ -79,6 +79,18 @@ def test_what_people_type_is_composed() -> None:
         compose("eval_policy", ["policy.exectue=3"], EvalPolicyConfig)
 
 
+def test_baselines_run_without_a_policy() -> None:
+    words = ["policies=[]", "baselines=[noop,expert]"]
+    config = compose("eval_policy", spelled_out(words), EvalPolicyConfig)
+    assert config.check() == {} and PolicyPlan(config, {}).rows == ["noop", "expert"]
+    config.baselines = []
+    with pytest.raises(UserError, match="baselines beside no policy"):
+        config.check()
+    config = compose("eval_policy", spelled_out([*words, "policy.steps=3"]), EvalPolicyConfig)
+    with pytest.raises(UserError, match=r"policy\.steps"):
+        config.check()
+
+
 def test_policies_have_names_of_their_own() -> None:
     assert named("runs/forced/export") == "forced" == named("/somewhere/runs/forced")
     assert named(SWAYING) == "swaying" and named("runs/2026-11/noop") == "noop_policy"
