@@ -16,6 +16,8 @@ from physisforcing.worldmodel.training.worldmodel import train_world_model
 from ranks import fork
 from tiny_training import bank, config
 
+KILLS = 20
+
 
 def steps_for(kills: int) -> int:
     """Updates of a run that is long enough for so many lives."""

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from killed_lives import killed_lives
+from killed_lives import KILLS, killed_lives
 from physisforcing.worldmodel.data.batches import WindowBank
 from physisforcing.worldmodel.training.config import LoraConfig, TrainWorldModelConfig
 from physisforcing.worldmodel.training.processes import Processes
@@ -150,9 +150,8 @@ def main(folder: Path, base: str) -> None:
     if base:
         cases.append(lambda: train(folder, "two_lora", base))
     both(*cases)
-    kills = int(os.environ.get("PHYSIS_KILLS", "6"))
     (folder / "alone").mkdir()
-    (folder / "alone" / "lives.json").write_text(json.dumps(killed_lives(folder / "alone", kills)))
+    (folder / "alone" / "lives.json").write_text(json.dumps(killed_lives(folder / "alone", KILLS)))
     (folder / "killed.json").write_text(json.dumps(killed(folder, 2)))
 
 
