@@ -163,6 +163,8 @@ def main() -> None:
                     "read_ahead": how == "ahead",
                     "update_ms": 1e3 * kind.update_s,
                     "megabytes": round(size / options.windows / 1e6, 2),
+                    "smallest_pct": round(shares[0], 4),
+                    "largest_pct": round(shares[-1], 4),
                 }
                 if how == "asked" and found["ahead"]:
                     more["ratio"] = round(found["asked"] / found["ahead"], 2)
@@ -171,8 +173,7 @@ def main() -> None:
                 )
                 lines.append(
                     measurement(
-                        claim, round(found[how], 4), unit="%", low=round(shares[0], 4), high=round(shares[-1], 4), n=len(waited),
-                        seeds="0", against=more, command=command, provenance=provenance,
+                        claim, round(found[how], 4), unit="%", n=len(waited), seeds="0", against=more, command=command, provenance=provenance,
                     )
                 )  # fmt: skip
                 print(f"{name:<12} {how:<6} waits {found[how]:.3f} % of {len(waited)} updates  {more}", flush=True)

@@ -28,6 +28,7 @@ normalization=auto   or zscore | minmax: which of them the weights were trained 
 autoencoder=null the converted Wan2.2 pipeline, or its vae: acting needs the fingerprint of its latents
 mode=first_frame with which the weights were trained, as chunk=null and action_shift=null: what the config.json beside them says,
                  else 32 and 5; one that contradicts the file is refused
+template=null    what is put round an instruction: null is what that file says; template='{instruction}' puts nothing
 
 Nothing is downloaded. A missing shard, a file that was cut off, and a tensor that is missing, unknown, of another shape or quantised are
 errors that name file and tensor, before anything is written.

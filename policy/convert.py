@@ -92,8 +92,11 @@ def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, 
         if name not in source.digests:
             raise unknown_name("sha256", name, source.digests, see="the files of the source")
     told, video_told = fastwam_config.read(path)
-    asked = {name: getattr(config, name) for name in ("chunk", "action_shift", "template")}
-    settings = ReleaseSettings(**fastwam_config.agreed(told, asked))
+    asked = {name: getattr(config, name) for name in ("chunk", "action_shift")}
+    words = (
+        {} if config.template is None else {"template": config.template}
+    )  # how a sentence is put is the user's choice
+    settings = ReleaseSettings(**(fastwam_config.agreed(told, asked) | words))
     given = fastwam_config.agreed(video_told, {} if config.config is None else read_jsonc(Path(config.config)))
     released = fastwam.match_released(source, given, mode=config.mode, **settings.model)
     name, layout = _layout(config.layout, released.config.action_dim, released.config.state_dim)
@@ -109,7 +112,10 @@ def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, 
         autoencoder=Path(config.autoencoder).name if config.autoencoder else "", source=report,
     )  # fmt: skip
     report = report | {"canvas": name, "statistics": "none" if sums is None else sums.name}
-    report |= {"config": fastwam_config.NAME if told else "none", "notes": _notes(config, settings.template, sums)}
+    report |= {
+        "config": fastwam_config.NAME if told or video_told else "none",
+        "notes": _notes(config, told.get("template", ""), sums),
+    }
     plan = config_hash(
         {"info": dataclasses.asdict(info), "shards": [shard.header.decode("latin-1") for shard in shards]}
     )
@@ -199,7 +205,8 @@ def _report(released: fastwam.Released, left_out: dict[str, int]) -> dict[str, A
     }
 
 
-def _notes(config: ConvertPolicyConfig, template: str, statistics: Path | None) -> list[str]:
+def _notes(config: ConvertPolicyConfig, told: str, statistics: Path | None) -> list[str]:
+    """``told``: the template in the file beside the weights, "" where there is none."""
     notes = []
     if statistics is None:
         notes.append(
@@ -207,7 +214,9 @@ def _notes(config: ConvertPolicyConfig, template: str, statistics: Path | None) 
         )
     if not config.autoencoder:
         notes.append("autoencoder= was not given: acting needs the fingerprint of its latents, convert again with it")
-    if template == INSTRUCTION:
+    if told and config.template not in (None, told):
+        notes.append(f"template: {config.template!r}, in place of the file's {told!r}")
+    if not told and config.template is None:
         notes.append(
             "template= was not given: released weights were trained with a sentence before the instruction (DEFAULT_PROMPT in Fast-WAM's dataset)"
         )

@@ -28,7 +28,7 @@ TASK = "{task}"
 #: Pictures between two latent frames, of Wan2.2's autoencoder.
 PICTURES_PER_LATENT = 4
 #: Of the video expert: what no shape says.
-VIDEO = ("num_heads", "eps")
+VIDEO = {"num_heads": int, "eps": float}
 #: How weights were first drawn, which they do not depend on any more.
 _DRAWN = ("initial", "published_initial")
 _FIX = "use the config that was released with these weights"
@@ -110,7 +110,11 @@ def read(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise UserError(f"{path}: prompt_template", got=template, wanted=f"{TASK} in it", fix=_FIX)
         found["template"] = template.replace(TASK, INSTRUCTION)
     video = values.get("video_dit_config")
-    return found, {name: video[name] for name in VIDEO if name in video} if isinstance(video, dict) else {}
+    shapes = video if isinstance(video, dict) else {}
+    where = f"{path}: video_dit_config"
+    return found, {
+        name: _number(shapes[name], f"{where}.{name}", kind) for name, kind in VIDEO.items() if name in shapes
+    }
 
 
 def _number(value: Any, where: str, kind: type) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from physisforcing.core.errors import UserError
-from physisforcing.core.files import replace_folder, replaced
+from physisforcing.core.files import put_back, replace_folder, replaced
 from physisforcing.worldmodel.convert.parts import stock_folder
 from physisforcing.worldmodel.convert.writing import locked, plan_shards, write_part
 
@@ -43,8 +43,8 @@ def swap_backbone(
         read_settings(policy)  # names what is no policy before anything is made
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
-        if killed and not target.exists():
-            os.rename(replaced(target), target)
+        if killed:
+            put_back(target)
         return _swap(policy, source, target, autoencoder)
 
 

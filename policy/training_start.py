@@ -110,7 +110,7 @@ def _adopt_text(config: TrainPolicyConfig, info: PolicyInfo, typed: Collection[s
     """The length of sentences that the policy was trained with. ``UserError`` for one that puts words round them: windows have sentences as they
     stand in the data."""
     if (template := info.text.get("template", INSTRUCTION)) != INSTRUCTION:
-        fix = "physis convert again without template=: it then learns, and acts on, sentences as they stand in the data"
+        fix = f"physis convert again with template='{INSTRUCTION}': it then learns, and acts on, sentences as they stand in the data"
         wanted = f"no words round {INSTRUCTION}, which the windows of a training do not have"
         raise UserError("run.init: text.template", got=template, wanted=wanted, fix=fix)
     theirs, usual = int(info.text["tokens"]), TrainPolicyConfig().text_tokens

@@ -56,8 +56,19 @@ class TextEmbedder:
                 _store(path, tokens, sentence, cut)
             if not self._keep and len(self._memory) >= MOST_REMEMBERED:
                 del self._memory[next(iter(self._memory))]
-            self._memory[sentence] = _load(path) if path.is_file() else self._encode(sentence)
+            self._memory[sentence] = self._counted(sentence, *_load(path)) if path.is_file() else self._encode(sentence)
         return self._memory[sentence]
+
+    def _counted(self, sentence: str, tokens: np.ndarray, cut: int | None) -> tuple[np.ndarray, int]:
+        """With what was cut of an embedding whose file is older than that note, where the encoder's package is there to tell."""
+        if cut is None and len(tokens) == MAX_TOKENS and importlib.util.find_spec(_PACKAGE) is not None:
+            cut = self._cut(sentence)
+        return tokens, cut or 0
+
+    def _cut(self, sentence: str) -> int:
+        if self._encoder is None:
+            self._encoder = _load_encoder()
+        return max(0, len(self._encoder[0](sentence).input_ids) - MAX_TOKENS)
 
     def batch(self, sentences: Iterable[str]) -> tuple[Tensor, Tensor]:
         """-> (tokens_BLD float32 [B,32,384], padded with zeros; mask_BL bool, True on real tokens). Warns of sentences that were cut."""
@@ -78,10 +89,9 @@ class TextEmbedder:
     @torch.no_grad()
     def _encode(self, sentence: str) -> tuple[np.ndarray, int]:
         """-> (embeddings [L,D], tokens that were cut)."""
-        if self._encoder is None:
-            self._encoder = _load_encoder()
+        cut = self._cut(sentence)
+        assert self._encoder is not None
         tokenizer, model = self._encoder
-        cut = max(0, len(tokenizer(sentence).input_ids) - MAX_TOKENS)
         inputs = tokenizer(sentence, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         return model(**inputs).last_hidden_state[0].to(torch.float16).numpy(), cut
 
@@ -99,12 +109,13 @@ def _store(path: Path, tokens: np.ndarray, sentence: str, cut: int = 0) -> None:
     os.replace(aside, path)
 
 
-def _load(path: Path) -> tuple[np.ndarray, int]:
-    """-> (embeddings [L,D], tokens that were cut)."""
+def _load(path: Path) -> tuple[np.ndarray, int | None]:
+    """-> (embeddings [L,D], tokens that were cut, None where the file does not say)."""
     from safetensors import safe_open
 
     with safe_open(path, "np") as file:
-        return file.get_tensor("tokens_LD"), int((file.metadata() or {}).get("cut", 0))
+        cut = (file.metadata() or {}).get("cut")
+        return file.get_tensor("tokens_LD"), None if cut is None else int(cut)
 
 
 def _load_encoder() -> tuple:

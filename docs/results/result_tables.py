@@ -116,7 +116,7 @@ def latency() -> str:
     cold = [found[f"{head}/{arm}/cold_ms"]["value"] for arm in ARMS.values()]
     text += row_of("the first plan of an arm, s", [f"{value / 1e3:.1f}" for value in cold])
     apart = [found[f"{head}/{arm}/largest_difference"]["value"] for arm in ARMS.values()]
-    text += row_of("largest difference from kernel by kernel, z", [f"{value:.1g}" if value else "" for value in apart])
+    text += row_of("largest difference from kernel by kernel, z", ["", *(f"{value:.2g}" for value in apart[1:])])
     return text + row_of("memory, GiB", [f"{found[f'{head}/{arm}/memory_gib']['value']:.1f}" for arm in ARMS.values()])
 
 

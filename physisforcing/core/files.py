@@ -26,6 +26,12 @@ def replace_folder(folder: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def put_back(target: Path) -> None:
+    """Give the folder that ``replace_folder`` was killed over its name again."""
+    if not target.exists() and replaced(target).exists():
+        os.rename(replaced(target), target)
+
+
 def replaced(target: Path) -> Path:
     """What a folder is called while another one takes its name."""
     return target.with_name(f".{target.name}.replaced")

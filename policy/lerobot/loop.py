@@ -154,7 +154,7 @@ class LockstepLoop:
             canvas_BHWC=np.stack(canvases),
             instructions=_sentences(batch.get(TASK), size),
             state_BKA=np.stack([lagged(states_RBA[:, row], spec.lags) for row in range(size)]),
-            seeds_B=np.array([plan_seed(first + row, self._plans) for row in range(size)], np.int64),
+            seeds_B=np.array([plan_seed(first + row, self._plans, self.config.seed) for row in range(size)], np.int64),
         )
         self._plans += 1
         return self.source.plan(request).actions_BPA

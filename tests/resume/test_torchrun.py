@@ -50,7 +50,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path: Path) -> None:
         "physisforcing",
     ]
     log = (tmp_path / "log").open("w")
-    process = subprocess.Popen([*command, *words(tmp_path)], stdout=log, stderr=log, env=about)
+    process = subprocess.Popen([*command, *words(tmp_path)], stdout=log, stderr=log, env=about, start_new_session=True)
     try:
         deadline = time.monotonic() + 180
         while len(lines(run)) < 3 and process.poll() is None and time.monotonic() < deadline:
@@ -58,7 +58,11 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tmp_path: Path) -> None:
         assert process.poll() is None and len(lines(run)) >= 3, (tmp_path / "log").read_text()[-3000:]
     finally:
         process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=150)
+        try:
+            code = process.wait(timeout=150)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     saved, told = latest_checkpoint(run), (tmp_path / "log").read_text()
     assert code != 0 and "was ended by SIGTERM" in told and "run.resume=true continues it" in told, told[-3000:]
     assert saved is not None, told[-3000:]

@@ -98,13 +98,19 @@ def test_there_and_back_no_setting_changes(converted: tuple[Path, dict[str, Any]
     assert back["config"] == "config.json"
     ours, theirs = (json.loads((folder / "policy.json").read_text()) for folder in (mine, tmp_path / "back"))
     assert {name for name in ours if ours[name] != theirs[name]} == {"source"}
-    for name, value in {"chunk": 32, "action_shift": 5.0, "template": "{instruction}"}.items():
+    for name, value in {"chunk": 32, "action_shift": 5.0}.items():
         asked = {"source": str(tmp_path / "release"), "output": str(tmp_path / "none"), name: value}
         with pytest.raises(UserError, match=rf"{name}.*config\.json beside the weights"):
             run(ConvertPolicyConfig(**asked))
     run(
         ConvertPolicyConfig(source=str(tmp_path / "release"), output=str(tmp_path / "same"), chunk=16, action_shift=1.0)
     )
+    asked = {"source": str(tmp_path / "release"), "output": str(tmp_path / "plain"), "template": "{instruction}"}
+    bare = run(ConvertPolicyConfig(**asked))
+    assert any("in place of the file's 'Robot: {instruction}'" in note for note in bare["notes"])
+    stored = json.loads((tmp_path / "plain" / "policy.json").read_text())
+    assert stored["text"].get("template", "{instruction}") == "{instruction}", "it can be trained further"
+    assert not any("template" in note for note in back["notes"])
 
     lost = {
         "control_hz": 30.0,
@@ -132,6 +138,8 @@ def test_there_and_back_no_setting_changes(converted: tuple[Path, dict[str, Any]
         ({"num_video_frames": 34}, r"num_video_frames.*34.*multiple of 16"),
         ({"action_scheduler": {"train_shift": 5.0, "infer_shift": 1.0}}, "action_scheduler.*infer_shift 1.*one shift"),
         ({"prompt_template": "do it"}, r"prompt_template.*\{task\} in it"),
+        ({"video_dit_config": {"num_heads": "two"}}, r"video_dit_config\.num_heads: got 'two'"),
+        ({"video_dit_config": {"eps": None}}, r"video_dit_config\.eps: got .*more than 0"),
     ],
 )
 def test_a_config_that_cannot_be(change: dict[str, Any], word: str, payload: dict[str, Any], tmp_path: Path) -> None:

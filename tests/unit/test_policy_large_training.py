@@ -177,7 +177,7 @@ def test_words_round_a_sentence_are_not_forgotten(model: Path, store: Path, tmp_
             adopt(made)
             continue
         with pytest.raises(
-            UserError, match=r"run\.init: text\.template: got 'A video .*convert again without template="
+            UserError, match=r"run\.init: text\.template: got 'A video .*convert again with template='{instruction}'"
         ):
             adopt(made)
 

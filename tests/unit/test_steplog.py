@@ -73,6 +73,9 @@ def test_a_continued_run_drops_the_lines_that_are_made_again(tmp_path: Path) -> 
     assert steps == [1, 2, 3, 4, 5, 5]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5]
+    write(tmp_path, 0, 2)  # killed before its first checkpoint, it begins anew
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2]
 
 
 def test_without_tensorboard_it_is_said(

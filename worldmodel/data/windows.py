@@ -214,7 +214,7 @@ def tasks_left_out(tasks: Sequence[str]) -> str:
 def check_rate(dataset: LeRobotDataset) -> None:
     """``DatasetError`` unless its rows are ``DT`` apart: the small models have that one rate, in which steps, windows and chunks are counted."""
     if abs(dataset.fps - FPS) > RATE_TOLERANCE * FPS:
-        fix = "leave that dataset out; a large backbone (model=) takes the rate of its datasets"
+        fix = "leave that dataset out: large backbones alone (model=) take the rate of their datasets"
         wanted = f"{FPS:.4g}, the one rate of the small models"
         raise DatasetError(f"rate of {dataset.root}", got=f"{dataset.fps:.4g} rows a second", wanted=wanted, fix=fix)
 

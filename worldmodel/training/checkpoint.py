@@ -120,9 +120,11 @@ def _put(aside: Path, target: Path) -> None:
 
 
 def _keep(run: Path, step: int, count: int) -> None:
-    """Remove the checkpoints up to ``step`` but the newest ``count``. Each loses its name first: one that is half removed is none."""
-    found = _checkpoints(run)
-    for path in found[: found.index(run / f"step-{step:06d}") + 1][:-count]:
+    """Remove the checkpoints up to ``step`` but the newest ``count`` complete ones. Each loses its name first: one that is half removed is
+    none. What only looks like one (``step-000500-best``, which somebody copied) stays."""
+    found = [path for path in _checkpoints(run) if path.name[5:].isdigit() and int(path.name[5:]) <= step]
+    whole = [path for path in found if (path / COMPLETE).is_file() and not path.is_symlink()]
+    for path in whole[:-count]:
         os.rename(path, run / f".writing-old-{uuid.uuid4().hex}")
     _remove_leftovers(run)
 

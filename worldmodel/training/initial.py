@@ -15,6 +15,7 @@ from typing import Any
 from physisforcing.core.errors import UserError
 
 from ..backbones.wan import PATCH
+from ..model import HEADS_NAME
 from ..storage import latents_fingerprint, read_json
 from .config import TrainVaeConfig, TrainWorldModelConfig
 
@@ -115,7 +116,7 @@ def _head_widths(folder: Path) -> dict[str, int]:
     """Widths of the stored physics heads; none where the model was trained without, whose heads are drawn."""
     from safetensors import safe_open
 
-    path = folder / "physics_heads.safetensors"
+    path = folder / HEADS_NAME
     if not path.is_file():
         return {}
     with safe_open(path, framework="pt") as file:

@@ -159,7 +159,7 @@ def _tensorboard(run: Path, done: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     # what a killed process showed of steps that are made again is taken back
-    return SummaryWriter(str(run / "tensorboard"), purge_step=done + 1 if done else None)
+    return SummaryWriter(str(run / "tensorboard"), purge_step=done + 1 if done else 0)
 
 
 def check_wandb(project: str) -> None:

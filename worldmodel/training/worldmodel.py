@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from physisforcing.core.errors import UserError
-from physisforcing.core.files import replace_folder
+from physisforcing.core.files import put_back, replace_folder
 
 from ..data.batches import WindowBank
 from ..data.latent_bank import LatentBank
@@ -98,9 +98,11 @@ def _train(
 
 
 def _finish(trainer: Trainer, banks: Banks, run: Path) -> Path:
-    """Write the averaged weights as ``export/``: a run that is killed while it does leaves the export that was there before."""
+    """Write the averaged weights as ``export/``. A run that is killed while it does leaves the export that was there before; between the last two
+    steps, under a hidden name (``replaced``), and continuing it puts that back first."""
     target, aside, first = run / "export", run / ".writing-export", trainer.processes.first
     if first:
+        put_back(target)
         shutil.rmtree(aside, ignore_errors=True)
     trainer.average.swap()
     trainer.export(aside)
