@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from physisforcing import __version__
-from physisforcing.core.errors import IncompleteCoverageError, UserError, VulkanUnavailableError, unknown_name
+from physisforcing.core.errors import (
+    IncompleteCoverageError,
+    ServerLostError,
+    UserError,
+    VulkanUnavailableError,
+    unknown_name,
+)
 
 
 @dataclass(slots=True, frozen=True)
@@ -96,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"physis: incomplete: {error}", file=sys.stderr)
         return error.exit_code
     except VulkanUnavailableError as error:
+        print(f"physis: {error}", file=sys.stderr)
+        return 1
+    except ServerLostError as error:
         print(f"physis: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader, for instance `head`, has seen enough

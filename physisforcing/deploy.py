@@ -22,8 +22,10 @@ T = TypeVar("T")
 POLICIES = ("planner", "world_action", "noop")
 
 
-def make_policy(settings: Mapping[str, Any]) -> Policy:
-    """The policy that ``settings`` name; ``UserError`` for an unknown one."""
+def make_policy(settings: Mapping[str, Any], *, field: str = "physis_policy") -> Policy:
+    """The policy that ``settings`` name; ``UserError`` for an unknown one, which calls it ``field``."""
+    from physisforcing.worldmodel.adapters.factory import find_here
+
     name = str(settings.get("physis_policy") or "planner")
     if name == "noop":
         from physisforcing.envs.baselines import NoOp
@@ -35,16 +37,17 @@ def make_policy(settings: Mapping[str, Any]) -> Policy:
         return _world_action(settings.get("policy") or {})
     module, colon, factory = name.partition(":")
     if not colon:
-        raise unknown_name("physis_policy", name, POLICIES, see="or module:factory")
+        raise unknown_name(field, name, POLICIES, see="or module:factory")
+    find_here()
     try:
         make = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
-        fix = "check the spelling, and that the module can be imported here"
-        raise UserError("physis_policy", got=name, wanted=f"module:factory ({error})", fix=fix) from error
+        fix = f"check the spelling, and start in the folder that holds {module.split('.')[0]}.py, or install it"
+        raise UserError(field, got=name, wanted=f"module:factory ({error})", fix=fix) from error
     policy = make(dict(settings))
     if not isinstance(policy, Policy):
         fix = "see physisforcing.core.protocols.Policy"
-        raise UserError("physis_policy", got=type(policy).__name__, wanted="a Policy", fix=fix)
+        raise UserError(field, got=type(policy).__name__, wanted="a Policy", fix=fix)
     return policy
 
 

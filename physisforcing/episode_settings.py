@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from physisforcing.core.errors import UserError, unknown_name
 
@@ -66,6 +67,9 @@ class EpisodeSettings:
         """``UserError`` for a planner or a way to act in the simulator that there is not."""
         from .planners import check_control, check_device, check_planner
 
+        if (Path(self.output) / "meta" / "info.json").is_file():
+            fix = "output=runs/<a new folder>"
+            raise UserError("output", got=self.output, wanted="a folder for results, not a dataset", fix=fix)
         check_control(self.control)
         check_planner(self.planner)
         check_device(self.planner.device, self.workers)

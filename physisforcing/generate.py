@@ -57,10 +57,12 @@ def main(argv: Sequence[str]) -> int:
 
 def run(config: GenerateConfig) -> list[Path]:
     """What was written. Raises ``UserError`` for settings that the model does not have."""
+    from physisforcing.planner.train import choose_device
     from physisforcing.worldmodel import generate as ours
 
     if config.model == "shipped":
         config.model = ""
+    choose_device(config.device)
     if config.prompt and config.instruction:
         got = (config.prompt, config.instruction)
         raise UserError("prompt, instruction", got=got, wanted="one of them: they are the same", fix="leave prompt out")
@@ -68,6 +70,8 @@ def run(config: GenerateConfig) -> list[Path]:
     asked = [name for name in LARGE if getattr(config, name) not in (None, "", [], "none")]
     if _is_large(config, bool(asked)):
         return generate_large(config)
+    if asked and config.model and ":" not in config.model and not Path(config.model).is_dir():
+        raise UserError("model", got=config.model, wanted="a folder that is there", fix="see physis generate --help")
     if asked:
         wanted = f"nothing: only folders of {' and '.join(LARGE_CLASSES)} have {asked[0]}"
         raise UserError(asked[0], got=getattr(config, asked[0]), wanted=wanted, fix=f"leave {asked[0]} out")

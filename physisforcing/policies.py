@@ -154,15 +154,17 @@ def _unused(field: str, got: Any) -> UserError:
 
 
 def named(source: str) -> str:
-    """What a source is called in tables: the function of a factory, the run of an export, the name of shipped weights."""
+    """What a source is called in tables: the function of a factory (its module, where that says more), the run of an export, the name of shipped
+    weights."""
     if source == PLANNER:
         return PLANNER
     from physisforcing.worldmodel.adapters.factory import is_factory
 
     if is_factory(source):
-        text = source.rpartition(":")[2]
+        module, _, text = source.rpartition(":")
+        text = module.rpartition(".")[2] if text in ("make", "build", "create") else text
     else:
-        parts = [part for part in Path(source).parts if part not in ("export", "model", "policy", "/")]
+        parts = [part for part in Path(source).parts if part not in ("export", "model", "/")]
         text = parts[-1] if parts else Path(source).name
     text = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:40]
     text = text if text[:1].isalpha() else f"policy_{text}"

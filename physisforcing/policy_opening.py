@@ -142,7 +142,7 @@ def _made(settings: PolicySettings) -> Policy:
     """Of a Python factory, which is given the settings."""
     from .deploy import make_policy
 
-    return make_policy({"physis_policy": settings.source, "policy": _given(settings)})
+    return make_policy({"physis_policy": settings.source, "policy": _given(settings)}, field="policy")
 
 
 def _given(settings: PolicySettings) -> dict[str, Any]:

@@ -189,7 +189,9 @@ def choose_device(name: str, *, field: str = "device") -> str:
     check_device_name(name, field=field)
     kind = name.partition(":")[0]
     if kind != "cpu" and not getattr(torch, kind).is_available():
-        raise UserError(field, got=name, wanted="a device torch can use", fix=f"{field}=cpu")
+        build = kind == "cuda" and torch.version.cuda is None
+        more = "; this PyTorch is a build for the CPU: PHYSIS_CUDA=1 make setup installs the other" if build else ""
+        raise UserError(field, got=name, wanted="a device torch can use", fix=f"{field}=cpu{more}")
     return name
 
 

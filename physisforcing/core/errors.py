@@ -41,6 +41,10 @@ class UnstableSceneError(RuntimeError):
     """The scene of this seed does not come to rest. Collectors skip and count it; nothing moves to another seed."""
 
 
+class ServerLostError(ConnectionError):
+    """The process on the other side died, hung or went away; the message names where it was."""
+
+
 class VulkanUnavailableError(RuntimeError):
     """No Vulkan device can render."""
 

@@ -9,12 +9,8 @@ from abc import ABC, abstractmethod
 from typing import Any, Self
 
 from .connection import Connection, PeerClosedError, hello, raise_failure
-from .errors import UserError
+from .errors import ServerLostError, UserError
 from .wire import Limits, WireError
-
-
-class ServerLostError(ConnectionError):
-    """The process on the other side died, hung or went away; the message names where it was."""
 
 
 class _ConnectionLostError(ServerLostError):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from physisforcing import cli
-from physisforcing.core.errors import IncompleteCoverageError, UserError, VulkanUnavailableError
+from physisforcing.core.errors import IncompleteCoverageError, ServerLostError, UserError, VulkanUnavailableError
 
 
 def test_help_lists_every_verb_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +50,7 @@ def test_a_typo_offers_the_nearest_verb(words: list[str], offered: str, capsys: 
         (UserError("task", got="x", wanted="y", fix="z"), 2),
         (IncompleteCoverageError("3 of 5 episodes"), 3),
         (VulkanUnavailableError("no Vulkan device"), 1),
+        (ServerLostError("127.0.0.1:7199: nobody answers"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )

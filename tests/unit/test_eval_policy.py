@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ from physisforcing.policies import (
 from physisforcing.policy.checkpoint import PolicyInfo, save_policy
 from physisforcing.policy.remote import PolicyServer
 from physisforcing.policy.requests import PolicySpec
-from physisforcing.policy_opening import identify_policy
+from physisforcing.policy_opening import identify_policy, open_policy
 from tiny_policy import tiny_policy
 
 SWAYING = "toy_policies:swaying"
@@ -91,9 +92,27 @@ def test_baselines_run_without_a_policy() -> None:
         config.check()
 
 
+def test_results_are_not_written_into_a_dataset(tmp_path: Path) -> None:
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "info.json").write_text("{}")
+    with pytest.raises(UserError, match=r"output: got .*not a dataset"):
+        EvalPolicyConfig(policies=[], output=str(tmp_path)).check()
+
+
+def test_a_policy_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "policy_of_mine.py").write_text("def make(settings):\n    raise RuntimeError('found')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(RuntimeError, match="found"):
+        open_policy(PolicySettings(source="policy_of_mine:make"))
+    with pytest.raises(UserError, match=r"^policy: got 'policy_of_yours:make'.*holds policy_of_yours\.py"):
+        open_policy(PolicySettings(source="policy_of_yours:make"))
+
+
 def test_policies_have_names_of_their_own() -> None:
     assert named("runs/forced/export") == "forced" == named("/somewhere/runs/forced")
     assert named(SWAYING) == "swaying" and named("runs/2026-11/noop") == "noop_policy"
+    assert named("runs/policy/export") == "policy" and named("my_robot.reach:make") == "reach"
     common = PolicySettings(execute=5)
     found = acting_policies(common, ["runs/a/export", "runs/b/export", "planner"])
     assert list(found) == ["a", "b", "planner"] and found["b"].settings.execute == 5

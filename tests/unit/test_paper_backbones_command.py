@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tiny_paper
 from physisforcing.core.errors import UserError
+from physisforcing.generate import run
+from physisforcing.worldmodel.generate import GenerateConfig
 
 NAMES = ("a14b", "ti2v", "cosmos3")
 
@@ -105,3 +108,12 @@ def test_settings_of_the_large_models_are_refused_by_others(picture_file):
         main([f"image={picture_file}", "instruction=press", "shift=5"])
     with pytest.raises(UserError, match="seeds"):
         main([f"image={picture_file}", "instruction=press", "seeds=[1,2]"])
+
+
+def test_what_is_not_there_is_named_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GenerateConfig(model="wan22-5b", size="480x640", image="first.png", instruction="click the bell")
+    with pytest.raises(UserError, match=r"^model: got 'wan22-5b', wanted a folder that is there"):
+        run(config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^device: got 'cuda'.*Fix: device=cpu"):
+        run(GenerateConfig(image="first.png", instruction="click the bell", device="cuda"))

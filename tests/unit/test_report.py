@@ -170,6 +170,9 @@ def test_too_large_a_page_is_refused(data: ReportData, tmp_path: Path) -> None:
 def test_from_run_reads_log_losses_and_results(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run folder"):
         from_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="a log with two lines or more"):
+        from_run(tmp_path)
     log = [{"step": s, "loss": 2.0 - s, "fm": 1.0} for s in range(2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     heldout = {"before": {"heldout_fm": 1.0, "heldout_pix": 0.2}, "after": {"heldout_fm": 0.9, "heldout_pix": 0.3}}
@@ -246,6 +249,33 @@ def test_videos_of_two_evaluations_say_which_is_which(tmp_path: Path) -> None:
     titles = [figure.title for figure in from_run(tmp_path).imagined]
     assert titles[0] == "click_bell, scene 0: succeeded (fingerprint old)" and len(titles) == 6
     assert titles[3] == "click_bell, scene 0: succeeded (fingerprint new)"
+
+
+def test_films_of_policies_show_what_happened_alone(tmp_path: Path) -> None:
+    """A policy imagines no video and no decoder reads one; the planner beside it does."""
+    results = ResultsFile(tmp_path / "results.jsonl")
+    planned = {"plans": 2.0, "resampled": 1.0}
+    for policy, telemetry in (("pico", {"plans": 5.0, "canvas_s": 0.1}), ("expert", {}), ("planner", planned)):
+        write_mp4(tmp_path / f"videos/{policy}.mp4", moving_square(), 25 / 3)
+        key = ResultKey(manifest="m", episode="click_bell/0", fingerprint=policy, config="c")
+        about = {
+            "task": "click_bell",
+            "policy": policy,
+            "seed": 0,
+            "video": f"videos/{policy}.mp4",
+            "telemetry": telemetry,
+        }
+        results.append(key, "success", **about)
+    shown = {figure.path: figure for figure in from_run(tmp_path).imagined}
+    own, pair = shown["videos/pico.mp4"], shown["videos/planner.mp4"]
+    assert own.panels == ["executed in the simulator by pico"] and "imagined" not in own.caption + own.description
+    assert own.caption.rstrip().endswith("5 plans.") and shown["videos/expert.mp4"].panels[0].endswith("by expert")
+    assert len(pair.panels) == 2 and "1 imagined again" in pair.caption
+    alone = ReportData(title="", summary="", created="", imagined=[own])
+    write_report(alone, tmp_path)
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "Executed" in text and "Left of each pair" not in text and "Imagined" not in text, name
 
 
 def test_line_chart_covers_the_values_and_skips_gaps() -> None:

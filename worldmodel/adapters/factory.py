@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import sys
 from collections.abc import Callable
 
 from physisforcing.core.errors import UserError, unknown_name
@@ -18,12 +20,19 @@ def is_factory(text: str) -> bool:
     return PATTERN.fullmatch(text) is not None
 
 
+def find_here() -> None:
+    """Let modules in the current folder be found, behind all others, as where Python itself is started: a command is not."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+
+
 def find_factory(text: str) -> Callable[[], WorldModel]:
     """Import the module and return the function. This runs the module's code: pass nothing that you would not run.
 
     Raises ``UserError`` for a module that is not found and a name that it does not have; what the module itself raises passes through.
     """
     name, _, path = text.partition(":")
+    find_here()
     try:
         found = importlib.import_module(name)
     except ModuleNotFoundError as error:

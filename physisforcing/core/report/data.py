@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,11 @@ class Figure:
     caption: str
     description: str
     panels: list[str] = field(default_factory=list)
+
+
+def films_heading(figures: Sequence[Figure]) -> str:
+    """Above the films of a closed loop: those of a policy show what happened alone."""
+    return "Imagined and executed" if any(len(one.panels) > 1 for one in figures) else "Executed"
 
 
 @dataclass(slots=True, kw_only=True)

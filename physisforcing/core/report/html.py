@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .charts import interval_bar, line_chart
 from .comparison import crashed, published, skipped, tables, verdicts
-from .data import LossChange, Player, ReportData, SuccessRow, interval
+from .data import LossChange, Player, ReportData, SuccessRow, films_heading, interval
 from .figures import render_figures
 from .markup import Markup, fill, join
 from .players import render_players, script, script_policy
@@ -40,7 +40,7 @@ PAGE = """<!doctype html>
 def render_html(data: ReportData, folder: Path) -> str:
     """The page as text, figures read from ``folder`` and embedded. ``UserError`` names a figure that is missing."""
     built = [
-        ("imagined", "Imagined and executed", _imagined(data, folder)),
+        ("imagined", films_heading(data.imagined), _imagined(data, folder)),
         ("players", "Real and imagined on one clock", _players(PLAYERS, data.players, data.players_note, folder)),
         ("failures", "Failures", _players(FAILURES, data.failures, data.failures_note, folder)),
         ("physics", "What the physics losses look at", _physics(data, folder)),
@@ -102,13 +102,19 @@ def _glance(data: ReportData) -> Markup:
 def _imagined(data: ReportData, folder: Path) -> Markup:
     if not data.imagined:
         return Markup("")
+    films = (
+        "What the simulator rendered while the robot was driven; who drove it stands above each film. A policy computes joint targets from "
+        "pictures and an instruction, and shows no video of its own; the expert's are replayed."
+    )
     text = (
         "Left of each pair: the video that the world model imagined from one camera picture, the joint angles and an "
         "instruction. Right: what the simulator rendered while the robot followed the joint targets that an inverse "
         "dynamics model had read out of the imagined video. Only the right side happened. The closer the two are, the "
         "better the model knew what its own plan would do."
     )
-    return join([fill("<p>{t}</p>", t=text), render_figures(data.imagined, folder)])
+    kinds = {len(figure.panels) > 1 for figure in data.imagined}
+    said = [fill("<p>{t}</p>", t=words) for pair, words in ((True, text), (False, films)) if pair in kinds]
+    return join([*said, render_figures(data.imagined, folder)])
 
 
 def _players(text: str, players: list[Player], note: str, folder: Path) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .data import Player, ReportData
+from .data import Player, ReportData, films_heading
 from .html import duration, range_text
 from .players import OUTCOMES
 
@@ -12,7 +12,7 @@ from .players import OUTCOMES
 def render_markdown(data: ReportData) -> str:
     parts = [f"# {_text(data.title)}", "", _text(data.summary), "", f"Written {_text(data.created)}.", ""]
     for heading, figures in (
-        ("Imagined and executed", data.imagined),
+        (films_heading(data.imagined), data.imagined),
         ("What the physics losses look at", data.physics),
     ):
         if figures:

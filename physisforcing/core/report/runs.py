@@ -20,12 +20,16 @@ CURVES = {
     "fm": "L_FM: how well the denoiser predicts the velocity",
     "pix": "L_pix: how well the features find points again",
     "sem": "L_sem: how well feature similarities match the encoder's",
+    "action": "squared error of the predicted velocity of the actions",
+    "video": "squared error of the predicted velocity of the video",
     "l1": "mean absolute error of the autoencoder's pictures, range 2",
 }
 #: Loss terms: key in the trainer's files -> name and meaning.
 TERMS = {
     "fm": ("L_FM, flow matching", "squared error of the predicted velocity, weighted towards what moves"),
     "pix": ("L_pix, trajectory", "squared distance between matched and true point positions, picture size = 1"),
+    "action": ("actions", "squared error of the predicted velocity of the actions"),
+    "video": ("video", "squared error of the predicted velocity of the video"),
     "sem": ("L_sem, relation", "mean difference between the features' and the frozen encoder's similarities"),
 }
 #: Policies of a closed loop: name in results -> name in reports, and what it does. What is not here keeps its name.
@@ -70,6 +74,8 @@ def from_run(folder: str | Path) -> ReportData:
     if not curves and not rows:
         fix = "name the folder that `physis demo`, `physis train` or `physis eval` printed"
         wanted = "a run folder with report.json, metrics.jsonl or results.jsonl"
+        if (folder / "metrics.jsonl").is_file():
+            wanted, fix = "a log with two lines or more", "train further, or write lines more often (run.log_every)"
         raise UserError("run", got=str(folder), wanted=wanted, fix=fix)
     heldout = folder / "heldout.json"
     return ReportData(
@@ -187,9 +193,12 @@ def _pair(folder: Path, video: Path, row: Mapping[str, Any]) -> Figure:
     outcome = {"success": "succeeded", "failure": "did not succeed", "error": "crashed"}[row["status"]]
     telemetry = row.get("telemetry") or {}
     plans, resampled = int(telemetry.get("plans", 0)), int(telemetry.get("resampled", 0))
-    planning = (
-        f" {plans} plan{'s' * (plans != 1)}, {resampled} imagined again because they would not have moved the robot."
-    )
+    imagines = "resampled" in telemetry
+    planning = f" {plans} plan{'s' * (plans != 1)}"
+    planning += f", {resampled} imagined again because they would not have moved the robot." if imagines else "."
+    pair = imagines or row["policy"] in POLICIES
+    panels = ["imagined by the model" if plans else "video that was decoded", "executed in the simulator"]
+    description = "Left: the video that the model imagined. Right: the video that the simulator rendered."
     return Figure(
         path=video.relative_to(folder).as_posix(),
         title=f"{row['task']}, scene {row['seed']}: {outcome}",
@@ -197,10 +206,8 @@ def _pair(folder: Path, video: Path, row: Mapping[str, Any]) -> Figure:
             f"Instruction: {row.get('instruction', '')} {row.get('steps', 0)} control steps "
             f"({row.get('steps', 0) * DT:.1f} s, real time).{planning if plans else ''}"
         ),
-        description="Left: the video that the model imagined. Right: the video that the simulator rendered.",
-        panels=["imagined by the model", "executed in the simulator"]
-        if plans
-        else ["video that was decoded", "executed in the simulator"],
+        description=description if pair else "The video that the simulator rendered.",
+        panels=panels if pair else [f"executed in the simulator by {row['policy']}"],
     )
 
 
