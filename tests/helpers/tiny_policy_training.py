@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import tiny_training
 from physisforcing.policy.config import PolicyModelConfig
+from physisforcing.policy.training import PolicyTrainer
 from physisforcing.policy.training_config import TrainPolicyConfig
+from physisforcing.policy.training_start import adopt
 from physisforcing.policy.windows import PolicyBank, episode_statistics
 from physisforcing.worldmodel.backbones.wan import ConditionerConfig, WanConfig
 from physisforcing.worldmodel.data.windows import Episode
@@ -60,3 +63,13 @@ def as_usual(made: TrainPolicyConfig, init: Path, out: Path) -> TrainPolicyConfi
     made.backbone, made.conditioner = WanConfig(), ConditionerConfig()
     made.policy = TrainPolicyConfig().policy
     return made
+
+
+def trainer(made: TrainPolicyConfig, *, physics: bool = False) -> PolicyTrainer:
+    """With the last layers away from zero, below which nothing has a gradient at first."""
+    adopt(made)
+    found = PolicyTrainer(made, banks(physics=physics)[0], torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    for layer in (found.policy.expert.proj_out, found.policy.transformer.proj_out):
+        layer.weight.data.normal_(std=0.3, generator=generator)
+    return found
