@@ -93,9 +93,8 @@ def _import(config: ConvertPolicyConfig, path: Path, output: Path) -> dict[str, 
             raise unknown_name("sha256", name, source.digests, see="the files of the source")
     told, video_told = fastwam_config.read(path)
     asked = {name: getattr(config, name) for name in ("chunk", "action_shift")}
-    words = (
-        {} if config.template is None else {"template": config.template}
-    )  # how a sentence is put is the user's choice
+    # how a sentence is put is the user's choice: it is no contradiction
+    words = {} if config.template is None else {"template": config.template}
     settings = ReleaseSettings(**(fastwam_config.agreed(told, asked) | words))
     given = fastwam_config.agreed(video_told, {} if config.config is None else read_jsonc(Path(config.config)))
     released = fastwam.match_released(source, given, mode=config.mode, **settings.model)

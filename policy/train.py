@@ -18,7 +18,7 @@ HELP = """usage: physis train policy [experiment=policy_pico] [key=value ...]
   physis train policy experiment=policy_robotwin model=wan22-5b data.latents=[runs/windows] run.out=runs/5b    a large backbone
   torchrun --nproc_per_node=8 -m physisforcing train policy ...    in eight processes; run.batch is that of all together
 
-The recipes want a GPU. To see all of it on a CPU in a minute: run.steps=20 run.batch=8 data.heldout=1 (run.micro=8 computes a large batch in parts).
+The recipes want a GPU. To see all of it on a CPU: run.steps=20 run.batch=8 (run.micro=8 computes a large batch in parts).
 
 run.init is a world model's export (or shipped), whose transformer becomes the video backbone, or a policy; without it all is drawn, and with
 model=, the pipeline folder of a large backbone, the video is that folder's. data.latents are then what physis data latents canvas=... made. Statistics of
