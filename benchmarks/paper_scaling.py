@@ -140,6 +140,7 @@ def main() -> None:
                     "mfu_pct": round(statistics.median(line.get("mfu_pct", 0.0) for line in found), 2),
                 }
                 more["data_wait_pct"] = round(statistics.median(line["data_wait_pct"] for line in found), 3)
+                more["losses"] = [line["loss"] for line in found]  # whether another setting computes the same thing
                 alone = value if gpus == 1 else alone
                 if alone and value:
                     more["scaling_efficiency"] = round(alone / value, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -79,6 +80,29 @@ def test_a_stopped_run_goes_on_with_the_same_bits_and_exports_stock_names(
     first, second = (load_file(folder / WEIGHTS) for folder in (whole, train_world_model(halved)))
     assert first.keys() == second.keys() == load_file(made[0] / WEIGHTS).keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("torchao")
+def test_an_update_too_small_to_matter_does_not_tip_weights_that_were_stored_in_bfloat16() -> None:
+    """Of such weights many lie just between two 8-bit floats where scales are powers of two (TorchAO's own choice), and all tip to one side."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    torch.manual_seed(0)
+    stored = torch.nn.Linear(512, 256, bias=False)
+    stored.weight.data = stored.weight.data.bfloat16().float()
+    inputs, ours, theirs = torch.randn(64, 512), copy.deepcopy(stored), copy.deepcopy(stored)
+    recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
+    holders = [torch.nn.Sequential(ours), torch.nn.Sequential(theirs)]
+    use_float8([holders[0]], torch.device("cpu"))
+    convert_to_float8_training(holders[1], config=recipe)
+    moved = []
+    for holder in holders:
+        with torch.no_grad():
+            before = holder(inputs)
+            holder[0].weight += 1e-9 * inputs.sum(0).sign()  # an update whose parts all push one way
+            moved.append(float((holder(inputs) - before).norm() / before.norm()))
+    assert moved[1] > 3e-3, "what the choice of scales is for"
+    assert moved[0] < moved[1] / 4
 
 
 def test_where_it_cannot_be_it_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
