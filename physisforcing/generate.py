@@ -63,6 +63,8 @@ def run(config: GenerateConfig) -> list[Path]:
     if config.model == "shipped":
         config.model = ""
     choose_device(config.device)
+    if config.image is not None:
+        ours.read_picture(Path(config.image))  # said before a model is loaded for it
     if config.prompt and config.instruction:
         got = (config.prompt, config.instruction)
         raise UserError("prompt, instruction", got=got, wanted="one of them: they are the same", fix="leave prompt out")

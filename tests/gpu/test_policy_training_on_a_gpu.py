@@ -1,0 +1,49 @@
+"""On a GPU, a policy's training with compiled blocks computes the losses and gradients of kernels called one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from physisforcing.policy.training import PolicyTrainer
+from physisforcing.policy.windows import PolicyBank, episode_statistics
+from physisforcing.worldmodel.data.batches import step_generator
+from tests.helpers import tiny_policy_training
+
+pytestmark = pytest.mark.gpu
+
+
+def losses_and_gradient(folder: Path, compiled: str, weight: float) -> tuple[dict[str, float], torch.Tensor]:
+    config = tiny_policy_training.config(folder, compiled)
+    # heads of 64 numbers as in the nano backbone
+    config.backbone.num_heads, config.backbone.head_dim, config.backbone.num_layers = 2, 64, 2
+    config.backbone.ffn_dim, config.run.compile, config.video_weight = 256, compiled, weight
+    bank = tiny_policy_training.banks()[0].bank
+    values = {item.name: getattr(bank, item.name) for item in dataclasses.fields(bank)}
+    moved = {name: value.cuda() for name, value in values.items() if isinstance(value, torch.Tensor)}
+    resident = dataclasses.replace(bank, **moved)
+    episodes = tiny_policy_training.episodes(0)
+    windows = PolicyBank.of(resident, episodes, episode_statistics(episodes, "zscore"), tiny_policy_training.CHUNK)
+    torch.manual_seed(0)
+    trainer = PolicyTrainer(config, windows, torch.device("cuda"))
+    torch.manual_seed(1)
+    for layer in (trainer.policy.expert.proj_out, trainer.policy.transformer.proj_out):
+        layer.weight.data.normal_(std=0.3)
+    batch = trainer.batch(0)
+    terms = trainer._backward(batch, trainer.draw(batch, step_generator(1, 0, trainer.device)))
+    # what the actions do not need has none, or zeros where a block is compiled
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainer.policy.parameters()]
+    return {name: float(terms[name].detach()) for name in ("loss", "action")}, torch.cat(
+        [x.flatten() for x in gradients]
+    )
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0], ids=["actions alone", "video and actions"])
+def test_compiled_blocks_train_alike(tmp_path: Path, weight: float) -> None:
+    plain, gradient = losses_and_gradient(tmp_path, "none", weight)
+    compiled, other = losses_and_gradient(tmp_path, "blocks", weight)
+    assert compiled == pytest.approx(plain, rel=1e-2)
+    assert torch.nn.functional.cosine_similarity(gradient, other, dim=0) > 0.995
