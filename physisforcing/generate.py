@@ -63,20 +63,21 @@ def run(config: GenerateConfig) -> list[Path]:
     if config.model == "shipped":
         config.model = ""
     choose_device(config.device)
-    if config.image is not None:
-        ours.read_picture(Path(config.image))  # said before a model is loaded for it
     if config.prompt and config.instruction:
         got = (config.prompt, config.instruction)
         raise UserError("prompt, instruction", got=got, wanted="one of them: they are the same", fix="leave prompt out")
     config.instruction = config.prompt or config.instruction
     asked = [name for name in LARGE if getattr(config, name) not in (None, "", [], "none")]
-    if _is_large(config, bool(asked)):
-        return generate_large(config)
-    if asked and config.model and ":" not in config.model and not Path(config.model).is_dir():
+    large = _is_large(config, bool(asked))
+    if asked and not large and config.model and ":" not in config.model and not Path(config.model).is_dir():
         raise UserError("model", got=config.model, wanted="a folder that is there", fix="see physis generate --help")
-    if asked:
+    if asked and not large:
         wanted = f"nothing: only folders of {' and '.join(LARGE_CLASSES)} have {asked[0]}"
         raise UserError(asked[0], got=getattr(config, asked[0]), wanted=wanted, fix=f"leave {asked[0]} out")
+    if config.image is not None:
+        ours.read_picture(Path(config.image))  # one that is missing is said before a model is loaded for it
+    if large:
+        return generate_large(config)
     own = not config.model or (Path(config.model) / "world_model.json").is_file()
     return [ours.generate(config) if own else generate_any(config)]
 

@@ -17,6 +17,8 @@ from physisforcing.planner.measurements import placeless
 FOLDER = Path(__file__).resolve().parent
 #: Topic (the beginning of its claims) -> its lines, and the page that has their table.
 TOPICS = {"training": ("large_training.json", "training.md"), "policy": ("policy.json", "policy.md")}
+#: What a line says where there was no history.
+UNKNOWN = "not a git checkout"
 BEGIN, END = "<!-- rows:begin -->\n", "<!-- rows:end -->"
 HEAD = "| claim | value | n | of the peak | memory, GiB | beside it |\n|---|---|---|---|---|---|\n"
 #: Fields of ``against`` that the table shows.
@@ -40,6 +42,22 @@ def gathered(known: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[d
     for line in map(named, lines):
         found[line["claim"]] = line
     return [found[claim] for claim in sorted(found)]
+
+
+def compared(lines: list[dict[str, Any]], beside: str) -> list[dict[str, Any]]:
+    """Lines with their ratio to that of ``beside``, in place of the share of linear scaling that a row on one card has of itself."""
+    usual, found = next(line for line in lines if line["claim"] == beside), []
+    for line in lines:
+        kept = {
+            name: value for name, value in line["against"].items() if name not in ("scaling_efficiency", "against_one")
+        }
+        more = (
+            {}
+            if line["claim"] == beside
+            else {"ratio": round(line["value"] / usual["value"], 4), "ratio_to": named(usual)["claim"]}
+        )
+        found.append(line | {"against": kept | more})
+    return found
 
 
 def named(line: dict[str, Any]) -> dict[str, Any]:
@@ -80,10 +98,28 @@ def main() -> None:
     parser.add_argument("topic", choices=TOPICS)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--without", action="append", default=[], help="claims that are left out")
+    parser.add_argument(
+        "--beside", help="the claim in the files that all others in them are compared with: their ratio to it"
+    )
+    parser.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="CLAIM=CLAIM",
+        help="where another session has a row of that name",
+    )
+    parser.add_argument(
+        "--commit", help="of the tree that was measured, for lines of a machine that had it without its history"
+    )
     options = parser.parse_args()
     data, page_of = (FOLDER / name for name in TOPICS[options.topic])
     known = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else []
     new = [line for path in options.files for line in json.loads(path.read_text(encoding="utf-8"))]
+    names = dict(pair.split("=") for pair in options.rename)
+    new = [line | {"claim": names.get(line["claim"], line["claim"])} for line in new]
+    new = [line | {"commit": options.commit} if line["commit"] == UNKNOWN and options.commit else line for line in new]
+    if options.beside:
+        new = compared(new, options.beside)
     lines = gathered(known, [line for line in new if line["claim"] not in options.without])
     data.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
     page_of.write_text(page(page_of.read_text(encoding="utf-8"), lines), encoding="utf-8")

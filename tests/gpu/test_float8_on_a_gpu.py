@@ -35,7 +35,8 @@ def test_products_and_gradients_are_near(rows: int) -> None:
     exact[0] = exact[0].T + layer.bias.double()
     holder = nn.Sequential(layer)
     use_float8([holder], torch.device("cuda"))
+    assert type(holder[0]).__name__ == "Float8Linear"
     for run in (holder[0], torch.compile(holder[0], dynamic=False)):
         for found, wanted in zip(passes(run, inputs, gradient, holder[0].weight), exact, strict=True):
             gap = (found.squeeze(0) - wanted).norm() / wanted.norm()
-            assert 1e-3 < gap < 0.06, gap  # 0.038 on an H200 at 3072 x 14336
+            assert 0.01 < gap < 0.06, gap  # in bfloat16 it is 0.003

@@ -108,3 +108,18 @@ def test_results_are_gathered_as_they_were_measured(repository):
     known = new | {"claim": "training/memory/h200/5b", "value": 2.0}
     other = new | {"claim": "training/memory/h100/5b", "value": 3.0}
     assert module.gathered([known, other], [new]) == [other, new | {"claim": "training/memory/h200/5b"}]
+    usual, slower = (
+        {
+            "claim": c,
+            "value": v,
+            "hardware": "NVIDIA H200",
+            "command": "c",
+            "against": {"gpus": 1, "scaling_efficiency": 1.0},
+        }
+        for c, v in (("training/5b/a", 2.0), ("training/5b/b", 3.0))
+    )
+    found = module.compared([usual, slower], "training/5b/a")
+    assert [line["against"] for line in found] == [
+        {"gpus": 1},
+        {"gpus": 1, "ratio": 1.5, "ratio_to": "training/5b/h200/a"},
+    ]

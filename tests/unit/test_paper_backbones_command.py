@@ -114,6 +114,9 @@ def test_what_is_not_there_is_named_before_anything_is_loaded(monkeypatch: pytes
     config = GenerateConfig(model="wan22-5b", size="480x640", image="first.png", instruction="click the bell")
     with pytest.raises(UserError, match=r"^model: got 'wan22-5b', wanted a folder that is there"):
         run(config)
+    monkeypatch.setattr("physisforcing.worldmodel.generate.generate", lambda _: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=r"^image: got 'first.png', wanted a picture file"):
+        run(GenerateConfig(image="first.png", instruction="click the bell"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"^device: got 'cuda'.*Fix: device=cpu"):
         run(GenerateConfig(image="first.png", instruction="click the bell", device="cuda"))

@@ -45,8 +45,9 @@ def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> None:
     and sharding; on a CPU the same numbers are emulated, slowly. ``UserError`` where no layer has such sides."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    # the tokens of a sample are no multiple of 16, and the gradient of a weight adds over them. Scales that are powers of two would leave one
-    # in 16 of the weights that were stored in bfloat16 just between two 8-bit floats, where the first update, however small, tips all to its side
+    # The tokens of a sample are no multiple of 16, and the gradient of a weight adds over them. Scales rounded to powers of two, the recipe's own, would
+    # leave one in 16 of the weights that were stored in bfloat16 just between two 8-bit floats, where the first update, however small its rate, tips
+    # all to its side (benchmarks/float8_ties.py). Unrounded, one in 200 is left.
     config = dataclasses.replace(
         Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True, round_scales_to_power_of_2=False, emulate=device.type == "cpu"
     )  # fmt: skip
