@@ -46,17 +46,13 @@ def gathered(known: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[d
 
 def compared(lines: list[dict[str, Any]], beside: str) -> list[dict[str, Any]]:
     """Lines with their ratio to that of ``beside``, in place of the share of linear scaling that a row on one card has of itself."""
-    usual, found = next(line for line in lines if line["claim"] == beside), []
+    usual, dropped = next(line for line in lines if line["claim"] == beside), ("scaling_efficiency", "against_one")
+    found = []
     for line in lines:
-        kept = {
-            name: value for name, value in line["against"].items() if name not in ("scaling_efficiency", "against_one")
-        }
-        more = (
-            {}
-            if line["claim"] == beside
-            else {"ratio": round(line["value"] / usual["value"], 4), "ratio_to": named(usual)["claim"]}
-        )
-        found.append(line | {"against": kept | more})
+        about = {name: value for name, value in line["against"].items() if name not in dropped}
+        if line is not usual:
+            about |= {"ratio": round(line["value"] / usual["value"], 4), "ratio_to": named(usual)["claim"]}
+        found.append(line | {"against": about})
     return found
 
 
