@@ -102,7 +102,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="CLAIM=CLAIM",
-        help="where another session has a row of that name",
+        help="where an earlier run has a row of that name",
     )
     parser.add_argument(
         "--commit", help="of the tree that was measured, for lines of a machine that had it without its history"
