@@ -1,6 +1,6 @@
 """What the first update of weights that were stored in bfloat16 does where their products are computed in 8-bit floats, by the choice of scales.
 
-    python benchmarks/float8_ties.py --json ties.json          # needs torchao (physisforcing[fp8]); a minute on two cores
+    python benchmarks/float8_ties.py --json ties.json          # needs torchao (physisforcing[fp8])
 
 A Wan transformer of 30 layers with drawn weights, rounded to bfloat16 and kept in float32; one random sample; one step of AdamW at a rate of 2e-8.
 ``loss_change``: of the same sample, by that step. In `bfloat16` it is what the step is worth. `powers_of_two`: TorchAO's recipe `rowwise` as it is;
@@ -76,11 +76,10 @@ def tie_share(model: Any, *, powers_of_two: bool) -> float:
     """Share of the blocks' weights that lie just between two neighbours of ``float8_e4m3`` once their row is scaled to its largest number."""
     ties = count = 0
     for layer in (one for block in model.blocks for one in block.modules() if isinstance(one, nn.Linear)):
-        weight = layer.weight.detach().double()
-        scale = torch.finfo(torch.float8_e4m3fn).max / weight.abs().amax(1, keepdim=True)
-        scale = (2.0 ** scale.log2().floor() if powers_of_two else scale).float().double()
-        # numbers of that exponent lie an eighth of its power of two apart; below 2 ** -6 all lie equally far apart
-        value = (weight.float() * scale.float()).double().abs()
+        weight = layer.weight.detach().abs()
+        scale = torch.finfo(torch.float8_e4m3fn).max / weight.amax(1, keepdim=True)
+        value = weight * (2.0 ** scale.log2().floor() if powers_of_two else scale)
+        # numbers of an exponent lie an eighth of its power of two apart; below 2 ** -6 all lie equally far apart
         apart = 2.0 ** (value.clamp(min=2.0**-6).log2().floor() - 3)
         ties += int(((value / apart) % 1 == 0.5).sum())
         count += value.numel()

@@ -125,7 +125,7 @@ def main() -> None:
     changed = "".join(map(part_of_claim, options.more))
     before = {line["claim"]: line for line in json.loads(Path(options.beside).read_text())} if options.beside else {}
     for row in options.rows:
-        # the same settings on one GPU, or the usual ones
+        # of an earlier part: the same settings on one GPU, or the usual ones
         claims = (f"training/{options.experiment}/{row}{name}_1_gpus_step_ms" for name in (changed, ""))
         beside = next((claim for claim in claims if claim in before), None)
         alone = before[beside]["value"] if beside else None
@@ -141,10 +141,12 @@ def main() -> None:
                 }
                 more["data_wait_pct"] = round(statistics.median(line["data_wait_pct"] for line in found), 3)
                 more["losses"] = [line["loss"] for line in found]  # whether another setting computes the same thing
-                alone = value if gpus == 1 else alone
-                if alone and value:
-                    more["scaling_efficiency"] = round(alone / value, 4)
-                    more["against_one"] = beside or "this run's row on one GPU"
+                if gpus == 1:
+                    if alone and changed and value:
+                        more |= {"ratio": round(value / alone, 4), "ratio_to": beside}
+                    alone, beside = value, "this run's row on one GPU"
+                elif alone and value:
+                    more |= {"scaling_efficiency": round(alone / value, 4), "against_one": beside}
             else:
                 more["failed"] = "ended by itself; see its log"
             lines.append(

@@ -45,15 +45,14 @@ def gathered(known: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[d
 
 
 def compared(lines: list[dict[str, Any]], beside: str) -> list[dict[str, Any]]:
-    """Lines with their ratio to that of ``beside``, in place of the share of linear scaling that a row on one card has of itself."""
-    usual, dropped = next(line for line in lines if line["claim"] == beside), ("scaling_efficiency", "against_one")
-    found = []
-    for line in lines:
-        about = {name: value for name, value in line["against"].items() if name not in dropped}
-        if line is not usual:
-            about |= {"ratio": round(line["value"] / usual["value"], 4), "ratio_to": named(usual)["claim"]}
-        found.append(line | {"against": about})
-    return found
+    """Lines with their ratio to that of ``beside``."""
+    usual = next(line for line in lines if line["claim"] == beside)
+    of = named(usual)["claim"]
+    ratios = [{"ratio": round(line["value"] / usual["value"], 4), "ratio_to": of} for line in lines]
+    return [
+        line if line is usual else line | {"against": line["against"] | more}
+        for line, more in zip(lines, ratios, strict=True)
+    ]
 
 
 def named(line: dict[str, Any]) -> dict[str, Any]:

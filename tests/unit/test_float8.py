@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -103,6 +104,22 @@ def test_an_update_too_small_to_matter_does_not_tip_weights_that_were_stored_in_
             moved.append(float((holder(inputs) - before).norm() / before.norm()))
     assert moved[1] > 3e-3, "what the choice of scales is for"
     assert moved[0] < moved[1] / 4
+
+
+@pytest.mark.usefixtures("torchao")
+def test_ties_are_counted(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number in bfloat16 has four bits more than one in float8_e4m3: one in 16 lies just between two of these."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import float8_ties
+
+    float8_ties.main(["--tiny", "--json", str(tmp_path / "ties.json")])
+    found = {
+        line["claim"].removeprefix("training/float8/"): line["value"]
+        for line in json.loads((tmp_path / "ties.json").read_text())
+    }
+    assert found["powers_of_two/tie_share"] == pytest.approx(1 / 16, rel=0.02)
+    assert 0 < found["ours/tie_share"] < 0.01
+    assert len(found) == 5
 
 
 def test_where_it_cannot_be_it_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -128,15 +128,14 @@ time.sleep(60)
 """
     usual = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **named: usual([sys.executable, "-c", waits], **named))
-    before = signal.signal(signal.SIGALRM, made.stop)
-    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
 
     def stop_once_begun(*_: Any) -> None:
         if (tmp_path / "begun").exists():
             signal.setitimer(signal.ITIMER_REAL, 0)
             made.stop()
 
-    signal.signal(signal.SIGALRM, stop_once_begun)
+    before = signal.signal(signal.SIGALRM, stop_once_begun)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
     begun = time.monotonic()
     try:
         with pytest.raises(script.Stopped):
