@@ -11,12 +11,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.distributed import TCPStore
+from tqdm import tqdm
 
 #: Where the ranks of this process meet, until it ends.
 _STORES: list[TCPStore] = []
@@ -45,6 +47,8 @@ def fork(run: Callable[[], object], told: str) -> int:
         return child
     code = 1
     try:
+        # bars of all processes draw under one semaphore, which a copy that is killed while it draws would never give back
+        tqdm.set_lock(threading.RLock())
         # before there is another thread: the first call after a fork makes torch's pool of threads anew, and where two threads make it
         # at once one of them may find none
         torch.set_num_threads(1)

@@ -14,6 +14,7 @@ import torch
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.convert import writing
 from physisforcing.worldmodel.convert.command import ConvertConfig, run
+from ranks import fork
 from tiny_releases import tree
 
 
@@ -40,8 +41,8 @@ def test_only_one_tensor_is_alive_at_a_time(wan_release: Path, wan_settings: Pat
 
 def killed_at(step: int, config: ConvertConfig) -> int:
     """Convert in a copy of this process that kills itself (SIGKILL) at its ``step``-th rename. Returns the signal that ended it."""
-    child = os.fork()
-    if child == 0:
+
+    def dies() -> None:
         replace, count = os.replace, 0
 
         def counted(*places: Any) -> None:
@@ -52,11 +53,9 @@ def killed_at(step: int, config: ConvertConfig) -> int:
             replace(*places)
 
         os.replace = counted
-        try:
-            run(config, shard_bytes=20_000)
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        run(config, shard_bytes=20_000)
+
+    return os.waitstatus_to_exitcode(os.waitpid(fork(dies, "the copy"), 0)[1])
 
 
 def test_a_killed_conversion_leaves_nothing_and_is_continued(
