@@ -18,7 +18,7 @@ def step_flops(model: WorldActionModel, shape: Sequence[int], text: int, *, vide
     """Of one sample's forward and backward pass: every linear layer of both experts, and all attention.
 
     ``shape``: [B,C,F,h,w] of its latents, of which B is not read; ``text``: tokens of sentence and proprioception. ``video``: whether something
-    reads the velocity of the future frames; without, only ``joint`` computes them. Gradients of weights are counted where they
+    reads the velocity of the future frames; without, only ``joint`` computes them, and the last block is the actions' alone. Gradients of weights are counted where they
     are trained, gradients of activations everywhere but at the first layers; the proprioception's own layers are left out.
     """
     grid = [side // part for side, part in zip(shape[2:], model.patch, strict=True)]
@@ -29,8 +29,12 @@ def step_flops(model: WorldActionModel, shape: Sequence[int], text: int, *, vide
     lengths = {"first": tokens, "future": later, "copy": copies * tokens, "action": chunk}
     seen = tokens + later + copies * tokens
     times, total = frames + copies, 0.0
+    last = f"transformer.blocks.{len(model.blocks) - 1}."
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv3d) or name.startswith("proprioception."):
+            continue
+        unread = not video and name.startswith(last) and ".action." not in name
+        if unread and not name.endswith(("attn1.to_k", "attn1.to_v")):
             continue
         acts = ".action." in name or name.startswith("expert.")
         rows = chunk if acts else seen
@@ -39,11 +43,11 @@ def step_flops(model: WorldActionModel, shape: Sequence[int], text: int, *, vide
         elif any(part in name for part in _TEXT):
             rows = text
         elif name == "transformer.proj_out":
-            rows = frames * tokens
+            rows = frames * tokens if video else 0
         first = name in ("transformer.patch_embedding", "expert.action_in") or "time_embedder.linear_1" in name
         backward = 2.0 * (not first) + 2.0 * layer.weight.requires_grad
         total += (2.0 + backward) * rows * layer.weight.numel()
-    pairs = sum(
-        (end - begin) * sum(b - a for a, b in runs) for (begin, end), runs in groups(model.config.mode, lengths)
-    )
-    return total + 3.0 * 4.0 * model.width * (pairs + (seen + chunk) * text) * len(model.blocks)
+    calls = groups(model.config.mode, lengths)
+    pairs = [(end - begin) * sum(b - a for a, b in runs) + (end - begin) * text for (begin, end), runs in calls]
+    attended = sum(pairs) * len(model.blocks) - (0 if video else sum(pairs[:-1]))
+    return total + 3.0 * 4.0 * model.width * attended

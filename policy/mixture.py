@@ -46,15 +46,20 @@ def table(block: Any, modulation_BF6D: Tensor) -> tuple[Tensor, ...]:
     return (block.scale_shift_table.unsqueeze(0) + modulation_BF6D.float()).unbind(2)
 
 
-def project(block: Any, x_BLD: Tensor, rows: tuple[Tensor, ...], rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of the block's self-attention, [B,H,L,D], rotated."""
+def project(
+    block: Any, x_BLD: Tensor, rows: tuple[Tensor, ...], rotary: Rotary, *, asks: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of the block's self-attention, [B,H,L,D], rotated; of tokens that do not ask no queries, [B,H,0,D]."""
     normed = modulate_frames(block.norm1(x_BLD.float()), rows[0], rows[1]).type_as(x_BLD)
     attn = block.attn1
     value = attn.to_v(normed).unflatten(2, (attn.heads, -1))
-    query, key = (
-        rotate(norm(layer(normed).float()).unflatten(2, (attn.heads, -1)).to(value.dtype), rotary).transpose(1, 2)
-        for layer, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
-    )
+
+    def rotated(layer: nn.Module, norm: nn.Module) -> Tensor:
+        made = norm(layer(normed).float()).unflatten(2, (attn.heads, -1))
+        return rotate(made.to(value.dtype), rotary).transpose(1, 2)
+
+    key = rotated(attn.to_k, attn.norm_k)
+    query = rotated(attn.to_q, attn.norm_q) if asks else key[:, :, :0]
     return query, key, value.transpose(1, 2)
 
 
@@ -105,30 +110,42 @@ def mixture_block() -> type[nn.Module]:
         action: nn.Module
 
         def forward(
-            self, video: Stream, action: Stream | None, groups: tuple[Group, ...], visible_BL: Tensor | None = None
+            self,
+            video: Stream,
+            action: Stream | None,
+            groups: tuple[Group, ...],
+            visible_BL: Tensor | None = None,
+            unread: bool = False,
         ) -> tuple[Tensor, Tensor | None]:
-            """-> (video tokens, action tokens or None) behind this block."""
+            """-> (video tokens, action tokens or None) behind this block. ``unread``: nobody reads the former, which are returned as they came; those
+            of their layers that the actions do not see are not computed, and get no gradients."""
             experts = [(self, video)] if action is None else [(self, video), (self.action, action)]
             rows = [table(block, stream.modulation_BF6D) for block, stream in experts]
-            made = [project(block, s.x_BLD, row, s.rotary) for (block, s), row in zip(experts, rows, strict=True)]
+            made = [
+                project(block, stream.x_BLD, row, stream.rotary, asks=not unread or stream is action)
+                for (block, stream), row in zip(experts, rows, strict=True)
+            ]
             # of both experts one precision, whichever their residual streams have
             query, key, value = (
                 torch.cat([part.to(made[0][2].dtype) for part in parts], 2) for parts in zip(*made, strict=True)
             )
-            attended = attend(query, key, value, groups, visible_BL)
-            parts = attended.split([s.x_BLD.shape[1] for _, s in experts], 2)
+            calls = (Group((0, query.shape[2]), groups[-1].keys),) if unread else groups
+            attended = attend(query, key, value, calls, visible_BL).split([asked.shape[2] for asked, *_ in made], 2)
             found = [
-                finish(block, s.x_BLD, part, row, text_keys(block, s.context_BLD))
-                for (block, s), part, row in zip(experts, parts, rows, strict=True)
+                finish(block, s.x_BLD, part, row, text_keys(block, s.context_BLD)) if part.shape[2] else s.x_BLD
+                for (block, s), part, row in zip(experts, attended, rows, strict=True)
             ]
             return found[0], found[1] if action is not None else None
 
-        def prefill(self, video: Stream, groups: tuple[Group, ...], action_context_BLD: Tensor) -> tuple[Tensor, Keys]:
-            """-> (video tokens behind this block, what the actions need of it)."""
-            rows = table(self, video.modulation_BF6D)
-            query, key, value = project(self, video.x_BLD, rows, video.rotary)
-            attended = attend(query, key, value, groups)
-            x = finish(self, video.x_BLD, attended, rows, text_keys(self, video.context_BLD))
+        def prefill(
+            self, video: Stream, groups: tuple[Group, ...], action_context_BLD: Tensor, unread: bool = False
+        ) -> tuple[Tensor, Keys]:
+            """-> (video tokens behind this block, what the actions need of it). ``unread``: as in ``forward``."""
+            rows, x = table(self, video.modulation_BF6D), video.x_BLD
+            query, key, value = project(self, x, rows, video.rotary, asks=not unread)
+            if not unread:
+                attended = attend(query, key, value, groups)
+                x = finish(self, x, attended, rows, text_keys(self, video.context_BLD))
             return x, Keys(key, value, *text_keys(self.action, action_context_BLD))
 
         def act(self, x_BPD: Tensor, modulation_BF6D: Tensor, rotary: Rotary, keys: Keys) -> Tensor:

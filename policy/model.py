@@ -119,8 +119,9 @@ class WorldActionModel(OverWan, nn.Module):
         lengths["action"] = 0 if action is None else action.x_BLD.shape[1]
         calls, tapped = groups(self.config.mode, lengths), None
         visible = _visible(lengths, copy)
+        unread = action is not None and not need_velocity and not (need_tap and self.tap == len(self.blocks))
         for index, block in enumerate(self.blocks, start=1):
-            x, y = self.run_block(block, video, action, calls, visible)
+            x, y = self.run_block(block, video, action, calls, visible, unread and index == len(self.blocks))
             if need_tap and index == self.tap:
                 x, tapped = _tapped(x, frames * tokens)
             video = video._replace(x_BLD=x)
@@ -136,8 +137,8 @@ class WorldActionModel(OverWan, nn.Module):
         """Keys for a plan, block by block: those of the first frame alone (one latent frame), or of an imagined future too, at its noise level."""
         video, calls, text = self.before_prefill(latents_BCFhw, sigma_B, context_BLD)
         found = []
-        for block in self.blocks:
-            x, keys = block.prefill(video, calls, text)  # type: ignore[operator]
+        for index, block in enumerate(self.blocks, start=1):
+            x, keys = block.prefill(video, calls, text, index == len(self.blocks))  # type: ignore[operator]
             video = video._replace(x_BLD=x)
             found.append(keys)
         return tuple(found)

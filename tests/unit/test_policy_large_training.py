@@ -309,8 +309,8 @@ def test_operations_are_counted(model: Path, store: Path, tmp_path: Path, frozen
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         found._backward(batch, found.draw(batch, step_generator(7, 0)))
     counted = found.flops(batch["latents_BCFhw"].shape)
-    # what the last of three blocks' video would need backward is counted though nothing reads it without the video's loss
-    assert counter.get_total_flops() == pytest.approx(counted, rel=0.1 if frozen else 0.02)
+    # a first block that is frozen has nobody to pass the gradients of its queries, keys and values on to, which are counted
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.05 if frozen else 0.02)
 
 
 def test_a_frozen_video_stays_as_it_was(model: Path, store: Path, tmp_path: Path) -> None:

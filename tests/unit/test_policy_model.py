@@ -268,22 +268,35 @@ def test_settings_that_mean_nothing_are_refused(name: str, value: object) -> Non
         PolicyModelConfig(**{name: value})
 
 
-def test_without_a_video_loss_its_last_layer_is_not_computed_and_gradients_are_the_same(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("mode", ["first_frame", "joint", "idm", "optional_idm"])
+def test_without_a_video_loss_what_nobody_reads_is_not_computed_and_gradients_are_the_same(
+    mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a model whose velocity is computed, and thrown away."""
-    batch, gradients, called = tiny_batch(), [], list[int]()
-    for needed in (False, True):
-        model = tiny_policy()
-        model.transformer.proj_out.register_forward_hook(lambda *_: called.append(1))
-        if needed:
+    """Against a model whose velocity is computed, and thrown away. Weights that nobody reads have no gradients, also where blocks are compiled:
+    gradients of zero would let weight decay at them."""
+    batch, gradients, called = tiny_batch(), {}, list[str]()
+    for arm in ("alone", "compiled", "thrown away"):
+        model = tiny_policy(mode=mode)
+        last = model.transformer.blocks[-1]
+        for name, layer in {"proj_out": model.transformer.proj_out, "ffn": last.ffn, "query": last.attn1.to_q}.items():
+            layer.register_forward_hook(lambda *_, told=f"{arm}: {name}": called.append(told))
+        if arm == "compiled":
+            for block in model.blocks:
+                block.compile(backend="aot_eager", dynamic=False)
+        if arm == "thrown away":
             plain = model.forward
             monkeypatch.setattr(
                 model, "forward", lambda *some, need_velocity, plain=plain, **more: plain(*some, **more)
             )
         drawn = draw(SHAPE, model.config, torch.Generator().manual_seed(3))
         policy_losses(model, batch, drawn, video_weight=0.0)[0]["loss"].backward()
-        assert len(called) == needed
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    assert all(torch.equal(grad, gradients[1][name]) for name, grad in gradients[0].items())
+        gradients[arm] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert called and all(told.startswith("thrown away") for told in called)
+    last, alone = f"transformer.blocks.{len(model.blocks) - 1}.", gradients["alone"]
+    unread = tuple(last + name for name in ("attn1.to_q", "attn1.norm_q", "attn1.to_out", "attn2", "ffn", "norm2"))
+    assert not any(name.startswith(unread) for name in alone) and last + "attn1.to_k.weight" in alone
+    assert gradients["compiled"].keys() == alone.keys()
+    for name, grad in gradients["thrown away"].items():
+        assert torch.equal(grad, alone[name]) if name in alone else not grad.any(), name
+    for name, grad in gradients["compiled"].items():
+        torch.testing.assert_close(grad, alone[name], rtol=1e-4, atol=1e-6)

@@ -275,18 +275,10 @@ def test_the_recipes_compose_and_have_what_they_say() -> None:
     assert compose("train_policy", [*cell, "video_weight=0"], TrainPolicyConfig).freeze_video
 
 
-@pytest.mark.parametrize(
-    ("mode", "video", "within"),
-    [
-        ("first_frame", 1.0, 0.02),
-        ("joint", 1.0, 0.02),
-        ("idm", 1.0, 0.02),
-        ("first_frame", 0.0, 0.08),
-        ("idm", 0.0, 0.13),
-    ],
-)
-def test_operations_are_those_that_pytorch_counts(tmp_path: Path, mode: str, video: float, within: float) -> None:
-    """``within``: what the last block's video would need backward is counted though without its loss nothing reads it, here of two blocks."""
+@pytest.mark.parametrize("video", [1.0, 0.0])
+@pytest.mark.parametrize("mode", ["first_frame", "joint", "idm"])
+def test_operations_are_those_that_pytorch_counts(tmp_path: Path, mode: str, video: float) -> None:
+    """But for the proprioception's own layers, which are left out."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -298,7 +290,7 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, mode: str, vid
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         found._backward(batch, drawn)
     counted = found.flops(batch["latents_BCFhw"].shape)
-    assert counter.get_total_flops() == pytest.approx(counted, rel=within)
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.03)
 
 
 def test_layers_that_stay_in_float32_are_multiplied_as_a_policy_multiplies_them(

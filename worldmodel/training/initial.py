@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from physisforcing.core.errors import UserError
+from physisforcing.core.paths import weights_root
 
 from ..backbones.wan import PATCH
 from ..model import HEADS_NAME
@@ -42,7 +43,7 @@ def adopt_world_model(config: TrainWorldModelConfig) -> None:
     """
     config.conditioner.lags = tuple(config.conditioner.lags)
     if not config.codec or not (Path(config.codec) / "config.json").is_file():
-        fix = "physis train vae, then codec=<its folder>"
+        fix = f"codec={weights_root() / 'vae'}, which comes with the package, or the folder that physis train vae wrote"
         raise UserError("codec", got=config.codec, wanted="the folder of a video codec", fix=fix)
     if not config.run.init:
         return
