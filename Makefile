@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two test files at a time, each with a process of its own, which is not started again: a test that hangs would hang once more.
+# Two test files at a time, each with a process of its own, which is not started again: a test that hangs or crashes would do so once more.
 # PYTEST_FLAGS= runs them one after the other.
 PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 DEMO_FLAGS ?=

@@ -82,7 +82,8 @@ def joined_text(attn: Any, context_BLD: Tensor) -> tuple[Tensor, Tensor]:
 def prefill_block(
     block: Any, video: Stream, groups: tuple[Group, ...], action_context_BLD: Tensor, joint: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``MixtureBlock.prefill``: -> (video tokens behind the block, the actions' keys and values of text); fills the front of ``joint``."""
+    """``MixtureBlock.prefill``, of the last block too in whole: -> (video tokens behind the block, the actions' keys and values of text); fills the front
+    of ``joint``."""
     rows, x = table(block, video.modulation_BF6D), video.x_BLD
     normed = modulate_frames(block.norm1(x.float()), rows[0], rows[1]).type_as(x)
     made = joined_heads(block.attn1, normed, video.rotary)
