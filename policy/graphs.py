@@ -134,8 +134,8 @@ def compile_blocks(
     backend: str | Callable[..., Any] = "inductor",
     names: Sequence[str] = ("forward", "prefill", "act"),
 ) -> None:
-    """Compile what a block does in a plan, once for all blocks (twice where nobody reads the last one's video): their weights are inputs. Names of parameters stay.
-    ``names``: of its methods."""
+    """Compile what a block does in a plan, once for all blocks (twice where nobody reads the last one's video): their weights are inputs of the
+    compiled function. Names of parameters stay. ``names``: of its methods."""
     kind = type(model.blocks[0])
     for name in names:
         compiled = torch.compile(getattr(kind, name), dynamic=False, fullgraph=True, backend=backend)

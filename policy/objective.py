@@ -93,9 +93,9 @@ def predict(
     model: WorldActionModel, batch: Mapping[str, Any], drawn: Drawn, *, video: bool = True, need_tap: bool = False
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Velocities of a noised batch: see ``WorldActionModel.forward``. Without ``video`` the video's is None, and the future tokens are not computed
-    where the actions do not see them."""
+    where neither the actions see them nor the tap is read."""
     x0, actions, copy = batch["latents_BCFhw"], batch["actions_BPA"], None
-    alone = not video and model.config.mode != "joint"
+    alone = not video and not need_tap and model.config.mode != "joint"
     # the first frame is clean
     noisy = x0[:, :, :1].float() if alone else add_noise(x0, drawn.noise_BCFhw, drawn.sigma_B)
     if drawn.copy_sigma_B is not None:
@@ -126,7 +126,7 @@ def policy_losses(
     ``frame_valid_BF``.
     """
     config = model.config
-    velocity, acted, tapped = predict(model, batch, drawn, video=video_weight > 0.0 or need_tap, need_tap=need_tap)
+    velocity, acted, tapped = predict(model, batch, drawn, video=video_weight > 0.0, need_tap=need_tap)
     weight = level_weights(drawn.action_sigma_B, config.action_shift, config.weighting)
     action = action_loss(acted, batch["actions_BPA"], drawn.action_noise_BPA, batch["action_valid_BP"], weight)
     terms = {"action": action.detach()}

@@ -241,6 +241,6 @@ class PolicyTrainer(Trainer):
         """Floating-point operations of an update of a batch [B,C,F,h,w] (``flops.step_flops``)."""
         one = tuple(shape[1:])
         if one not in self._sample_flops:
-            video = self.config.video_weight > 0 or self.forcing is not None
-            self._sample_flops[one] = step_flops(self.policy, shape, self.bank.text_tokens, video=video)
+            read = {"video": self.config.video_weight > 0, "tap": self.forcing is not None}
+            self._sample_flops[one] = step_flops(self.policy, shape, self.bank.text_tokens, **read)
         return shape[0] * self._sample_flops[one]

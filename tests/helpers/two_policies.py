@@ -20,12 +20,14 @@ STEPS = 6
 
 
 def settings(folder: Path, name: str, steps: int = STEPS) -> TrainPolicyConfig:
-    """``name``: ``<anything>`` with physics losses, ``<anything>_actions`` without the video's loss."""
+    """``name``: ``<anything>`` with physics losses, ``<anything>_actions`` without the video's loss, ``whole_<anything>`` not spread."""
     alone = name.endswith("_actions")
     made = config(folder, name, steps, physics=not alone)
     made.run.save_every, made.run.resume = 3, True
     if alone:
         made.video_weight = 0.0
+    if name.startswith("whole_"):
+        made.run.sharding = "none"
     return made
 
 
@@ -46,6 +48,7 @@ def main(folder: Path) -> None:
         lambda: train(folder, "one_to_two", source="one"),
         lambda: train(folder, "two_actions"),
         lambda: train(folder, "halves_actions", source="two_actions"),
+        lambda: train(folder, "whole_actions"),
     )
 
 

@@ -63,6 +63,17 @@ def test_losses_norms_and_weights_are_those_of_one_process(runs: Path, kind: str
     assert after == pytest.approx(before, rel=2e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["two_actions", "whole_actions"])
+def test_what_nothing_reads_stays_as_it_was(runs: Path, name: str) -> None:
+    """Of the last block's video, with weights spread and not: no weight decay and no states, as in one process."""
+    one, two = (load_training(runs / run / "last")[0] for run in ("one_actions", name))
+    assert one["optimizer"].keys() == two["optimizer"].keys()
+    unread = [key for key in one["weights"] if ".blocks.1." in key and ".action." not in key]
+    unread = [key for key in unread if key.endswith("weight") and ("attn2" in key or "ffn" in key or "to_q" in key)]
+    assert len(unread) > 6 and all(torch.equal(one["weights"][key], two["weights"][key]) for key in unread)
+    close(runs / "one_actions" / "last", runs / name / "last")
+
+
 def test_the_weights_were_spread(runs: Path) -> None:
     assert len(list((runs / "two" / "last" / "training").glob("shard-*"))) == 2
 

@@ -268,15 +268,19 @@ def test_settings_that_mean_nothing_are_refused(name: str, value: object) -> Non
         PolicyModelConfig(**{name: value})
 
 
-@pytest.mark.parametrize("mode", ["first_frame", "joint", "idm", "optional_idm"])
+@pytest.mark.parametrize(
+    ("mode", "tap"),
+    [*((mode, 0) for mode in pattern.PATTERNS), ("first_frame", 2), ("joint", 2), ("first_frame", 3)],
+)
 def test_without_a_video_loss_what_nobody_reads_is_not_computed_and_gradients_are_the_same(
-    mode: str, monkeypatch: pytest.MonkeyPatch
+    mode: str, tap: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a model whose velocity is computed, and thrown away. Weights that nobody reads have no gradients, also where blocks are compiled:
-    gradients of zero would let weight decay at them."""
+    gradients of zero would let weight decay at them. ``tap``: the block of three that a loss reads as well."""
     batch, gradients, called = tiny_batch(), {}, list[str]()
     for arm in ("alone", "compiled", "thrown away"):
         model = tiny_policy(mode=mode)
+        model.tap = tap or model.tap
         last = model.transformer.blocks[-1]
         for name, layer in {"proj_out": model.transformer.proj_out, "ffn": last.ffn, "query": last.attn1.to_q}.items():
             layer.register_forward_hook(lambda *_, told=f"{arm}: {name}": called.append(told))
@@ -289,12 +293,17 @@ def test_without_a_video_loss_what_nobody_reads_is_not_computed_and_gradients_ar
                 model, "forward", lambda *some, need_velocity, plain=plain, **more: plain(*some, **more)
             )
         drawn = draw(SHAPE, model.config, torch.Generator().manual_seed(3))
-        policy_losses(model, batch, drawn, video_weight=0.0)[0]["loss"].backward()
+        terms, tapped = policy_losses(model, batch, drawn, video_weight=0.0, need_tap=tap > 0)
+        (terms["loss"] if tapped is None else terms["loss"] + tapped.square().mean()).backward()
         gradients[arm] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert called and all(told.startswith("thrown away") for told in called)
-    last, alone = f"transformer.blocks.{len(model.blocks) - 1}.", gradients["alone"]
+    last, alone, read = f"transformer.blocks.{len(model.blocks) - 1}.", gradients["alone"], tap == len(model.blocks)
+    needless = [
+        told for told in called if not told.startswith("thrown away") and (told.endswith("proj_out") or not read)
+    ]
+    assert "thrown away: proj_out" in called and not needless
     unread = tuple(last + name for name in ("attn1.to_q", "attn1.norm_q", "attn1.to_out", "attn2", "ffn", "norm2"))
-    assert not any(name.startswith(unread) for name in alone) and last + "attn1.to_k.weight" in alone
+    assert any(name.startswith(unread) for name in alone) == read and last + "attn1.to_k.weight" in alone
+    assert not any("proj_out" in name for name in alone if not name.startswith("expert."))
     assert gradients["compiled"].keys() == alone.keys()
     for name, grad in gradients["thrown away"].items():
         assert torch.equal(grad, alone[name]) if name in alone else not grad.any(), name

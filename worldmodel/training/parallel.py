@@ -33,7 +33,8 @@ def shard_rest(module: nn.Module, whole: Iterable[nn.Module], processes: Process
     """Spread what of ``module`` is not in sharded blocks over the processes, together and in float32, but for the modules in ``whole``."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # the velocity is a view of what the last layer gives, and nothing writes into it: a warning at every step says nothing
+    # the velocity, and a policy's video tokens behind a last block that nobody reads, are views, and nothing writes into them: a warning at
+    # every step says nothing
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     kept = {parameter for part in whole for parameter in part.parameters()}
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -70,9 +71,13 @@ def whole(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], processes: Processes) -> None:
-    """Mean of the gradients of parameters that every process keeps whole; sharded ones have it already."""
+    """Mean of the gradients of parameters that every process keeps whole; sharded ones have it already. What has none in any process keeps none,
+    as in one process: zeros would let weight decay at it."""
     kept = [p for p in parameters if p.requires_grad and not is_sharded(p)]
     if not processes.many or not kept:
+        return
+    having = processes.total([float(p.grad is not None) for p in kept])
+    if not (kept := [p for p, count in zip(kept, having, strict=True) if count]):
         return
     for parameter in kept:
         if parameter.grad is None:
