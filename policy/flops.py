@@ -32,10 +32,8 @@ def step_flops(
     lengths = {"first": tokens, "future": later, "copy": copies * tokens, "action": chunk}
     seen = tokens + later + copies * tokens
     times, total = frames + copies, 0.0
-    last, unread = (
-        f"transformer.blocks.{len(model.blocks) - 1}.",
-        not video and not (tap and model.tap == len(model.blocks)),
-    )
+    last = f"transformer.blocks.{len(model.blocks) - 1}."
+    unread = not video and not (tap and model.tap == len(model.blocks))
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv3d) or name.startswith("proprioception."):
             continue

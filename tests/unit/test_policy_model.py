@@ -309,3 +309,20 @@ def test_without_a_video_loss_what_nobody_reads_is_not_computed_and_gradients_ar
         assert torch.equal(grad, alone[name]) if name in alone else not grad.any(), name
     for name, grad in gradients["compiled"].items():
         torch.testing.assert_close(grad, alone[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tap", [0, 2, 3])
+@pytest.mark.parametrize("mode", ["first_frame", "joint", "idm"])
+def test_operations_without_a_video_loss_are_those_that_pytorch_counts(mode: str, tap: int) -> None:
+    """``tap``: the block of three that a loss reads as well."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, batch = tiny_policy(mode=mode), tiny_batch()
+    model.tap = tap or model.tap
+    drawn = draw(SHAPE, model.config, torch.Generator().manual_seed(3))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        terms, tapped = policy_losses(model, batch, drawn, video_weight=0.0, need_tap=tap > 0)
+        (terms["loss"] if tapped is None else terms["loss"] + tapped.square().mean()).backward()
+    counted = step_flops(model, SHAPE, batch["text"].shape[1] + 1, video=False, tap=tap > 0)
+    assert counter.get_total_flops() == pytest.approx(SHAPE[0] * counted, rel=0.002)
