@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from physisforcing.core.errors import UserError
 from physisforcing.policy import pattern
 from physisforcing.policy.config import PolicyModelConfig, fastwam_compat
+from physisforcing.policy.flops import step_flops
 from physisforcing.policy.mixture import attend
 from physisforcing.policy.model import Copy, WorldActionModel, to_inference
 from physisforcing.policy.objective import draw, policy_losses
