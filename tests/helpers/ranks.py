@@ -5,6 +5,7 @@ Ranks are copies of a script in an interpreter of its own, which imports everyth
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -22,6 +23,8 @@ from tqdm import tqdm
 
 #: Where the ranks of this process meet, until it ends.
 _STORES: list[TCPStore] = []
+#: Linux's prctl: this signal when the parent dies.
+PR_SET_PDEATHSIG = 1
 
 
 def run_script(name: str, *arguments: object, timeout: float) -> None:
@@ -47,6 +50,8 @@ def fork(run: Callable[[], object], told: str) -> int:
         return child
     code = 1
     try:
+        # what kills this process reaches its copies, too
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         # bars of all processes draw under one semaphore, which a copy that is killed while it draws would never give back
         tqdm.set_lock(threading.RLock())
         # before there is another thread: the first call after a fork makes torch's pool of threads anew, and where two threads make it

@@ -23,3 +23,25 @@ def test_a_copy_that_dies_while_it_draws_a_bar_stops_no_other(tmp_path: Path) ->
     bars.start()
     bars.join(10)
     assert not bars.is_alive()
+
+
+def test_copies_die_with_the_process_they_are_copies_of(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+
+    def parent() -> None:
+        told.write_text(str(fork(lambda: time.sleep(60), "the copy")))
+        time.sleep(60)
+
+    kill_once(fork(parent, "the parent"), lambda: told.exists() and told.read_text(), within_s=30)
+    end = time.monotonic() + 10
+    while (state := _state(int(told.read_text()))) not in ("", "Z") and time.monotonic() < end:
+        time.sleep(0.01)
+    assert state in ("", "Z")
+
+
+def _state(process: int) -> str:
+    """As in /proc: Z for one that has ended and that nobody asked about, empty for one that is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""

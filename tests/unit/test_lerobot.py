@@ -170,11 +170,14 @@ def _write_some(root, seeds):
 
 def test_processes_write_side_by_side(tmp_path):
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_write_some, args=(tmp_path / "many", range(i, 12, 3))) for i in range(3)]
+    workers = [
+        context.Process(target=_write_some, args=(tmp_path / "many", range(i, 12, 3)), daemon=True) for i in range(3)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
     one = LeRobotWriter(tmp_path / "one", features())
     for seed in range(12):
         add(one, seed, 4)

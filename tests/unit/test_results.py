@@ -78,11 +78,12 @@ def _append(path, start):
 def test_processes_share_a_file(tmp_path):
     path = tmp_path / "r.jsonl"
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_append, args=(path, 50 * i)) for i in range(3)]
+    workers = [context.Process(target=_append, args=(path, 50 * i), daemon=True) for i in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert len(ResultsFile(path)) == 150 and ResultsFile(path).torn == []
 
 
