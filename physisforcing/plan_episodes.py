@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,10 +112,15 @@ class EpisodeRunner:
 
         torch.set_num_threads(config.threads)
         self.config, self.entries, self.filmed, self.environments = config, entries, filmed, environments
-        self.folders, self.device, self._server = weight_folders(config), choose_device(config.planner.device), server
+        self.device, self._server = choose_device(config.planner.device), server
         self._env: Any = None
         self._made: tuple[str, dict[str, Any]] = ("", {})
         self._parts: dict[str, Any] = {}
+
+    @functools.cached_property
+    def folders(self) -> dict[str, Path]:
+        """Of the planner's weights; looked for where they are read, since other policies act without."""
+        return weight_folders(self.config)
 
     def handle(self, job: Any) -> Any:
         import torch

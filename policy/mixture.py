@@ -63,6 +63,22 @@ def project(
     return query, key, value.transpose(1, 2)
 
 
+class _Laid(torch.autograd.Function):
+    """What attention gives, unchanged; the gradient comes to it with heads behind tokens in memory, however the caller cut it out of a larger one.
+
+    cuDNN's backward pass (PyTorch 2.11, default on Hopper) is planned once for shapes and layouts of queries, keys and values, and the plan holds
+    the layout of its first gradient: one of another layout, as compiled blocks make beside others in a process, is read at wrong places.
+    """
+
+    @staticmethod
+    def forward(_: Any, x_BHLD: Tensor) -> Tensor:
+        return x_BHLD.view_as(x_BHLD)
+
+    @staticmethod
+    def backward(_: Any, gradient_BHLD: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient_BHLD.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, groups: tuple[Group, ...], visible_BL: Tensor | None = None
 ) -> Tensor:
@@ -76,7 +92,8 @@ def attend(
         shown = None
         if visible_BL is not None and place == len(groups) - 1:
             shown = torch.cat([visible_BL[:, a:b] for a, b in runs], 1)[:, None, None]
-        made.append(F.scaled_dot_product_attention(query[:, :, begin:end], keys, values, attn_mask=shown))
+        found = F.scaled_dot_product_attention(query[:, :, begin:end], keys, values, attn_mask=shown)
+        made.append(_Laid.apply(found) if found.requires_grad else found)
     return torch.cat(made, 2) if len(made) > 1 else made[0]
 
 

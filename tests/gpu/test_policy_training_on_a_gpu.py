@@ -36,7 +36,7 @@ def losses_and_gradients(
         layer.weight.data.normal_(std=0.3)
     batch = trainer.batch(0)
     terms = trainer._backward(batch, trainer.draw(batch, step_generator(1, 0, trainer.device)))
-    # what the actions do not need has none, or zeros where a block is compiled
+    # what the actions do not need has none
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainer.policy.named_parameters()}
     return {name: float(terms[name].detach()) for name in ("loss", "action")}, found
 

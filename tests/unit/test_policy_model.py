@@ -160,6 +160,59 @@ def test_attention_by_groups_is_masked_attention(mode: str, monkeypatch: pytest.
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+PARTS = {"first": 3, "future": 4, "action": 5}
+#: Layout of two sequences' [B,H,L,D] gradients of two heads of eight numbers, as attention makes its outputs: [B,L,H,D] without gaps.
+LAID = [(length * 16, 8, 16, 1) for length in PARTS.values()]
+
+
+def attended_loss(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Of [B,L,H,D], what the layers behind attention do with it: each expert takes its tokens."""
+    found = attend(*(x.transpose(1, 2) for x in (query, key, value)), pattern.groups("first_frame", PARTS))
+    video, action = (part.transpose(1, 2).flatten(2) for part in found.split([7, 5], 2))
+    return video.square().sum() + action.square().sum()
+
+
+def heads() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 12, 2, 8, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def test_attention_is_given_gradients_of_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    strides: list[tuple[int, ...]] = []
+    plain, made = F.scaled_dot_product_attention, heads()
+
+    def seen(*parts: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        found = plain(*parts, **more)
+        found.register_hook(lambda gradient: strides.append(gradient.stride()))
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "scaled_dot_product_attention", seen)
+        attended_loss(*made).backward()
+    assert sorted(strides) == LAID
+    query, key, value = (x.transpose(1, 2) for x in made)
+    whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask("first_frame", PARTS)).square().sum()
+    for tensor, wanted in zip(made, torch.autograd.grad(whole, made), strict=True):
+        torch.testing.assert_close(tensor.grad, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_in_a_compiled_block_is_given_gradients_of_the_same_layout() -> None:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.compilers import nop
+
+    strides: list[tuple[int, ...]] = []
+
+    def backward(graph: torch.fx.GraphModule, inputs: object) -> object:
+        for node in graph.graph.nodes:
+            if "scaled_dot_product" in str(node.target) and "backward" in str(node.target):
+                strides.append(node.args[0].meta["val"].stride())
+        return nop(graph, inputs)
+
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=backward)
+    torch.compile(attended_loss, backend=backend, fullgraph=True)(*heads()).backward()
+    assert sorted(strides) == LAID
+
+
 def test_the_published_mask() -> None:
     """Section 1.5 of the reference, RoboTwin's 120 tokens a latent frame: rows see columns."""
     table = mask("first_frame", {"first": 120, "future": 240, "action": 32})

@@ -105,6 +105,14 @@ def test_a_policy_that_is_dropped_gives_its_memory_back(tmp_path: Path) -> None:
         gc.enable()
 
 
+def test_policies_act_where_the_planner_has_no_weights() -> None:
+    config = settings()
+    config.planner.decoder = "nowhere"
+    runner = PolicyRunner(config, {}, {}, {}, {}, {}, {}, {})
+    with pytest.raises(UserError, match=r"planner\.decoder: got 'nowhere'"):
+        assert runner.folders
+
+
 def test_a_served_policy_acts_as_one_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit-equal on a CPU, under the same key; another number of steps at that address is refused, also to a runner that is deployed."""
     folder = acting_policy(tmp_path / "mine" / "export")
