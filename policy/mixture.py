@@ -64,10 +64,11 @@ def project(
 
 
 class _Laid(torch.autograd.Function):
-    """What attention gives, unchanged; the gradient comes to it with heads behind tokens in memory, however the caller cut it out of a larger one.
+    """What attention gives, unchanged; its gradient gets one layout, [B,L,H,D] without gaps, however it was cut out of a larger one.
 
-    cuDNN's backward pass (PyTorch 2.11, default on Hopper) is planned once for shapes and layouts of queries, keys and values, and the plan holds
-    the layout of its first gradient: one of another layout, as compiled blocks make beside others in a process, is read at wrong places.
+    cuDNN's backward pass (preferred on Hopper and datacentre Blackwell; seen with PyTorch 2.11) is planned once for shapes and layouts of queries,
+    keys and values, and the plan also holds the layout of its first gradient: one of another layout, as compiled blocks make beside others in a
+    process, is read at wrong places. PyTorch keeps no traced graphs on disk of functions like this one: each process traces its blocks anew.
     """
 
     @staticmethod
@@ -77,6 +78,12 @@ class _Laid(torch.autograd.Function):
     @staticmethod
     def backward(_: Any, gradient_BHLD: Tensor) -> Tensor:  # type: ignore[override]
         return gradient_BHLD.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+    """[B,H,L,D] each. ``visible``: bool, keys that are seen, [B,1,1,L]."""
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    return _Laid.apply(found) if found.requires_grad else found
 
 
 def attend(
@@ -92,8 +99,7 @@ def attend(
         shown = None
         if visible_BL is not None and place == len(groups) - 1:
             shown = torch.cat([visible_BL[:, a:b] for a, b in runs], 1)[:, None, None]
-        found = F.scaled_dot_product_attention(query[:, :, begin:end], keys, values, attn_mask=shown)
-        made.append(_Laid.apply(found) if found.requires_grad else found)
+        made.append(attention(query[:, :, begin:end], keys, values, shown))
     return torch.cat(made, 2) if len(made) > 1 else made[0]
 
 
@@ -112,7 +118,7 @@ def finish(
     x_BLD = (x_BLD.float() + gate_frames(out, rows[2])).type_as(x_BLD)
     attn = block.attn2
     query = attn.norm_q(attn.to_q(block.norm2(x_BLD.float()).type_as(x_BLD)).float())
-    seen = F.scaled_dot_product_attention(query.to(text[1].dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2), *text)
+    seen = attention(query.to(text[1].dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2), *text)
     x_BLD = x_BLD + attn.to_out[0](seen.transpose(1, 2).flatten(2)).type_as(x_BLD)
     normed = modulate_frames(block.norm3(x_BLD.float()), rows[3], rows[4]).type_as(x_BLD)
     return (x_BLD.float() + gate_frames(block.ffn(normed), rows[5])).type_as(x_BLD)

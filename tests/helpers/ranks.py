@@ -42,7 +42,11 @@ def update_lines(run: Path) -> list[dict]:
 
 
 def fork(run: Callable[[], object], told: str) -> int:
-    """A copy of this process that calls ``run`` and ends with 0, or with 1 and a line that begins with ``told``. Returns its process id."""
+    """A copy of this process that calls ``run`` and ends with 0, or with 1 and a line that begins with ``told``. Returns its process id.
+
+    What kills this process reaches the copy, too, and so does the end of the thread that makes it.
+    """
+    parent = os.getpid()
     gc.freeze()  # what is there already is not looked through in the copy, which would make it copy all memory
     child = os.fork()
     if child:
@@ -50,8 +54,9 @@ def fork(run: Callable[[], object], told: str) -> int:
         return child
     code = 1
     try:
-        # what kills this process reaches its copies, too
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        assert ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
+        if os.getppid() != parent:  # it died before that was said
+            os._exit(1)
         # bars of all processes draw under one semaphore, which a copy that is killed while it draws would never give back
         tqdm.set_lock(threading.RLock())
         # before there is another thread: the first call after a fork makes torch's pool of threads anew, and where two threads make it

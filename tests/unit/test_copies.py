@@ -1,5 +1,6 @@
 """Copies of a process that tests kill (``tests/helpers/ranks.py``): one that dies takes nothing away from the process it is a copy of."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -28,8 +29,12 @@ def test_a_copy_that_dies_while_it_draws_a_bar_stops_no_other(tmp_path: Path) ->
 def test_copies_die_with_the_process_they_are_copies_of(tmp_path: Path) -> None:
     told = tmp_path / "told"
 
+    def copy() -> None:
+        told.write_text(str(os.getpid()))
+        time.sleep(60)
+
     def parent() -> None:
-        told.write_text(str(fork(lambda: time.sleep(60), "the copy")))
+        fork(copy, "the copy")
         time.sleep(60)
 
     kill_once(fork(parent, "the parent"), lambda: told.exists() and told.read_text(), within_s=30)

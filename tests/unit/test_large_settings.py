@@ -156,3 +156,14 @@ def test_faster_kernels_are_given_back(settings_of_the_process):
     assert before == (
         torch.backends.cudnn.benchmark, torch.backends.cuda.cudnn_sdp_enabled(), settings_of_the_process()
     )  # fmt: skip
+
+
+def test_attention_that_was_switched_off_stays_off(settings_of_the_process):
+    with kernels_given_back():
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        choose_kernels(torch.device("cuda"), False)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    with kernels_given_back():
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        choose_kernels(torch.device("cuda"), False)
+        assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -161,7 +161,7 @@ def test_attention_by_groups_is_masked_attention(mode: str, monkeypatch: pytest.
 
 
 PARTS = {"first": 3, "future": 4, "action": 5}
-#: Layout of two sequences' [B,H,L,D] gradients of two heads of eight numbers, as attention makes its outputs: [B,L,H,D] without gaps.
+#: Strides of [B,H,L,D] gradients of two heads of eight numbers that lie as [B,L,H,D] without gaps.
 LAID = [(length * 16, 8, 16, 1) for length in PARTS.values()]
 
 

@@ -105,7 +105,7 @@ def test_a_policy_that_is_dropped_gives_its_memory_back(tmp_path: Path) -> None:
         gc.enable()
 
 
-def test_policies_act_where_the_planner_has_no_weights() -> None:
+def test_the_planners_weights_are_looked_for_where_they_are_read() -> None:
     config = settings()
     config.planner.decoder = "nowhere"
     runner = PolicyRunner(config, {}, {}, {}, {}, {}, {}, {})

@@ -81,9 +81,9 @@ def choose_kernels(device: torch.device, deterministic: bool) -> None:
         return
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = not deterministic
-    # its backward pass adds up in an order of its own; that of the flash kernel can be told not to
-    torch.backends.cuda.enable_cudnn_sdp(not deterministic)
     if deterministic:
+        # its backward pass adds up in an order of its own; that of the flash kernel can be told not to
+        torch.backends.cuda.enable_cudnn_sdp(False)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
 
 
