@@ -20,9 +20,9 @@ PAGES = {
 }
 #: Columns of the nano policies' table, by the cells of their claims. A cell of several names is the first that was measured.
 CELLS = {
-    "joint, seed 0": ("joint_0", "eight_joint_0"), "joint, seed 1": ("joint_1",), "actions, seed 0": ("actions_0", "eight_actions_0"),
-    "actions, seed 1": ("actions_1",), "planner": ("planner",), "no-op": ("noop",), "random": ("random",), "retrieval": ("retrieval",),
-    "expert": ("expert",),
+    "joint, seed 0": ("joint_0", "eight_joint_0"), "joint, seed 1": ("joint_1",), "joint, seed 2": ("joint_2",),
+    "actions, seed 0": ("actions_0", "eight_actions_0"), "actions, seed 1": ("actions_1",), "actions, seed 2": ("actions_2",),
+    "planner": ("planner",), "no-op": ("noop",), "random": ("random",), "retrieval": ("retrieval",), "expert": ("expert",),
 }  # fmt: skip
 #: Columns of the table of latency, by the arms of their claims, and its rows, by the stages.
 ARMS = {
