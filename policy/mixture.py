@@ -63,7 +63,7 @@ def project(
     return query, key, value.transpose(1, 2)
 
 
-class _Laid(torch.autograd.Function):
+class _OneGradientLayout(torch.autograd.Function):
     """What attention gives, unchanged; its gradient gets one layout, [B,L,H,D] without gaps, however it was cut out of a larger one.
 
     cuDNN's backward pass (preferred on Hopper and datacentre Blackwell; seen with PyTorch 2.11) is planned once for shapes and layouts of queries,
@@ -83,7 +83,7 @@ class _Laid(torch.autograd.Function):
 def attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
     """[B,H,L,D] each. ``visible``: bool, keys that are seen, [B,1,1,L]."""
     found = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-    return _Laid.apply(found) if found.requires_grad else found
+    return _OneGradientLayout.apply(found) if found.requires_grad else found
 
 
 def attend(

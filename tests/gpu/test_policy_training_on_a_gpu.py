@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from physisforcing.policy.mixture import attention
 from physisforcing.policy.training import PolicyTrainer
 from physisforcing.policy.windows import PolicyBank, episode_statistics
 from physisforcing.worldmodel.data.batches import step_generator
@@ -39,6 +40,19 @@ def losses_and_gradients(
     # what the actions do not need has none
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainer.policy.named_parameters()}
     return {name: float(terms[name].detach()) for name in ("loss", "action")}, found
+
+
+def test_attention_reads_gradients_of_any_layout() -> None:
+    """cuDNN's plan of the backward pass holds the layout of its first gradient (docs/results/policy.md)."""
+    torch.manual_seed(0)
+    made = [torch.randn(4, 61, 2, 64, device="cuda") for _ in range(4)]
+    query, key, value = (x.transpose(1, 2).double().requires_grad_() for x in made[:3])
+    came = made[3].transpose(1, 2)
+    wanted = torch.autograd.grad(attention(query, key, value), (query, key, value), came.double())
+    for gradient in (came.bfloat16(), came.bfloat16().contiguous()):
+        parts = [x.bfloat16().transpose(1, 2).requires_grad_() for x in made[:3]]
+        for found, exact in zip(torch.autograd.grad(attention(*parts), parts, gradient), wanted, strict=True):
+            assert (found.double() - exact).norm() < 0.02 * exact.norm(), gradient.stride()
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0], ids=["actions alone", "video and actions"])

@@ -15,6 +15,7 @@ from physisforcing.core.errors import UserError
 from physisforcing.core.message_client import ServerLostError
 from physisforcing.envs.baselines import NoOp
 from physisforcing.envs.remote import RemoteEnv, RemoteEpisodes
+from process_state import alive
 
 
 def same(left, right):
@@ -127,14 +128,6 @@ def test_a_server_does_not_outlive_the_process_that_spawned_it():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     server, deadline = int(done.stdout), time.monotonic() + 20
-    while _alive(server):
+    while alive(server):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def _alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from physisforcing.core.errors import UnstableSceneError, UserError
+from process_state import alive
 
 pytestmark = pytest.mark.sim
 BLIND = {"observe": False}
@@ -40,14 +40,6 @@ def open_vector():
         pids |= set(vector.pids()) | {crash.pid for crash in vector.crashes}
         vector.close()
     assert pids and not [pid for pid in pids if alive(pid)]
-
-
-def alive(pid):
-    """Whether it runs; one that ended and that nobody has waited for (Z) does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def waves(states_NA, steps):

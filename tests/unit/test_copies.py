@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from process_state import alive
 from ranks import fork, kill_once
 
 
@@ -39,14 +40,6 @@ def test_copies_die_with_the_process_they_are_copies_of(tmp_path: Path) -> None:
 
     kill_once(fork(parent, "the parent"), lambda: told.exists() and told.read_text(), within_s=30)
     end = time.monotonic() + 10
-    while (state := _state(int(told.read_text()))) not in ("", "Z") and time.monotonic() < end:
+    while alive(int(told.read_text())):
+        assert time.monotonic() < end
         time.sleep(0.01)
-    assert state in ("", "Z")
-
-
-def _state(process: int) -> str:
-    """As in /proc: Z for one that has ended and that nobody asked about, empty for one that is gone."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return ""

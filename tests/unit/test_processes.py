@@ -3,7 +3,8 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from process_state import alive
 
 SCRIPT = """
 import functools, multiprocessing, os, signal, sys, types
@@ -27,13 +28,6 @@ if __name__ == "__main__":
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
 """
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_a_daemon_may_have_an_environment_which_ends_with_it(tmp_path):
