@@ -1,10 +1,12 @@
 """What the first update of weights that were stored in bfloat16 does where their products are computed in 8-bit floats, by the choice of scales.
 
-    python benchmarks/float8_ties.py --json ties.json          # needs torchao (physisforcing[fp8])
+    python benchmarks/float8_ties.py --json ties.json                             # needs torchao (physisforcing[fp8])
+    python benchmarks/float8_ties.py --size 5b --seeds 2 --json ties_5b.json      # TI2V-5B, on a GPU of 141 GB
 
 A Wan transformer of 30 layers with drawn weights, rounded to bfloat16 and kept in float32; one random sample; one step of AdamW at a rate of 2e-8.
 ``loss_change``: of the same sample, by that step. In `bfloat16` it is what the step is worth. `powers_of_two`: TorchAO's recipe `rowwise` as it is;
-`ours`: ``use_float8``. ``tie_share``: weights that lie just between two 8-bit floats once they are scaled.
+`ours`: ``use_float8``; `..._spread`: weights that were moved off the numbers of bfloat16, each by less than half their distance.
+``loss``: before the step. ``tie_share``: weights that lie just between two 8-bit floats once they are scaled.
 """
 
 from __future__ import annotations
@@ -17,50 +19,66 @@ import sys
 from typing import Any
 
 import torch
+from paper_recipes import TRANSFORMERS
 from torch import Tensor, nn
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
 from physisforcing.worldmodel.training.float8 import use_float8
 
-RATE, CPU = 2e-8, torch.device("cpu")
-SIZE: dict[str, Any] = {
+#: Of the step.
+RATE = 2e-8
+#: Of `--size` "small" and "5b": the transformer; frames, rows and columns of its latents, whose tokens are of 1x2x2.
+SMALL: dict[str, Any] = {
     "num_attention_heads": 4, "attention_head_dim": 64, "num_layers": 30, "ffn_dim": 1024, "in_channels": 48,
     "out_channels": 48, "text_dim": 64, "freq_dim": 256,
 }  # fmt: skip
-#: Frames, rows and columns of the latents; tokens are of 1x2x2.
-GRID = (3, 6, 8)
+SIZES = {
+    "small": (SMALL, (3, 6, 8)),
+    "tiny": (SMALL | {"num_layers": 2}, (3, 6, 8)),
+    "5b": (TRANSFORMERS["5b"], (5, 30, 40)),
+}
+ARMS = ("bfloat16", "powers_of_two", "ours", "bfloat16_spread", "ours_spread")
 
 
-def drawn(seed: int, tiny: bool) -> Any:
+def drawn(seed: int, size: str, device: torch.device) -> Any:
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(seed)
-    model = WanTransformer3DModel(**SIZE | ({"num_layers": 2} if tiny else {}))
-    return model.bfloat16().float()
+    with device:
+        return WanTransformer3DModel(**SIZES[size][0]).bfloat16().float()
 
 
-def arm(name: str, model: Any) -> Any:
+def arm(name: str, model: Any, device: torch.device) -> Any:
     """``model`` with the products of ``name``."""
     made = copy.deepcopy(model)
-    if name == "ours":
-        use_float8(made.blocks, CPU)
+    if name.endswith("_spread"):
+        draw = torch.Generator(device).manual_seed(0)
+        with torch.no_grad():
+            for weight in made.blocks.parameters():  # numbers of bfloat16 lie 2 ** (exponent - 7) apart
+                apart = 2.0 ** (weight.abs().clamp(min=2.0**-100).log2().floor() - 7)
+                weight += (torch.rand(weight.shape, generator=draw, device=device) - 0.5) * apart
+    if name.startswith("ours"):
+        use_float8(made.blocks, device)
     elif name == "powers_of_two":
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-        recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True, emulate=True)
+        recipe = dataclasses.replace(
+            Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True, emulate=device.type == "cpu"
+        )
         for block in made.blocks:
             convert_to_float8_training(block, config=recipe)
     return made
 
 
-def loss_change(model: Any, seed: int) -> float:
-    """Of the squared error of one sample, by one update."""
+def losses(model: Any, seed: int, size: str, device: torch.device) -> tuple[float, float]:
+    """Squared error of one sample before and after one update."""
+    config, grid = SIZES[size]
     draw = torch.Generator().manual_seed(seed)
-    x, wanted = (torch.randn(1, SIZE["in_channels"], *GRID, generator=draw) for _ in range(2))
-    text, time = torch.randn(1, 16, SIZE["text_dim"], generator=draw), torch.tensor([700.0])
+    x, wanted = (torch.randn(1, config["in_channels"], *grid, generator=draw).to(device) for _ in range(2))
+    text, time = torch.randn(1, 16, config["text_dim"], generator=draw).to(device), torch.tensor([700.0], device=device)
 
     def loss() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             found = model(x, time, text, return_dict=False)[0]
         return (found.float() - wanted).square().mean()
 
@@ -69,7 +87,7 @@ def loss_change(model: Any, seed: int) -> float:
     before.backward()
     optimizer.step()
     with torch.no_grad():
-        return float(loss() - before)
+        return float(before), float(loss())
 
 
 def tie_share(model: Any, *, powers_of_two: bool) -> float:
@@ -90,16 +108,17 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="two layers, one seed")
+    parser.add_argument("--size", choices=SIZES, default="small")
     options = parser.parse_args(words)
-    seeds = range(1 if options.tiny else options.seeds)
+    size, seeds = options.size, range(options.seeds)
+    device = torch.device("cuda" if size == "5b" else "cpu")
     command = placeless("python benchmarks/float8_ties.py " + shlex.join(sys.argv[1:] if words is None else words))
     provenance, lines = machine_provenance(), []
 
     def note(claim: str, values: list[float], unit: str) -> None:
         mean = sum(values) / len(values)
         line = measurement(
-            f"training/float8/{claim}", float(f"{mean:.4g}"), unit=unit, low=float(f"{min(values):.4g}"), high=float(f"{max(values):.4g}"),
+            f"training/float8/{'5b/' * (size == '5b')}{claim}", float(f"{mean:.4g}"), unit=unit, low=float(f"{min(values):.4g}"), high=float(f"{max(values):.4g}"),
             n=len(values), seeds=list(seeds), command=command, provenance=provenance,
         )  # fmt: skip
         lines.append(line)
@@ -107,12 +126,20 @@ def main(words: list[str] | None = None) -> None:
         if options.json:
             write_measurements(options.json, lines)
 
-    models = [drawn(seed, options.tiny) for seed in seeds]
-    for name in ("bfloat16", "powers_of_two", "ours"):
-        changes = [loss_change(arm(name, model), seed) for seed, model in zip(seeds, models, strict=True)]
-        note(f"{name}/loss_change", changes, "loss")
-        if name != "bfloat16":
-            note(f"{name}/tie_share", [tie_share(model, powers_of_two=name != "ours") for model in models], "share")
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in ARMS}
+    for seed in seeds:
+        model = drawn(seed, size, device)
+        for name in ARMS:
+            made = arm(name, model, device)
+            share = tie_share(made, powers_of_two=name == "powers_of_two")
+            before, after = losses(made, seed, size, device)
+            found[name].append((before, after - before, share))
+    for name, rows in found.items():
+        for what, unit, values in zip(
+            ("loss", "loss_change", "tie_share"), ("loss", "loss", "share"), zip(*rows, strict=True), strict=True
+        ):
+            if what != "tie_share" or not name.startswith("bfloat16"):
+                note(f"{name}/{what}", list(values), unit)
 
 
 if __name__ == "__main__":

@@ -109,18 +109,21 @@ def test_an_update_too_small_to_matter_does_not_tip_weights_that_were_stored_in_
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of norms, whose weights stay float32
 @pytest.mark.usefixtures("torchao")
 def test_ties_are_counted(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A number in bfloat16 has four bits more than one in float8_e4m3: one in 16 lies just between two of these."""
+    """A number in bfloat16 has four bits more than one in float8_e4m3: one in 16 lies just between two of these. What is in between of bfloat16 does not."""
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     import float8_ties
 
-    float8_ties.main(["--tiny", "--json", str(tmp_path / "ties.json")])
+    float8_ties.main(["--size", "tiny", "--seeds", "1", "--json", str(tmp_path / "ties.json")])
     found = {
         line["claim"].removeprefix("training/float8/"): line["value"]
         for line in json.loads((tmp_path / "ties.json").read_text())
     }
     assert found["powers_of_two/tie_share"] == pytest.approx(1 / 16, rel=0.02)
     assert 0 < found["ours/tie_share"] < 0.01
-    assert len(found) == 5
+    assert found["ours_spread/tie_share"] < 1e-5
+    assert found["powers_of_two/loss_change"] < 5 * found["ours/loss_change"] < 0
+    assert abs(found["ours_spread/loss_change"]) < abs(found["ours/loss_change"]) / 3
+    assert len(found) == 2 * len(float8_ties.ARMS) + 3
 
 
 def test_where_it_cannot_be_it_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
