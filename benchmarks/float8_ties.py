@@ -5,7 +5,7 @@
 
 A Wan transformer of 30 layers with drawn weights, rounded to bfloat16 and kept in float32; one random sample; one step of AdamW at a rate of 2e-8.
 ``loss_change``: of the same sample, by that step. In `bfloat16` it is what the step is worth. `powers_of_two`: TorchAO's recipe `rowwise` as it is;
-`ours`: ``use_float8``; `..._spread`: weights that were moved off the numbers of bfloat16, each by less than half their distance.
+`unrounded`: with scales as they are; `ours`: these, and weights off the numbers of bfloat16 (``spread_weights``), as they are in `bfloat16_spread`.
 ``loss``: before the step. ``tie_share``: weights that lie just between two 8-bit floats once they are scaled.
 """
 
@@ -23,7 +23,7 @@ from paper_recipes import TRANSFORMERS
 from torch import Tensor, nn
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
-from physisforcing.worldmodel.training.float8 import use_float8
+from physisforcing.worldmodel.training.float8 import spread_weights, use_float8
 
 #: Of the step.
 RATE = 2e-8
@@ -37,7 +37,7 @@ SIZES = {
     "tiny": (SMALL | {"num_layers": 2}, (3, 6, 8)),
     "5b": (TRANSFORMERS["5b"], (5, 30, 40)),
 }
-ARMS = ("bfloat16", "powers_of_two", "ours", "bfloat16_spread", "ours_spread")
+ARMS = ("bfloat16", "bfloat16_spread", "powers_of_two", "unrounded", "ours")
 
 
 def drawn(seed: int, size: str, device: torch.device) -> Any:
@@ -51,13 +51,9 @@ def drawn(seed: int, size: str, device: torch.device) -> Any:
 def arm(name: str, model: Any, device: torch.device) -> Any:
     """``model`` with the products of ``name``."""
     made = copy.deepcopy(model)
-    if name.endswith("_spread"):
-        draw = torch.Generator(device).manual_seed(0)
-        with torch.no_grad():
-            for weight in made.blocks.parameters():  # numbers of bfloat16 lie 2 ** (exponent - 7) apart
-                apart = 2.0 ** (weight.abs().clamp(min=2.0**-100).log2().floor() - 7)
-                weight += (torch.rand(weight.shape, generator=draw, device=device) - 0.5) * apart
-    if name.startswith("ours"):
+    if name in ("ours", "bfloat16_spread"):
+        spread_weights(made.blocks, torch.Generator(device).manual_seed(0))
+    if name in ("ours", "unrounded"):
         use_float8(made.blocks, device)
     elif name == "powers_of_two":
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny_large
 from physisforcing.core.errors import UserError
 from physisforcing.policy.training_config import TrainPolicyConfig
 from physisforcing.worldmodel.data.batches import step_generator
 from physisforcing.worldmodel.training.config import RunConfig, TrainVaeConfig, TrainWorldModelConfig
-from physisforcing.worldmodel.training.float8 import check_float8, use_float8
+from physisforcing.worldmodel.training.float8 import check_float8, spread_weights, use_float8
 from physisforcing.worldmodel.training.trainer import Trainer
 from physisforcing.worldmodel.training.worldmodel import train_world_model
 
@@ -91,19 +92,67 @@ def test_an_update_too_small_to_matter_does_not_tip_weights_that_were_stored_in_
     torch.manual_seed(0)
     stored = torch.nn.Linear(512, 256, bias=False)
     stored.weight.data = stored.weight.data.bfloat16().float()
-    inputs, ours, theirs = torch.randn(64, 512), copy.deepcopy(stored), copy.deepcopy(stored)
+    inputs = torch.randn(64, 512)
+    ours, unrounded, theirs = (torch.nn.Sequential(copy.deepcopy(stored)) for _ in range(3))
+    spread_weights(ours, torch.Generator().manual_seed(0))
+    use_float8([ours, unrounded], torch.device("cpu"))
     recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
-    holders = [torch.nn.Sequential(ours), torch.nn.Sequential(theirs)]
-    use_float8([holders[0]], torch.device("cpu"))
-    convert_to_float8_training(holders[1], config=recipe)
+    convert_to_float8_training(theirs, config=recipe)
     moved = []
-    for holder in holders:
+    for holder in (ours, unrounded, theirs):
         with torch.no_grad():
             before = holder(inputs)
             holder[0].weight += 1e-9 * inputs.sum(0).sign()  # an update whose parts all push one way
             moved.append(float((holder(inputs) - before).norm() / before.norm()))
-    assert moved[1] > 3e-3, "what the choice of scales is for"
-    assert moved[0] < moved[1] / 4
+    assert moved[2] > 3e-3, "what the choice of scales is for"
+    assert moved[1] < moved[2] / 4
+    assert moved[1] > 3e-4, "what the spreading is for"
+    assert moved[0] < moved[2] / 100
+
+
+def test_spread_weights_stay_what_they_are_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    layer, trained = torch.nn.Linear(300, 200), torch.nn.Linear(300, 200)
+    special = torch.tensor([0.0, -0.0, 0.5, -0.25, 1.0, 2.0**-120, -(2.0**-126), 3e-41, 2.0**100])
+    layer.weight.data[0, : len(special)] = special
+    layer.weight.data = layer.weight.data.bfloat16().float()
+    kept = layer.weight.detach().clone(), trained.weight.detach().clone(), layer.bias.detach().clone()
+    one, other = (copy.deepcopy(torch.nn.ModuleList([layer, trained])) for _ in range(2))
+    for block in (one, other):
+        spread_weights(block, torch.Generator().manual_seed(5))
+    weight = one[0].weight.detach()
+    assert torch.equal(weight, other[0].weight), "the same numbers of the same draw"
+    assert torch.equal(weight.bfloat16().float(), kept[0])
+    assert torch.equal(one[1].weight, kept[1]), "of more digits than bfloat16 has"
+    assert torch.equal(one[0].bias, kept[2])
+    assert weight.isfinite().all()
+    assert torch.equal(weight[0, :2], kept[0][0, :2])
+    usual = kept[0][1:]  # uniform between the halves of what bfloat16 tells apart there: 2 ** (exponent - 7)
+    parts = (weight[1:] - usual) / 2.0 ** (usual.abs().log2().floor() - 7)
+    assert (parts != 0).float().mean() > 0.99
+    assert parts.abs().max() <= 0.5
+    assert abs(float(parts.mean())) < 5 * (1 / 12) ** 0.5 / parts.numel() ** 0.5
+    assert float(parts.std()) == pytest.approx((1 / 12) ** 0.5, rel=0.02)
+
+
+@pytest.mark.usefixtures("torchao")
+def test_a_training_in_8_bits_spreads_what_was_stored_in_bfloat16(made: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "bfloat16"
+    shutil.copytree(made[0], folder)
+    stored = {name: value.bfloat16() for name, value in load_file(folder / WEIGHTS).items()}
+    save_file(stored, folder / WEIGHTS)
+    found = {}
+    for name, eight, seed in (("plain", False, 0), ("eight", True, 0), ("again", True, 0), ("other", True, 1)):
+        settings = config((folder, made[1]), tmp_path / name)
+        settings.run.fp8, settings.run.seed = eight, seed
+        found[name] = tiny_large.trainer(settings).model.denoiser.backbone.transformer.state_dict()
+    weight = "blocks.0.ffn.net.0.proj.weight"
+    assert torch.equal(found["plain"][weight], stored[weight].float())
+    assert (found["eight"][weight] != found["plain"][weight]).float().mean() > 0.95
+    assert torch.equal(found["eight"][weight], found["again"][weight])
+    assert not torch.equal(found["eight"][weight], found["other"][weight])
+    for name, value in stored.items():
+        assert torch.equal(found["eight"][name].bfloat16(), value), name
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of norms, whose weights stay float32
@@ -119,10 +168,10 @@ def test_ties_are_counted(repository: Path, tmp_path: Path, monkeypatch: pytest.
         for line in json.loads((tmp_path / "ties.json").read_text())
     }
     assert found["powers_of_two/tie_share"] == pytest.approx(1 / 16, rel=0.02)
-    assert 0 < found["ours/tie_share"] < 0.01
-    assert found["ours_spread/tie_share"] < 1e-5
-    assert found["powers_of_two/loss_change"] < 5 * found["ours/loss_change"] < 0
-    assert abs(found["ours_spread/loss_change"]) < abs(found["ours/loss_change"]) / 3
+    assert 0 < found["unrounded/tie_share"] < 0.01
+    assert found["ours/tie_share"] < 1e-5
+    assert found["powers_of_two/loss_change"] < 5 * found["unrounded/loss_change"] < 0
+    assert abs(found["ours/loss_change"]) < abs(found["unrounded/loss_change"]) / 3
     assert len(found) == 2 * len(float8_ties.ARMS) + 3
 
 

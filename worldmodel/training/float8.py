@@ -2,6 +2,9 @@
 
 Activations, weights and gradients are scaled a row at a time (TorchAO's recipe ``rowwise``) and multiplied in ``float8_e4m3``; what comes out is bfloat16.
 Names of parameters and checkpoints are those of the layers without it.
+
+Numbers that were stored in bfloat16 are few, and many of them lie just between two 8-bit floats, where an update, however small its rate, tips all to
+its side at once: of TI2V-5B's size one of 2e-8 changes the loss of its sample by 2 % (benchmarks/float8_ties.py). ``spread_weights`` is the remedy.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from physisforcing.core.errors import UserError
 
 #: What 8-bit matrix products of a GPU want the sides of a weight to be multiples of.
 MULTIPLE = 16
+#: Of bfloat16: bits behind the point, and a weight below which all lie as far apart as there.
+MANTISSA, TINIEST = 7, 2.0**-100
 #: The first GPUs that have them (Ada; Hopper is 9.0).
 CAPABILITY = (8, 9)
 
@@ -46,8 +51,7 @@ def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     # The tokens of a sample are no multiple of 16, and the gradient of a weight adds over them. Scales rounded to powers of two, the recipe's own, would
-    # leave one in 16 of the weights that were stored in bfloat16 just between two 8-bit floats, where the first update, however small its rate, tips
-    # all to its side (benchmarks/float8_ties.py). Unrounded, one in 200 is left.
+    # put one in 16 of the weights that were stored in bfloat16 just between two 8-bit floats; unrounded it is one in 200.
     config = dataclasses.replace(
         Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True, round_scales_to_power_of_2=False, emulate=device.type == "cpu"
     )  # fmt: skip
@@ -64,3 +68,20 @@ def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> None:
     if not count:
         wanted = f"layers whose sides are multiples of {MULTIPLE}"
         raise UserError("run.fp8", got="none in the blocks of this model", wanted=wanted, fix="leave run.fp8 out")
+
+
+def spread_weights(block: nn.Module, draw: torch.Generator) -> None:
+    """Move the weights of linear layers that are float32 and hold numbers of bfloat16 alone to numbers in between, drawn evenly from those that bfloat16
+    rounds to where they were: as bfloat16 they stay what they are. Weights of more digits, as a training has left them, stay. ``draw``: on the device
+    of ``block``."""
+    for layer in block.modules():
+        if not isinstance(layer, nn.Linear) or layer.weight.dtype != torch.float32:
+            continue
+        weight = layer.weight.detach()
+        if not torch.equal(weight, weight.bfloat16().float()):
+            continue
+        apart = torch.exp2(
+            weight.abs().clamp(min=TINIEST).log2().floor() - MANTISSA
+        )  # from the next number of bfloat16
+        moved = weight + (torch.rand(weight.shape, generator=draw, device=weight.device) - 0.5) * apart
+        weight.copy_(torch.where(moved.bfloat16().float() == weight, moved, weight))
