@@ -1,10 +1,10 @@
-"""Matrix products of a large backbone's blocks in 8-bit floats, by TorchAO: weights, their gradients and the optimiser stay what they are.
+"""Matrix products of a large backbone's blocks in 8-bit floats, by TorchAO: weights, their gradients and the optimiser keep their types.
 
 Activations, weights and gradients are scaled a row at a time (TorchAO's recipe ``rowwise``) and multiplied in ``float8_e4m3``; what comes out is bfloat16.
 Names of parameters and checkpoints are those of the layers without it.
 
 Numbers that were stored in bfloat16 are few, and many of them lie just between two 8-bit floats, where an update, however small its rate, tips all to
-its side at once: of TI2V-5B's size one of 2e-8 changes the loss of its sample by 2 % (benchmarks/float8_ties.py). ``spread_weights`` is the remedy.
+one side at once: at TI2V-5B's size one of 2e-8 changes the loss of its sample by 2 % (benchmarks/float8_ties.py). ``spread_weights`` is the remedy.
 """
 
 from __future__ import annotations
