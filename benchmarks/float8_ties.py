@@ -37,6 +37,7 @@ SIZES = {
     "tiny": (SMALL | {"num_layers": 2}, (3, 6, 8)),
     "5b": (TRANSFORMERS["5b"], (5, 30, 40)),
 }
+UNITS = {"loss": "loss", "loss_change": "loss", "tie_share": "share"}
 ARMS = ("bfloat16", "bfloat16_spread", "powers_of_two", "unrounded", "ours")
 
 
@@ -91,7 +92,9 @@ def tie_share(model: Any, *, powers_of_two: bool) -> float:
     ties = count = 0
     for layer in (one for block in model.blocks for one in block.modules() if isinstance(one, nn.Linear)):
         weight = layer.weight.detach().abs()
-        scale = torch.finfo(torch.float8_e4m3fn).max / weight.amax(1, keepdim=True)
+        scale = (
+            torch.finfo(torch.float8_e4m3fn).max / weight.double().amax(1, keepdim=True)
+        ).float()  # as TorchAO rounds
         value = weight * (2.0 ** scale.log2().floor() if powers_of_two else scale)
         # numbers of an exponent lie an eighth of its power of two apart; below 2 ** -6 all lie equally far apart
         apart = 2.0 ** (value.clamp(min=2.0**-6).log2().floor() - 3)
@@ -108,6 +111,8 @@ def main(words: list[str] | None = None) -> None:
     options = parser.parse_args(words)
     size, seeds = options.size, range(options.seeds)
     device = torch.device("cuda" if size == "5b" else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--size 5b needs a GPU")
     command = placeless("python benchmarks/float8_ties.py " + shlex.join(sys.argv[1:] if words is None else words))
     provenance, lines = machine_provenance(), []
 
@@ -122,20 +127,17 @@ def main(words: list[str] | None = None) -> None:
         if options.json:
             write_measurements(options.json, lines)
 
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in ARMS}
+    found: dict[str, list[list[float]]] = {name: [] for name in ARMS}
     for seed in seeds:
         model = drawn(seed, size, device)
         for name in ARMS:
             made = arm(name, model, device)
-            share = tie_share(made, powers_of_two=name == "powers_of_two")
+            share = [] if name.startswith("bfloat16") else [tie_share(made, powers_of_two=name == "powers_of_two")]
             before, after = losses(made, seed, size, device)
-            found[name].append((before, after - before, share))
+            found[name].append([before, after - before, *share])
     for name, rows in found.items():
-        for what, unit, values in zip(
-            ("loss", "loss_change", "tie_share"), ("loss", "loss", "share"), zip(*rows, strict=True), strict=True
-        ):
-            if what != "tie_share" or not name.startswith("bfloat16"):
-                note(f"{name}/{what}", list(values), unit)
+        for (what, unit), *values in zip(UNITS.items(), *rows, strict=False):
+            note(f"{name}/{what}", values, unit)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 The packaged world model's size with the usual action expert, random windows on the device, a batch of 128 in bfloat16; rows are without and with
 the video's loss, blocks compiled or not, and with gradients of attention in whatever layout they come (policy/mixture.py `attention` asks for one).
-Each row has a process of its own: that last one may compute nonsense beside others. `batch` is what the host spends until random numbers are drawn,
+Each row has a process of its own (but with --tiny): that last one may read gradients at wrong places beside others. `batch` is what the host spends until random numbers are drawn,
 `kernels` is of whole updates. A GPU that is waited for in `between` is kept from work by the host; one that is busy is not.
 """
 
@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -37,8 +38,10 @@ from physisforcing.worldmodel.training.runtime import choose_kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 #: Row -> video_weight, run.compile.
-ROWS = {"actions": (0.0, "none"), "actions_compiled": (0.0, "blocks"), "both_compiled": (1.0, "blocks")}
-ROWS["both_compiled_any_layout"] = ROWS["both_compiled"]
+ROWS = {
+    "actions": (0.0, "none"), "actions_compiled": (0.0, "blocks"), "both_compiled": (1.0, "blocks"),
+    "both_compiled_any_layout": (1.0, "blocks"),
+}  # fmt: skip
 #: (C, F, h, w) of a window.
 LATENTS = (16, 5, 15, 20)
 
@@ -107,13 +110,9 @@ def run(row: str, options: argparse.Namespace, words: list[str]) -> list[dict[st
     sys.argv = words
     device = torch.device("cpu" if options.tiny else "cuda")
     choose_kernels(device, deterministic=False)
-    asked = mixture.attention
-    if row.endswith("_any_layout"):
-        mixture.attention = F.scaled_dot_product_attention
-    with tempfile.TemporaryDirectory() as place:
-        made = lines(row, trainer(row, options, Path(place), device), options)
-    mixture.attention = asked
-    return made
+    attention = F.scaled_dot_product_attention if row.endswith("_any_layout") else mixture.attention
+    with tempfile.TemporaryDirectory() as place, mock.patch.object(mixture, "attention", attention):
+        return lines(row, trainer(row, options, Path(place), device), options)
 
 
 def main() -> None:
@@ -125,11 +124,13 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     made = list[dict[str, Any]]()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for row in ROWS:  # a rehearsal compiles nothing and stays here
-            made += run(row, options, sys.argv) if options.tiny else pool.submit(run, row, options, sys.argv).result()
-            print(f"{made[-1]['claim']}: {made[-1]['value']:.2f} ms {made[-1]['against']}", flush=True)
+    for row in ROWS:
+        if options.tiny:
+            made += run(row, options, sys.argv)
+        else:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                made += pool.submit(run, row, options, sys.argv).result()
+        print(f"{made[-1]['claim']}: {made[-1]['value']:.2f} ms {made[-1]['against']}", flush=True)
     if options.json:
         write_measurements(options.json, made)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,23 @@ def test_batches_are_shared_by_groups() -> None:
     assert shares == [slice(0, 3), slice(0, 3), slice(3, 6), slice(3, 6)]
     with pytest.raises(UserError, match=r"run\.batch.*multiple of the 2 groups of processes"):
         Processes(world=4, sequence=2).share(5)
+
+
+def test_a_pass_in_two_processes_is_timed_beside_one(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.setenv("PYTHONPATH", str(repository / "benchmarks"))  # of the processes that it starts
+    import sequence_split
+
+    monkeypatch.setattr(
+        "sys.argv", ["sequence_split.py", "--tiny", "--passes", "2", "--json", str(tmp_path / "split.json")]
+    )
+    sequence_split.main()
+    one, two = json.loads((tmp_path / "split.json").read_text())
+    assert (one["n"], two["n"]) == (2, 2)
+    assert two["against"]["difference"] < 1e-5
+    assert two["against"]["ratio"] == pytest.approx(two["value"] / one["value"], rel=0.02)
 
 
 def test_where_it_cannot_be_it_is_refused(

@@ -3,8 +3,9 @@
 Activations, weights and gradients are scaled a row at a time (TorchAO's recipe ``rowwise``) and multiplied in ``float8_e4m3``; what comes out is bfloat16.
 Names of parameters and checkpoints are those of the layers without it.
 
-Numbers that were stored in bfloat16 are few, and many of them lie just between two 8-bit floats, where an update, however small its rate, tips all to
-one side at once: at TI2V-5B's size one of 2e-8 changes the loss of its sample by 2 % (benchmarks/float8_ties.py). ``spread_weights`` is the remedy.
+Numbers that were stored in bfloat16 are few, and some of them lie just between two 8-bit floats, where an update, however small its rate, tips all to
+one side at once: at TI2V-5B's size one of 2e-8 changes the loss of its sample by 2 % (benchmarks/float8_ties.py). ``spread_weights`` is the remedy, on one
+GPU: where weights are spread over several, blocks are gathered in bfloat16, which rounds them back to where they were.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from physisforcing.core.errors import UserError
 
 #: What 8-bit matrix products of a GPU want the sides of a weight to be multiples of.
 MULTIPLE = 16
-#: Of bfloat16: bits behind the point, and a weight below which all lie as far apart as there.
-MANTISSA, TINIEST = 7, 2.0**-100
+#: Of a float32's bits those that bfloat16 leaves out.
+LOW = 16
 #: The first GPUs that have them (Ada; Hopper is 9.0).
 CAPABILITY = (8, 9)
 
@@ -52,9 +53,8 @@ def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> None:
 
     # The tokens of a sample are no multiple of 16, and the gradient of a weight adds over them. Scales rounded to powers of two, the recipe's own, would
     # put one in 16 of the weights that were stored in bfloat16 just between two 8-bit floats; unrounded it is one in 200.
-    config = dataclasses.replace(
-        Float8LinearConfig.from_recipe_name("rowwise"), pad_inner_dim=True, round_scales_to_power_of_2=False, emulate=device.type == "cpu"
-    )  # fmt: skip
+    usual, emulate = Float8LinearConfig.from_recipe_name("rowwise"), device.type == "cpu"
+    config = dataclasses.replace(usual, pad_inner_dim=True, round_scales_to_power_of_2=False, emulate=emulate)
     count = 0
 
     def fits(module: nn.Module, name: str) -> bool:
@@ -71,17 +71,16 @@ def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> None:
 
 
 def spread_weights(block: nn.Module, draw: torch.Generator) -> None:
-    """Move the weights of linear layers that are float32 and hold numbers of bfloat16 alone to numbers in between, drawn evenly from those that bfloat16
-    rounds to where they were: as bfloat16 they stay what they are. Weights of more digits, as a training has left them, stay. ``draw``: on the device
-    of ``block``."""
+    """Move each weight of a linear layer that is a number of bfloat16 to one of the float32 numbers that bfloat16 rounds to it, all equally likely: as
+    bfloat16 it stays what it is. Zeros, what is not finite and weights with more digits stay (those stored in float16 among them). ``draw``: on the device
+    of ``block``, whose weights are float32."""
+    half = 2 ** (LOW - 1)
     for layer in block.modules():
-        if not isinstance(layer, nn.Linear) or layer.weight.dtype != torch.float32:
+        if not isinstance(layer, nn.Linear):
             continue
         weight = layer.weight.detach()
-        if not torch.equal(weight, weight.bfloat16().float()):
-            continue
-        apart = torch.exp2(
-            weight.abs().clamp(min=TINIEST).log2().floor() - MANTISSA
-        )  # from the next number of bfloat16
-        moved = weight + (torch.rand(weight.shape, generator=draw, device=weight.device) - 0.5) * apart
-        weight.copy_(torch.where(moved.bfloat16().float() == weight, moved, weight))
+        bits = weight.view(torch.int32)
+        by = torch.randint(1 - half, half, bits.shape, generator=draw, device=bits.device, dtype=torch.int32)
+        moved = (bits + by).view(torch.float32)
+        fits = (bits % 2**LOW == 0) & (weight != 0) & weight.isfinite() & (moved.bfloat16() == weight)
+        weight.copy_(torch.where(fits, moved, weight))
