@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from physisforcing.planner.summary import mean_of_proportions
+
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parents[1] / "README.md"
 #: Page -> beginnings of the claims whose success rates it shows.
@@ -94,11 +96,23 @@ def nano() -> str:
     text = f"| task | {' | '.join(CELLS)} |\n|{'---|' * (1 + len(CELLS))}\n"
     for task in tasks:
         text += f"| `{task}` | {' | '.join(shown(line(cells, task)) for cells in CELLS.values())} |\n"
-    means = []
-    for cells in CELLS.values():
-        values = [one["value"] for task in tasks if (one := line(cells, task)) is not None]
-        means.append(f"{100 * sum(values) / len(values):.1f} %" if len(values) == len(tasks) else "")
-    return f"{text}| **mean of {len(tasks)}** | {' | '.join(means)} |\n"
+
+    def mean(lines: list[dict[str, Any] | None]) -> str:
+        """Over tasks and seeds of one weight each, with its interval; empty where one is not measured."""
+        counts = [(round(one["value"] * one["n"]), one["n"]) for one in lines if one is not None]
+        value, low, high = (100 * share for share in mean_of_proportions(counts)) if counts else (0.0, 0.0, 0.0)
+        return f"{value:.1f} ({low:.1f} to {high:.1f})" if len(counts) == len(lines) else ""
+
+    planned = [task for task in tasks if line(CELLS["planner"], task)]
+    for title, some in ((f"mean of {len(tasks)}", tasks), (f"mean of the planner's {len(planned)}", planned)):
+        means = [mean([line(cells, task) for task in some]) for cells in CELLS.values()]
+        text += f"| **{title}** | {' | '.join(means)} |\n"
+    both = []
+    for recipe in ("joint", "actions"):
+        seeds = [cells for name, cells in CELLS.items() if name.startswith(recipe)]
+        lines = [one for task in tasks for cells in seeds if (one := line(cells, task)) is not None]
+        both.append(f"`{recipe}` {mean([*lines])} % (n = {sum(one['n'] for one in lines)})")
+    return f"{text}\nMeans over all training seeds that a task has: {', '.join(both)}.\n"
 
 
 def latency() -> str:
