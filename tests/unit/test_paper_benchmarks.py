@@ -130,6 +130,32 @@ def test_kernels_are_told_by_their_names(benchmarks, kernel, kind):
     assert kind_of(kernel) == kind
 
 
+def test_exchange_that_computing_covers_is_not_exposed(benchmarks):
+    from paper_exchange import spent
+
+    kernels = [
+        ("nvjet_a", (0.0, 2000.0)), ("ncclDevKernel_AllGather", (1000.0, 3000.0)), ("flash", (2500.0, 4000.0)),
+        ("ncclDevKernel_ReduceScatter", (5000.0, 6000.0)), ("triton_b", (3500.0, 4500.0)), ("memcpy", (100.0, 200.0)),
+    ]  # fmt: skip
+    found = spent(
+        kernels, whole_ms=4.0, steps=2
+    )  # two updates: 2 + 2 ms compute, 0.5 + 1 ms of 3 alone, 5.5 of 8 ms busy
+    assert found == {"compute": 2.0, "exchange": 1.5, "exposed": 0.75, "between": 1.25}
+
+
+def test_an_update_is_timed_with_its_exchange(benchmarks, tmp_path, large_models):
+    import paper_exchange
+
+    model, store = large_models["ti2v"]
+    words = ["--model", str(model), "--latents", str(store), "--work", str(tmp_path), "--device", "cpu", "--micro", "2"]
+    words += ["--updates", "2", "--warmup", "1", "--json", str(tmp_path / "rows.json"), "--more", "run.compile=none"]
+    paper_exchange.main(words)
+    (row,) = lines_of(tmp_path / "rows.json").values()
+    assert row["claim"] == "training/pf_wan_5b/exchange_compile_none_1_gpus_step_ms"
+    assert (row["n"], row["against"]["samples"]) == (2, 2)
+    assert row["low"] <= row["value"] <= row["high"]
+
+
 def test_what_others_hold_on_a_card_is_no_context(benchmarks, tmp_path, monkeypatch):
     import paper_memory
 
