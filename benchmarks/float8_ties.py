@@ -136,7 +136,7 @@ def main(words: list[str] | None = None) -> None:
             before, after = losses(made, seed, size, device)
             found[name].append([before, after - before, *share])
     for name, rows in found.items():
-        for (what, unit), *values in zip(UNITS.items(), *rows, strict=False):
+        for (what, unit), *values in zip(list(UNITS.items())[: len(rows[0])], *rows, strict=True):
             note(f"{name}/{what}", values, unit)
 
 

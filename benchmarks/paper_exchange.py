@@ -4,13 +4,14 @@
     torchrun --nproc_per_node=2 benchmarks/paper_exchange.py ... --more run.gather=update
 
 Updates of `physis train worldmodel experiment=pf_wan_5b` with all weights, by its own trainer. ``step_ms``: by the clock, without the profiler. Beside it, from
-the profiler's timeline of the first process: ``compute`` is the time in which kernels compute, ``exchange`` that in which NCCL's run, ``exposed`` the part of it
-in which no other kernel does, ``between`` in which none runs at all.
+the profiler's timeline of the first process: ``exchange`` is the time in which NCCL's kernels run, waiting for another process included, ``compute`` that in which
+other kernels and copies do, ``exposed`` the part of the exchange in which these do not, ``between`` the time in which nothing runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import statistics
 import sys
@@ -67,8 +68,8 @@ def profiled(trainer: Trainer, first: int, steps: int) -> list[tuple[str, Interv
         for step in range(first, first + steps):
             trainer.step(step)
         torch.cuda.synchronize()
-    events = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    return [(event.name, (event.time_range.start, event.time_range.end)) for event in events]
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [(one.name, (one.time_range.start, one.time_range.end)) for one in events if not one.is_user_annotation]
 
 
 def settings(options: argparse.Namespace, world: int) -> TrainWorldModelConfig:
@@ -98,11 +99,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--more", nargs="*", default=[], help="further overrides")
     parser.add_argument("--json")
     options = parser.parse_args(words)
-    processes = Processes.start(options.device)
-    config = settings(options, processes.world)
+    config = settings(options, int(os.environ.get("WORLD_SIZE", "1")))
+    processes = Processes.start(options.device, config.run.sequence)
     adopt_model(config)
     check_run(config, processes)
-    config.run.resume = True  # the folder may be there already
     _, device, _ = begin_run(config, processes)
     bank = processes.one_after_the_other(lambda: prepare_banks(config, device, quiet=not processes.first))[0]
     trainer, times = Trainer(config, bank, device, processes), []
@@ -120,11 +120,11 @@ def main(words: list[str] | None = None) -> None:
     if device.type == "cuda":
         about["memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
         about["kernels_ms"] = spent(profiled(trainer, options.warmup + options.updates, 2), value, 2)
+    trainer.guard.check()
     if processes.first:
         claim = f"training/{options.experiment}/exchange{''.join(map(part_of_claim, options.more))}_{processes.world}_gpus_step_ms"
-        command = placeless(
-            "torchrun benchmarks/paper_exchange.py " + shlex.join(sys.argv[1:] if words is None else words)
-        )
+        asked = shlex.join(sys.argv[1:] if words is None else words)
+        command = placeless(f"torchrun --nproc_per_node={processes.world} benchmarks/paper_exchange.py {asked}")
         line = measurement(
             claim, round(value, 2), unit="ms", low=min(times), high=max(times), n=len(times), seeds="0", against=about,
             command=command, provenance=machine_provenance(),

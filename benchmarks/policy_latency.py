@@ -52,8 +52,8 @@ from physisforcing.worldmodel.pipeline_vae import PipelineVae
 HELPERS = Path(__file__).resolve().parents[1] / "tests" / "helpers"
 STAGES = ("canvas", "encode", "prefill", "steps")
 STATES = 14
-#: Plans whose actions are compared between arms.
-COMPARED = 8
+#: Plans whose actions are compared between arms, and by how many standard deviations they may differ: with more it ends with exit code 1.
+COMPARED, TOLERANCE = 8, 0.002
 #: Arm -> policy.compute.
 ARMS = {"eager": "eager", "graph": "graph", "compile": "compile", "fused": "fused", "fused_half": "fused"}
 
@@ -300,6 +300,9 @@ def main() -> None:
         print(f"{line['claim']}: {line['value']:.4g} {line['unit']}{span}")
     if options.json:
         write_measurements(options.json, found)
+    apart = {line["claim"]: line["value"] for line in found if line["claim"].endswith("/largest_difference")}
+    if far := [name for name, value in apart.items() if not value <= TOLERANCE]:
+        parser.exit(1, f"{', '.join(far)}: actions differ by more than {TOLERANCE} standard deviations\n")
 
 
 if __name__ == "__main__":

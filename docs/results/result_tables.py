@@ -100,8 +100,10 @@ def nano() -> str:
     def mean(lines: list[dict[str, Any] | None]) -> str:
         """Over tasks and seeds of one weight each, with its interval; empty where one is not measured."""
         counts = [(round(one["value"] * one["n"]), one["n"]) for one in lines if one is not None]
-        value, low, high = (100 * share for share in mean_of_proportions(counts)) if counts else (0.0, 0.0, 0.0)
-        return f"{value:.1f} ({low:.1f} to {high:.1f})" if len(counts) == len(lines) else ""
+        if not counts or len(counts) < len(lines):
+            return ""
+        value, low, high = (100 * share for share in mean_of_proportions(counts))
+        return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
     planned = [task for task in tasks if line(CELLS["planner"], task)]
     for title, some in ((f"mean of {len(tasks)}", tasks), (f"mean of the planner's {len(planned)}", planned)):

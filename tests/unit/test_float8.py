@@ -107,7 +107,7 @@ def test_an_update_too_small_to_matter_does_not_tip_weights_that_were_stored_in_
     assert moved[2] > 3e-3, "what the choice of scales is for"
     assert moved[1] < moved[2] / 4
     assert moved[1] > 3e-4, "what the spreading is for"
-    assert moved[0] < moved[1] / 2, (moved, "by what lies there by chance")
+    assert moved[0] < moved[1] / 3, (moved, "by what lies there by chance")
 
 
 def test_spread_weights_stay_what_they_are_in_bfloat16() -> None:

@@ -77,3 +77,28 @@ def test_rows_of_a_small_update_are_rehearsed_on_a_cpu(monkeypatch, repository, 
     gflop = {name: row["against"]["gflop"] for name, row in rows.items()}
     assert gflop["both_compiled"] > 4 * gflop["actions"] > 0, "four frames behind the first"
     assert all(0 < row["against"]["batch_ms"] < row["low"] <= row["value"] <= row["high"] for row in rows.values())
+
+
+@pytest.mark.parametrize(("gap", "code"), [(0.0019, None), (0.003, 1), (float("nan"), 1)])
+def test_actions_that_differ_too_far_fail(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, gap: float, code: int | None
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    import policy_latency
+
+    line = {
+        "claim": "policy/latency/cpu/tiny/graph/largest_difference",
+        "value": gap,
+        "unit": "z",
+        "low": None,
+        "against": {},
+    }
+    monkeypatch.setattr(policy_latency, "run", lambda _: ({}, 1, 1))
+    monkeypatch.setattr(policy_latency, "lines", lambda *_: [line])
+    monkeypatch.setattr("sys.argv", ["policy_latency.py", "--tiny"])
+    if code is None:
+        policy_latency.main()
+    else:
+        with pytest.raises(SystemExit) as ended:
+            policy_latency.main()
+        assert ended.value.code == code

@@ -43,7 +43,6 @@ def test_a_pass_in_two_processes_is_timed_beside_one(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    monkeypatch.setenv("PYTHONPATH", str(repository / "benchmarks"))  # of the processes that it starts
     import sequence_split
 
     monkeypatch.setattr(

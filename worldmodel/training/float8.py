@@ -72,8 +72,8 @@ def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> None:
 
 def spread_weights(block: nn.Module, draw: torch.Generator) -> None:
     """Move each weight of a linear layer that is a number of bfloat16 to one of the float32 numbers that bfloat16 rounds to it, all equally likely: as
-    bfloat16 it stays what it is. Zeros, what is not finite and weights with more digits stay (those stored in float16 among them). ``draw``: on the device
-    of ``block``, whose weights are float32."""
+    bfloat16 it stays what it is. Zeros, what is not finite and weights with more digits stay. ``draw``: on the device of ``block``, whose weights are
+    float32."""
     half = 2 ** (LOW - 1)
     for layer in block.modules():
         if not isinstance(layer, nn.Linear):
@@ -82,5 +82,5 @@ def spread_weights(block: nn.Module, draw: torch.Generator) -> None:
         bits = weight.view(torch.int32)
         by = torch.randint(1 - half, half, bits.shape, generator=draw, device=bits.device, dtype=torch.int32)
         moved = (bits + by).view(torch.float32)
-        fits = (bits % 2**LOW == 0) & (weight != 0) & weight.isfinite() & (moved.bfloat16() == weight)
+        fits = (bits % 2**LOW == 0) & (weight != 0) & weight.isfinite()
         weight.copy_(torch.where(fits, moved, weight))
