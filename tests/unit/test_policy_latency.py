@@ -80,9 +80,7 @@ def test_rows_of_a_small_update_are_rehearsed_on_a_cpu(monkeypatch, repository, 
 
 
 @pytest.mark.parametrize(("gap", "code"), [(0.0019, None), (0.003, 1), (float("nan"), 1)])
-def test_actions_that_differ_too_far_fail(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, gap: float, code: int | None
-) -> None:
+def test_actions_that_differ_too_far_fail(repository, monkeypatch, gap, code):
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     import policy_latency
 
