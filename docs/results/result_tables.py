@@ -97,24 +97,23 @@ def nano() -> str:
     for task in tasks:
         text += f"| `{task}` | {' | '.join(shown(line(cells, task)) for cells in CELLS.values())} |\n"
 
-    def mean(lines: list[dict[str, Any] | None]) -> str:
-        """Over tasks and seeds of one weight each, with its interval; empty where one is not measured."""
-        counts = [(round(one["value"] * one["n"]), one["n"]) for one in lines if one is not None]
-        if not counts or len(counts) < len(lines):
+    def mean(some: list[str], columns: list[tuple[str, ...]]) -> str:
+        """Over tasks of one weight each, a task's columns joined, with its interval; empty where a task is in none."""
+        lines = [[one for cells in columns if (one := line(cells, task)) is not None] for task in some]
+        if not all(lines):
             return ""
+        counts = [(sum(round(x["value"] * x["n"]) for x in task), sum(x["n"] for x in task)) for task in lines]
         value, low, high = (100 * share for share in mean_of_proportions(counts))
         return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
     planned = [task for task in tasks if line(CELLS["planner"], task)]
     for title, some in ((f"mean of {len(tasks)}", tasks), (f"mean of the planner's {len(planned)}", planned)):
-        means = [mean([line(cells, task) for task in some]) for cells in CELLS.values()]
-        text += f"| **{title}** | {' | '.join(means)} |\n"
-    both = []
-    for recipe in ("joint", "actions"):
-        seeds = [cells for name, cells in CELLS.items() if name.startswith(recipe)]
-        lines = [one for task in tasks for cells in seeds if (one := line(cells, task)) is not None]
-        both.append(f"`{recipe}` {mean([*lines])} % (n = {sum(one['n'] for one in lines)})")
-    return f"{text}\nMeans over all training seeds that a task has: {', '.join(both)}.\n"
+        text += f"| **{title}** | {' | '.join(mean(some, [cells]) for cells in CELLS.values())} |\n"
+    recipes = {
+        recipe: [cells for name, cells in CELLS.items() if name.startswith(recipe)] for recipe in ("joint", "actions")
+    }
+    joined = ", ".join(f"`{recipe}` {mean(tasks, columns)} %" for recipe, columns in recipes.items())
+    return f"{text}\nMeans of {len(tasks)} tasks over all training seeds that each has: {joined}.\n"
 
 
 def latency() -> str:
