@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import re
 import shlex
 import statistics
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
 from physisforcing.worldmodel.backbones.sequence import SequenceSplit
@@ -77,7 +79,8 @@ def one(place: int, count: int, options: argparse.Namespace, folder: str) -> Non
         memory = held_gib("VmHWM") - before  # gradients are there from the second pass on
     gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
     dist.all_reduce(gradients)
-    torch.save({"times": times[1:], "memory": memory, "gradients": gradients / count}, f"{folder}/{place}")
+    save_file({"gradients": gradients / count}, f"{folder}/{place}.safetensors")
+    Path(f"{folder}/{place}.json").write_text(json.dumps({"times": times[1:], "memory": memory}))
     dist.destroy_process_group()
 
 
@@ -92,15 +95,16 @@ def main() -> None:
     for count in options.processes:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(one, (count, options, folder), nprocs=count)  # type: ignore[no-untyped-call]
-            made = [torch.load(f"{folder}/{place}", weights_only=True) for place in range(count)]
+            made = [json.loads(Path(f"{folder}/{place}.json").read_text()) for place in range(count)]
+            gradients = load_file(f"{folder}/0.safetensors")["gradients"]
         value, memory = statistics.median(made[0]["times"]), max(some["memory"] for some in made)
         about: dict[str, Any] = {"memory_gib": round(memory, 3), "threads": 1}
         if alone is not None:
-            gap = (made[0]["gradients"] - alone["gradients"]).norm() / alone["gradients"].norm()
+            gap = (gradients - alone["gradients"]).norm() / alone["gradients"].norm()
             about |= {"ratio": round(value / alone["value"], 4), "memory_ratio": round(memory / alone["memory"], 4)}
             about |= {"difference": float(f"{float(gap):.3g}")}
         if count == 1:
-            alone = made[0] | {"value": value}
+            alone = made[0] | {"value": value, "gradients": gradients}
         lines.append(
             measurement(
                 f"training/sequence/cpu/{count}_processes_ms", round(value, 1), unit="ms", low=round(min(made[0]["times"]), 1),
