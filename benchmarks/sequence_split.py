@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
@@ -53,8 +54,6 @@ def forget() -> None:
 
 
 def one(place: int, count: int, options: argparse.Namespace, folder: str) -> None:
-    from diffusers import WanTransformer3DModel
-
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=place, world_size=count)
     torch.manual_seed(0)
@@ -94,7 +93,8 @@ def main() -> None:
     lines, alone, provenance = [], None, machine_provenance()
     for count in options.processes:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(one, (count, options, folder), nprocs=count)  # type: ignore[no-untyped-call]
+            # copies of this process, which import nothing again; each computes in one thread
+            mp.start_processes(one, (count, options, folder), nprocs=count, start_method="fork")  # type: ignore[no-untyped-call]
             made = [json.loads(Path(f"{folder}/{place}.json").read_text()) for place in range(count)]
             gradients = load_file(f"{folder}/0.safetensors")["gradients"]
         value, memory = statistics.median(made[0]["times"]), max(some["memory"] for some in made)
