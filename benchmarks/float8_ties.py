@@ -5,7 +5,7 @@
 
 A Wan transformer of 30 layers with drawn weights, rounded to bfloat16 and kept in float32; one random sample; one step of AdamW at a rate of 2e-8.
 ``loss_change``: of the same sample, by that step. In `bfloat16` it is what the step is worth. `powers_of_two`: TorchAO's recipe `rowwise` as it is;
-`unrounded`: with scales as they are; `ours`: these, and weights off the numbers of bfloat16 (``spread_weights``), as they are in `bfloat16_spread`.
+`unrounded`: with scales as they are; `ours`: these, and weights off the numbers of bfloat16 (``dither_weights``), as they are in `bfloat16_dithered`.
 ``loss``: before the step. ``tie_share``: weights that lie just between two 8-bit floats once they are scaled.
 """
 
@@ -23,7 +23,7 @@ from paper_recipes import TRANSFORMERS
 from torch import Tensor, nn
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
-from physisforcing.worldmodel.training.float8 import spread_weights, use_float8
+from physisforcing.worldmodel.training.float8 import dither_weights, use_float8
 
 #: Of the step.
 RATE = 2e-8
@@ -38,7 +38,7 @@ SIZES = {
     "5b": (TRANSFORMERS["5b"], (5, 30, 40)),
 }
 UNITS = {"loss": "loss", "loss_change": "loss", "tie_share": "share"}
-ARMS = ("bfloat16", "bfloat16_spread", "powers_of_two", "unrounded", "ours")
+ARMS = ("bfloat16", "bfloat16_dithered", "powers_of_two", "unrounded", "ours")
 
 
 def drawn(seed: int, size: str, device: torch.device) -> Any:
@@ -52,8 +52,8 @@ def drawn(seed: int, size: str, device: torch.device) -> Any:
 def arm(name: str, model: Any, device: torch.device) -> Any:
     """``model`` with the products of ``name``."""
     made = copy.deepcopy(model)
-    if name in ("ours", "bfloat16_spread"):
-        spread_weights(made.blocks, torch.Generator(device).manual_seed(0))
+    if name in ("ours", "bfloat16_dithered"):
+        dither_weights(made.blocks, torch.Generator(device).manual_seed(0))
     if name in ("ours", "unrounded"):
         use_float8(made.blocks, device)
     elif name == "powers_of_two":
@@ -92,9 +92,8 @@ def tie_share(model: Any, *, powers_of_two: bool) -> float:
     ties = count = 0
     for layer in (one for block in model.blocks for one in block.modules() if isinstance(one, nn.Linear)):
         weight = layer.weight.detach().abs()
-        scale = (
-            torch.finfo(torch.float8_e4m3fn).max / weight.double().amax(1, keepdim=True)
-        ).float()  # as TorchAO rounds
+        largest = weight.double().amax(1, keepdim=True)  # TorchAO rounds the scale from float64
+        scale = (torch.finfo(torch.float8_e4m3fn).max / largest).float()
         value = weight * (2.0 ** scale.log2().floor() if powers_of_two else scale)
         # numbers of an exponent lie an eighth of its power of two apart; below 2 ** -6 all lie equally far apart
         apart = 2.0 ** (value.clamp(min=2.0**-6).log2().floor() - 3)

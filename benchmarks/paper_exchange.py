@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper_scaling import part_of_claim
+from paper_scaling import overrides, part_of_claim
 
 from physisforcing.core.config import compose
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
@@ -72,20 +72,6 @@ def profiled(trainer: Trainer, first: int, steps: int) -> list[tuple[str, Interv
     return [(one.name, (one.time_range.start, one.time_range.end)) for one in events if not one.is_user_annotation]
 
 
-def settings(options: argparse.Namespace, world: int) -> TrainWorldModelConfig:
-    words = [f"experiment={options.experiment}", f"model={options.model}", f"data.latents=[{options.latents}]"]
-    words += [
-        "data.heldout=0",
-        "large.videos=0",
-        "physics.relations=rigid",
-        "lora.rank=0",
-        f"run.device={options.device}",
-    ]
-    words += [f"run.out={options.work}/exchange", f"run.batch={world * options.micro}", "run.micro=1"]
-    words += ["run.log_every=1000000", "run.steps=1000000", *options.more]
-    return compose("train_worldmodel", words, TrainWorldModelConfig)
-
-
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -99,7 +85,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--more", nargs="*", default=[], help="further overrides")
     parser.add_argument("--json")
     options = parser.parse_args(words)
-    config = settings(options, int(os.environ.get("WORLD_SIZE", "1")))
+    chosen = overrides(options, Path(options.work) / "exchange", int(os.environ.get("WORLD_SIZE", "1")), lora=False)
+    config = compose("train_worldmodel", chosen, TrainWorldModelConfig)
     processes = Processes.start(options.device, config.run.sequence)
     adopt_model(config)
     check_run(config, processes)

@@ -27,16 +27,10 @@ from typing import Any
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
 
 
-def run(row: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The lines of the updates after the first few; none where the run ended by itself."""
-    out = Path(options.work) / f"scaling-{row}-{gpus}"
-    shutil.rmtree(out, ignore_errors=True)
-    words = [
-        f"experiment={options.experiment}",
-        f"model={options.model}",
-        f"data.latents=[{options.latents}]",
-        "data.heldout=0",
-    ]
+def overrides(options: argparse.Namespace, out: Path, gpus: int, *, lora: bool) -> list[str]:
+    """Of a training in which nothing but updates happens."""
+    words = [f"experiment={options.experiment}", f"model={options.model}", f"data.latents=[{options.latents}]"]
+    words += ["data.heldout=0", "large.videos=0", "physics.relations=rigid", f"lora.rank={32 if lora else 0}"]
     words += [
         f"run.out={out}",
         f"run.batch={gpus * options.micro}",
@@ -44,14 +38,14 @@ def run(row: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any]
         "run.log_every=1",
         "run.steps=100000",
     ]
-    words += [
-        "run.save_every=100000",
-        "run.eval_every=100000",
-        "physics.relations=rigid",
-        "large.videos=0",
-        *options.more,
-    ]
-    words += [f"lora.rank={32 if row == 'lora' else 0}", f"run.device={options.device}"]
+    return [*words, "run.save_every=100000", "run.eval_every=100000", f"run.device={options.device}", *options.more]
+
+
+def run(row: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines of the updates after the first few; none where the run ended by itself."""
+    out = Path(options.work) / f"scaling-{row}-{gpus}"
+    shutil.rmtree(out, ignore_errors=True)
+    words = overrides(options, out, gpus, lora=row == "lora")
     command = [sys.executable, "-m", "physisforcing", "train", "worldmodel", *words]
     if gpus > 1:
         command[1:2] = ["-m", "torch.distributed.run", f"--nproc_per_node={gpus}", "-m"]

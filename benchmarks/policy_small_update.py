@@ -5,8 +5,8 @@
 
 The packaged world model's size with the usual action expert, random windows on the device, a batch of 128 in bfloat16; rows are without and with
 the video's loss, blocks compiled or not, and with gradients of attention in whatever layout they come (policy/mixture.py `attention` asks for one).
-Each row has a process of its own (but with --tiny): that last one may read gradients at wrong places beside others. `batch` is what the host spends until random numbers are drawn,
-`kernels` is of whole updates. A GPU that is waited for in `between` is kept from work by the host; one that is busy is not.
+Each row has a process of its own (but with --tiny): that last one may read gradients at wrong places beside others. `batch` is what the host spends
+until random numbers are drawn, `kernels` is of whole updates. A GPU that is waited for in `between` is kept from work by the host; one that is busy is not.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from physisforcing.core.errors import UserError
 from physisforcing.policy.training_config import TrainPolicyConfig
 from physisforcing.worldmodel.data.batches import step_generator
 from physisforcing.worldmodel.training.config import RunConfig, TrainVaeConfig, TrainWorldModelConfig
-from physisforcing.worldmodel.training.float8 import check_float8, spread_weights, use_float8
+from physisforcing.worldmodel.training.float8 import check_float8, dither_weights, use_float8
 from physisforcing.worldmodel.training.trainer import Trainer
 from physisforcing.worldmodel.training.worldmodel import train_world_model
 
@@ -94,7 +94,7 @@ def test_an_update_too_small_to_matter_does_not_tip_weights_that_were_stored_in_
     stored.weight.data = stored.weight.data.bfloat16().float()
     inputs = torch.randn(64, 512)
     ours, unrounded, theirs = (torch.nn.Sequential(copy.deepcopy(stored)) for _ in range(3))
-    spread_weights(ours, torch.Generator().manual_seed(0))
+    dither_weights(ours, torch.Generator().manual_seed(0))
     use_float8([ours, unrounded], torch.device("cpu"))
     recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
     convert_to_float8_training(theirs, config=recipe)
@@ -106,11 +106,11 @@ def test_an_update_too_small_to_matter_does_not_tip_weights_that_were_stored_in_
             moved.append(float((holder(inputs) - before).norm() / before.norm()))
     assert moved[2] > 3e-3, "what the choice of scales is for"
     assert moved[1] < moved[2] / 4
-    assert moved[1] > 3e-4, "what the spreading is for"
+    assert moved[1] > 3e-4, "what dithering is for"
     assert moved[0] < moved[1] / 3, (moved, "by what lies there by chance")
 
 
-def test_spread_weights_stay_what_they_are_in_bfloat16() -> None:
+def test_dithered_weights_stay_what_they_are_in_bfloat16() -> None:
     torch.manual_seed(0)
     layer, trained = torch.nn.Linear(300, 200), torch.nn.Linear(300, 200)
     special = torch.tensor([0.0, -0.0, 0.5, -0.25, 1.0, 2.0**-120, -(2.0**-126), 3e-41, 2.0**100])
@@ -119,7 +119,7 @@ def test_spread_weights_stay_what_they_are_in_bfloat16() -> None:
     kept = layer.weight.detach().clone(), trained.weight.detach().clone(), layer.bias.detach().clone()
     one, other = (copy.deepcopy(torch.nn.ModuleList([layer, trained])) for _ in range(2))
     for block in (one, other):
-        spread_weights(block, torch.Generator().manual_seed(5))
+        dither_weights(block, torch.Generator().manual_seed(5))
     weight = one[0].weight.detach()
     assert torch.equal(weight, other[0].weight), "the same numbers of the same draw"
     assert torch.equal(weight.bfloat16().float(), kept[0])
@@ -141,11 +141,11 @@ def test_spread_weights_stay_what_they_are_in_bfloat16() -> None:
     assert float(parts.std()) == pytest.approx((1 / 12) ** 0.5, rel=0.02)
 
 
-def test_weights_spread_to_both_sides_of_a_power_of_two_and_what_is_not_finite_stays() -> None:
+def test_weights_are_dithered_to_both_sides_of_a_power_of_two_and_what_is_not_finite_stays() -> None:
     layer = torch.nn.Linear(4096, 1)
     layer.weight.data[:] = 1.0
     layer.weight.data[0, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
-    spread_weights(torch.nn.ModuleList([layer]), torch.Generator().manual_seed(0))
+    dither_weights(torch.nn.ModuleList([layer]), torch.Generator().manual_seed(0))
     kept, moved = layer.weight[0, :3].tolist(), layer.weight[0, 3:].detach()
     assert kept[:2] == [float("inf"), -float("inf")]
     assert kept[2] != kept[2]
@@ -155,7 +155,7 @@ def test_weights_spread_to_both_sides_of_a_power_of_two_and_what_is_not_finite_s
 
 
 @pytest.mark.usefixtures("torchao")
-def test_a_training_in_8_bits_spreads_what_was_stored_in_bfloat16(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_training_in_8_bits_dithers_what_was_stored_in_bfloat16(made: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "bfloat16"
     shutil.copytree(made[0], folder)
     stored = {name: value.bfloat16() for name, value in load_file(folder / WEIGHTS).items()}
@@ -192,7 +192,7 @@ def test_ties_are_counted(repository: Path, tmp_path: Path, monkeypatch: pytest.
     assert found["powers_of_two/loss_change"] < 5 * found["unrounded/loss_change"] < 0
     assert abs(found["ours/loss_change"]) < abs(found["unrounded/loss_change"]) / 3
     of = {arm: {"loss", "loss_change", "tie_share"} for arm in ("powers_of_two", "unrounded", "ours")}
-    of |= {arm: {"loss", "loss_change"} for arm in ("bfloat16", "bfloat16_spread")}
+    of |= {arm: {"loss", "loss_change"} for arm in ("bfloat16", "bfloat16_dithered")}
     assert found.keys() == {f"{arm}/{what}" for arm, some in of.items() for what in some}
 
 

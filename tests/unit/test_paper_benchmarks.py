@@ -137,9 +137,8 @@ def test_exchange_that_computing_covers_is_not_exposed(benchmarks):
         ("nvjet_a", (0.0, 2000.0)), ("ncclDevKernel_AllGather", (1000.0, 3000.0)), ("flash", (2500.0, 4000.0)),
         ("ncclDevKernel_ReduceScatter", (5000.0, 6000.0)), ("triton_b", (3500.0, 4500.0)), ("memcpy", (100.0, 200.0)),
     ]  # fmt: skip
-    found = spent(
-        kernels, whole_ms=4.0, steps=2
-    )  # two updates: 2 + 2 ms compute, 0.5 + 1 ms of 3 alone, 5.5 of 8 ms busy
+    # two updates: 2 + 2 ms compute, 0.5 + 1 ms of 3 alone, 5.5 of 8 ms busy
+    found = spent(kernels, whole_ms=4.0, steps=2)
     assert found == {"compute": 2.0, "exchange": 1.5, "exposed": 0.75, "between": 1.25}
 
 

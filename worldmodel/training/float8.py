@@ -4,8 +4,8 @@ Activations, weights and gradients are scaled a row at a time (TorchAO's recipe 
 Names of parameters and checkpoints are those of the layers without it.
 
 Numbers that were stored in bfloat16 are few, and some of them lie just between two 8-bit floats, where an update, however small its rate, tips all to
-one side at once: at TI2V-5B's size one of 2e-8 changes the loss of its sample by 2 % (benchmarks/float8_ties.py). ``spread_weights`` is the remedy, on one
-GPU: where weights are spread over several, blocks are gathered in bfloat16, which rounds them back to where they were.
+one side at once: at TI2V-5B's size one of 2e-8 changes the loss of its sample by 2 % (benchmarks/float8_ties.py). ``dither_weights`` is the remedy, on one
+GPU: where weights are sharded, blocks are gathered in bfloat16, which rounds them back to where they were.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def use_float8(blocks: Iterable[nn.Module], device: torch.device) -> None:
         raise UserError("run.fp8", got="none in the blocks of this model", wanted=wanted, fix="leave run.fp8 out")
 
 
-def spread_weights(block: nn.Module, draw: torch.Generator) -> None:
+def dither_weights(block: nn.Module, draw: torch.Generator) -> None:
     """Move each weight of a linear layer that is a number of bfloat16 to one of the float32 numbers that bfloat16 rounds to it, all equally likely: as
     bfloat16 it stays what it is. Zeros, what is not finite and weights with more digits stay. ``draw``: on the device of ``block``, whose weights are
     float32."""

@@ -28,7 +28,7 @@ from ..data.latent_shards import StoreInfo
 from ..storage import latents_fingerprint
 from .config import TrainWorldModelConfig
 from .denoiser import BackboneDenoiser
-from .float8 import check_float8, spread_weights, use_float8
+from .float8 import check_float8, dither_weights, use_float8
 from .lora import add_lora
 from .modules import base_precision
 from .parallel import shard_block, shard_rest
@@ -150,8 +150,8 @@ def large_denoiser(config: TrainWorldModelConfig, info: StoreInfo, processes: Pr
     if compiles(config.run):
         denoiser.compile_blocks()
     denoiser.run_block = recomputed(denoiser.run_block, config.run.checkpointing, compiles(config.run))
-    spread = torch.Generator(device).manual_seed(config.run.seed) if config.run.fp8 else None
-    _place(denoiser, weights, device, processes if sharded(config, processes) else None, spread)
+    dither = torch.Generator(device).manual_seed(config.run.seed) if config.run.fp8 else None
+    _place(denoiser, weights, device, processes if sharded(config, processes) else None, dither)
     return denoiser
 
 
@@ -160,10 +160,10 @@ def _place(
     weights: Weights,
     device: torch.device,
     processes: Processes | None,
-    spread: torch.Generator | None,
+    dither: torch.Generator | None,
 ) -> None:
-    """Weights from disk, adapters drawn, block by block; each is sharded over ``processes`` before the next is read. ``spread``: what the blocks' weights are
-    spread with (``spread_weights``), alike in all processes."""
+    """Weights from disk, adapters drawn, block by block; each is sharded over ``processes`` before the next is read. ``dither``: what the blocks' weights are
+    dithered with (``dither_weights``), alike in all processes."""
     transformer = denoiser.backbone.transformer
     there = {name for name, _ in transformer.named_parameters()} | {name for name, _ in transformer.named_buffers()}
     trained = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
@@ -179,8 +179,8 @@ def _place(
     for block, prefix in zip(denoiser.backbone.blocks, prefixes, strict=True):
         weights.place(device, lambda name, prefix=prefix: name.startswith(prefix), rename, trained.__contains__)
         _draw_adapters(block, device)
-        if spread is not None:
-            spread_weights(block, spread)
+        if dither is not None:
+            dither_weights(block, dither)
         if processes is not None:
             shard_block(block, processes)
     weights.place(device, lambda name: not name.startswith(tuple(prefixes)), rename, trained.__contains__)
