@@ -70,6 +70,7 @@ CASES = {
         *(Case(kind="5b", checkpointing=kind, trained="bfloat16") for kind in ("none", "full")),
         *(Case(kind="5b", checkpointing=kind, trained="float32") for kind in ("none", "selective", "full")),
         Case(kind="a14b", checkpointing="full"),
+        Case(kind="a14b", checkpointing="full", trained="bfloat16"),
         Case(kind="cosmos3", checkpointing="full"),
     )
 }  # fmt: skip

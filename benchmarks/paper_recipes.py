@@ -10,6 +10,7 @@
    noise levels. Beside the adapters the first and last layer are trained: those of random weights say nothing yet.
 4. The run is killed with -9 in its second half and continued; the updates that were made twice are compared bit by bit.
 5. The export in stock diffusers: a few steps to latents that must be finite, and the same by `physis generate`.
+   --parts prepare,videos: instead of 3 to 5, what a held-out video (`large.videos=1`) costs a run in memory.
 
 Lines are written after each part; a part that fails says so and ends the script with exit code 1.
 """
@@ -17,6 +18,7 @@ Lines are written after each part; a part that fails says so and ends the script
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -25,7 +27,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +286,26 @@ class Recipe:
             largest_relative_difference=max(apart, default=float("nan")), terms=", ".join(names),
         )  # fmt: skip
 
+    def videos(self) -> None:
+        """Memory of a run that imagines and decodes a held-out window after its second update, beside one that does not. ``card_gib``: the
+        most that the run had of the card, its context and what the allocator keeps included, asked ten times a second."""
+        peaks, used = {}, {}
+        for count in (0, 1):
+            out = f"videos_{count}"
+            words = self.words(out, 4) + [f"large.videos={count}", "run.eval_every=2"]
+            with _watched(self.device) as most:
+                self.physis("train", "worldmodel", *words)
+            run = self.work / out
+            peaks[count] = max(line["memory_gib"] for line in _lines(run))
+            used[count] = most[0]
+            made = len(list((run / "videos").glob("*.mp4")))
+            if bool(made) != bool(count):
+                raise RuntimeError(f"{run} has {made} videos with large.videos={count}")
+        self.note(
+            "videos_memory_gib", peaks[1], "GiB", n=1, without_videos_gib=round(peaks[0], 2), card_gib=used[1], card_without_videos_gib=used[0],
+            bucket=self.bucket, checkpointing=self.options.checkpointing or "the recipe's",
+        )  # fmt: skip
+
     def generate(self) -> None:
         """Part 5."""
         from PIL import Image
@@ -361,6 +385,30 @@ def _stock(
         guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type="latent",
     )  # fmt: skip
     return made.video if hasattr(made, "video") else made.frames
+
+
+@contextlib.contextmanager
+def _watched(device: torch.device) -> Iterator[list[float]]:
+    """[GiB that others, such as a command that runs meanwhile, had on the card at most beyond what is there now]; [0.0] on a CPU."""
+    most, ended = [0.0], threading.Event()
+
+    def used() -> float:
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+
+    def watch(before: float) -> None:
+        while not ended.wait(0.1):
+            most[0] = max(most[0], round(used() - before, 2))
+
+    watcher = threading.Thread(target=watch, args=(used() if device.type == "cuda" else 0.0,))
+    if device.type == "cuda":
+        watcher.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        if device.type == "cuda":
+            watcher.join()
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:
