@@ -184,7 +184,11 @@ class Nano:
         self._evaluate("evaluation", self.options.tasks, words)
 
     def planner(self) -> None:
-        words = ["policies=[planner]", f"planner.world_model={self.backbone / 'export'}", f"planner.decoder={DECODER}"]
+        words = [
+            "policies=[planner]",
+            f"planner.world_model={self.backbone / 'export'}",
+            f"planner.decoder={self.options.decoder}",
+        ]
         words += [] if self.options.tiny else ["planner.device=cuda", "planner.server=auto"]
         self._evaluate("planner", self.options.planned, words)
 
@@ -231,6 +235,9 @@ def read_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--together", type=int, default=1, help="policies that a GPU trains at once")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--planned", default=PLANNED, help="the planner's tasks")
+    parser.add_argument(
+        "--decoder", default=DECODER, help="the planner's; one that `physis train idm` made knows other tasks"
+    )
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--workers", type=int, default=14, help="simulators at once")
     parser.add_argument("--readers", type=int, default=8, help="threads that decode the recordings")

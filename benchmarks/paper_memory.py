@@ -57,10 +57,12 @@ class Case:
     checkpointing: str = "none"
     frames: int = 81
     trained: str = "lora"
+    optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
-        return f"{self.kind}_{self.trained}_{self.checkpointing}_{self.frames}"
+        other = "" if self.optimizer == "adamw" else f"_{self.optimizer}"
+        return f"{self.kind}_{self.trained}_{self.checkpointing}{other}_{self.frames}"
 
 
 CASES = {
@@ -70,7 +72,7 @@ CASES = {
         *(Case(kind="5b", checkpointing=kind, trained="bfloat16") for kind in ("none", "full")),
         *(Case(kind="5b", checkpointing=kind, trained="float32") for kind in ("none", "selective", "full")),
         Case(kind="a14b", checkpointing="full"),
-        Case(kind="a14b", checkpointing="full", trained="bfloat16"),
+        *(Case(kind="a14b", checkpointing="full", trained="bfloat16", optimizer=kind) for kind in ("adamw", "adamw8bit")),
         Case(kind="cosmos3", checkpointing="full"),
     )
 }  # fmt: skip
@@ -171,7 +173,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     backend = None if options.eager else "eager" if options.tiny else "inductor"
     denoiser, forcing = prepare(case, options.tiny, device, backend)
     trained = [p for p in (*denoiser.parameters(), *forcing.parameters()) if p.requires_grad]
-    optimizer = build_optimizer(trained, OptimConfig())
+    optimizer = build_optimizer(trained, OptimConfig(kind=case.optimizer))
     batch, targets = sample(case, denoiser, options.tiny, device)
     precise = (
         contextlib.nullcontext if case.trained == "bfloat16" else lambda: torch.autocast(device.type, torch.bfloat16)

@@ -175,12 +175,12 @@ def test_memory_and_seconds_of_clips_are_written(benchmarks, tmp_path):
     import paper_memory
 
     memory, clips = tmp_path / "memory.json", tmp_path / "clips.json"
-    cases = "5b_bfloat16_none_81,a14b_lora_full_81,cosmos3_lora_full_81"
+    cases = "5b_bfloat16_none_81,a14b_lora_full_81,a14b_bfloat16_full_81,cosmos3_lora_full_81"
     assert paper_memory.main(["--tiny", "--eager", "--only", cases, "--json", str(memory)]) == 0
     for line in lines_of(memory).values():
         assert line["value"] is None and "GPU" in line["against"]["skipped"]  # no bytes without a GPU, and none said
         assert line["against"]["finite"] and line["against"]["trained_millions"] > 0
-    assert len(lines_of(memory)) == 3
+    assert len(lines_of(memory)) == 4
     assert paper_clips.main(["--tiny", "--repetitions", "2", "--only", "a14b", "--json", str(clips)]) == 0
     found = lines_of(clips)
     one, two = (found[f"training/generate_{name}/clip_seconds"] for name in ("a14b", "a14b_two"))
