@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from physisforcing.core.errors import IncompleteCoverageError, UserError, check_at_least, unknown_name
+from physisforcing.core.files import locked
 from physisforcing.core.lerobot import LeRobotDataset, LeRobotWriter
 from physisforcing.core.lerobot_format import write_json
 from physisforcing.core.shards import parse_shard
@@ -182,13 +184,23 @@ def _apart(outcome: Outcome) -> tuple[str, Outcome]:
 def collect_together(configs: dict[str, CollectConfig], *, progress: bool = True) -> dict[str, dict[str, Any]]:
     """Run or continue several collections with the same processes; their summaries, by name.
 
-    So the processes start once. ``workers`` and ``time_limit_s`` are those of the first.
+    So the processes start once. ``workers`` and ``time_limit_s`` are those of the first. ``UserError`` where another process collects into one of
+    the outputs.
     """
-    from tqdm import tqdm
-
     assert configs, "at least one collection"
     for config in configs.values():
         config.check()
+    with (
+        contextlib.ExitStack() as held
+    ):  # two processes would record the same seeds, and each forget what the other skipped
+        for output in sorted({Path(config.output).absolute() for config in configs.values()}):
+            held.enter_context(locked(output, "collection"))
+        return _collect(configs, progress)
+
+
+def _collect(configs: dict[str, CollectConfig], progress: bool) -> dict[str, dict[str, Any]]:
+    from tqdm import tqdm
+
     collections = {name: Collection(config) for name, config in configs.items()}
     missing = sum(collection.plan.missing() for collection in collections.values())
     bar = tqdm(total=missing, desc="episodes", unit="ep", disable=not progress, file=sys.stderr)

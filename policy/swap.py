@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from physisforcing.core.errors import UserError
-from physisforcing.core.files import put_back, replace_folder, replaced
+from physisforcing.core.files import locked, put_back, replace_folder, replaced
 from physisforcing.worldmodel.convert.parts import stock_folder
-from physisforcing.worldmodel.convert.writing import locked, plan_shards, write_part
+from physisforcing.worldmodel.convert.writing import plan_shards, write_part
 
 from .backbone import Backbone, check_architecture, check_latents, open_backbone, tail, video_account
 from .checkpoint import SETTINGS, TRANSFORMER, read_settings, transformer_folder, write_settings
@@ -42,7 +42,7 @@ def swap_backbone(
     if not killed:
         read_settings(policy)  # names what is no policy before anything is made
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target):
+    with locked(target, "swap"):
         if killed:
             put_back(target)
         return _swap(policy, source, target, autoencoder)

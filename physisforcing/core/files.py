@@ -1,10 +1,15 @@
-"""Files and folders that a reader sees whole: written aside, then renamed."""
+"""Files and folders that a reader sees whole, written aside, then renamed; and outputs that one process at a time writes."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import UserError
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -35,3 +40,20 @@ def put_back(target: Path) -> None:
 def replaced(target: Path) -> Path:
     """What a folder is called while another one takes its name."""
     return target.with_name(f".{target.name}.replaced")
+
+
+@contextlib.contextmanager
+def locked(output: Path, what: str) -> Iterator[None]:
+    """One process at a time writes ``output``: ``UserError`` for the others. ``what`` it makes there, for the message. The lock ends with the process."""
+    lock = output.with_name(f".{output.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            fix = "wait for it, or choose another output="
+            raise UserError("output", got=f"{output}, in use", wanted=f"one {what} at a time", fix=fix) from error
+        try:
+            yield
+        finally:
+            lock.unlink()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from physisforcing import cli
+from physisforcing.core import files
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.convert import find, writing
 from physisforcing.worldmodel.convert.command import ConvertConfig, run
@@ -230,14 +231,14 @@ def test_what_a_killed_conversion_has_written_is_room_for_the_next(
 
 
 def test_an_output_that_another_process_has_finished_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output, flock = tmp_path / "out", writing.fcntl.flock
+    output, flock = tmp_path / "out", files.fcntl.flock
 
     def late(*arguments: object) -> None:
         output.mkdir()  # between the first look and the lock
         (output / "model_index.json").touch()
         flock(*arguments)
 
-    monkeypatch.setattr(writing.fcntl, "flock", late)
+    monkeypatch.setattr(files.fcntl, "flock", late)
     with pytest.raises(UserError, match="a name that is not taken"):
         with writing.workplace(output, {}):
             raise AssertionError("unreachable")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from physisforcing.core.errors import UserError
+from physisforcing.core.files import locked
 from physisforcing.core.paths import weights_root
 from physisforcing.policy import backbone as backbones
 from physisforcing.policy.backbone import build_policy, open_backbone
@@ -21,7 +22,6 @@ from physisforcing.policy.config import PolicyModelConfig
 from physisforcing.policy.initial import resize
 from physisforcing.policy.swap import swap_backbone
 from physisforcing.worldmodel.backbones.folder import save_settings
-from physisforcing.worldmodel.convert.writing import locked
 from physisforcing.worldmodel.storage import fingerprint, latents_fingerprint
 from tests.helpers.tiny_paper import cosmos_transformer, vae, wan_transformer
 
@@ -213,7 +213,7 @@ def test_a_swap_that_is_killed_loses_nothing(policy: Path, other: Path, monkeypa
     with pytest.raises(UserError, match="random:shipped"):
         swap_backbone(policy, "random:shipped")
     assert fingerprint(policy) == before, "put back, whatever the next call does then"
-    with locked(policy), pytest.raises(UserError, match="in use"):
+    with locked(policy, "conversion"), pytest.raises(UserError, match="in use"):
         swap_backbone(policy, other)
     swap_backbone(policy, other)
     assert fingerprint(policy) != before and load_policy(policy)[1].source["video"]["from"].endswith("/tuned")

@@ -7,7 +7,6 @@ that are complete and continues. One that was made from other files or with othe
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from physisforcing.core.errors import UserError
-from physisforcing.core.files import replace_text
+from physisforcing.core.files import locked, replace_text
 
 from ..backbones.loading import DTYPES
 
@@ -139,7 +138,7 @@ def workplace(output: Path, note: dict[str, Any]) -> Iterator[Path]:
     _check_free(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = _aside(output)
-    with locked(output):
+    with locked(output, "conversion"):
         _check_free(output)  # another process may have finished since
         text = json.dumps(note, indent=2) + "\n"
         if not (folder / NOTE).is_file() or (folder / NOTE).read_text(encoding="utf-8") != text:
@@ -150,22 +149,6 @@ def workplace(output: Path, note: dict[str, Any]) -> Iterator[Path]:
             left.unlink()  # of a conversion that was killed before
         os.replace(folder, output)
         _sync(output.parent)
-
-
-@contextlib.contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """One process at a time writes ``output``: ``UserError`` for the others."""
-    lock = output.with_name(f".{output.name}.lock")
-    with lock.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            fix = "wait for it, or choose another output="
-            raise UserError("output", got=f"{output}, in use", wanted="one conversion at a time", fix=fix) from error
-        try:
-            yield
-        finally:
-            lock.unlink()
 
 
 def _aside(output: Path) -> Path:
