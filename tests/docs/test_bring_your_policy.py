@@ -20,6 +20,7 @@ from physisforcing import deploy
 from physisforcing.core.config import compose
 from physisforcing.core.protocols import Policy
 from physisforcing.core.types import Observation
+from physisforcing.eval_policy import EvalPolicyConfig, spelled_out
 from physisforcing.policy.lerobot.loop import camera_features, check_loop_rate, folder_spec
 from physisforcing.serve_policy import ServePolicyConfig, make_server
 from tests.helpers.pico_policy import write_pico_policy
@@ -73,7 +74,12 @@ def test_the_page_runs_as_written(place, capsys):
     assert isinstance(ours, Policy) and ours.fingerprint == names["policy"].fingerprint
 
     (place / "my_policy.py").write_text(mine)
-    source = next(word for word in shlex.split(evaluate) if word.startswith("policy=")).removeprefix("policy=")
+    words = shlex.split(evaluate.strip())
+    assert words[:3] == ["physis", "eval", "policy"]
+    evaluation = compose("eval_policy", spelled_out(words[3:]), EvalPolicyConfig)
+    assert evaluation.tasks == ["click_bell"] and evaluation.episodes == 20
+    ((_, acting),) = evaluation.check().items()
+    source = acting.settings.source
     yours = deploy.make_policy({"physis_policy": source})
     yours.reset(task="click_bell", seed=0, instruction="")
     state = np.linspace(0, 1, 14, dtype=np.float32)
