@@ -246,7 +246,7 @@ def read_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on a CPU")
     parser.add_argument("--json")
     options = parser.parse_args(words)
-    for name, marks in (("data", "'\"\\$"), ("work", "'\"\\$,[]{}()=")):
+    for name, marks in (("data", "'\"\\$"), ("work", "'\"\\$,[]{}()="), ("decoder", "'\"\\$,[]{}()=")):
         if set(marks) & set(getattr(options, name)):
             parser.error(f"--{name}: {' '.join(marks)} have a meaning in overrides; name the folder without them")
     if options.tiny:

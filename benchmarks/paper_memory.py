@@ -6,7 +6,7 @@
 
 A step is forward, backward and AdamW, as `physis train worldmodel` makes it: adapters in float32 over weights in bfloat16, or all weights
 (``float32`` under autocast, which is what the trainer does, or ``bfloat16`` altogether), both physics losses, heads included, random weights,
-480x640 pixels, two samples one after the other (as ``run.micro=1``: the gradients of the first lie there while the second computes). Row: model, what is trained, activation checkpointing, pixel frames. Without --eager blocks are compiled.
+480x640 pixels, two samples one after the other (as ``run.micro=1``: the gradients of the first lie there while the second computes). Row: model, what is trained, activation checkpointing, optimiser where it is not AdamW, pixel frames. Without --eager blocks are compiled.
 
 ``value`` is what PyTorch's allocator had at most in tensors. A card fits if what it had reserved at most, with the CUDA context (measured),
 is no more than the card has; --limit-gib tries a limit out, where the allocator gives back what lies unused before it fails. What others hold
@@ -268,7 +268,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 unit="GiB", n=STEPS, seeds="0", against=more, command=command, provenance=provenance,
             )
         )  # fmt: skip
-        print(f"{name:<28}{'' if value is None else f'{value:.2f} GiB'}  {more}", flush=True)
+        print(f"{name:<33}{'' if value is None else f'{value:.2f} GiB'}  {more}", flush=True)
         if options.json:
             write_measurements(options.json, lines)
     return int(failed > 0)

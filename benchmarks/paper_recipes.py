@@ -10,7 +10,7 @@
    noise levels. Beside the adapters the first and last layer are trained: those of random weights say nothing yet.
 4. The run is killed with -9 in its second half and continued; the updates that were made twice are compared bit by bit.
 5. The export in stock diffusers: a few steps to latents that must be finite, and the same by `physis generate`.
-   --parts prepare,videos: instead of 3 to 5, what a held-out video (`large.videos=1`) costs a run in memory.
+   --parts prepare,videos: instead of 3 to 5, what held-out videos (`large.videos=1`) cost a run in memory.
 
 Lines are written after each part; a part that fails says so and ends the script with exit code 1.
 """
@@ -287,8 +287,8 @@ class Recipe:
         )  # fmt: skip
 
     def videos(self) -> None:
-        """Memory of a run that imagines and decodes a held-out window after its second update, beside one that does not. ``card_gib``: the
-        most that the run had of the card, its context and what the allocator keeps included, asked ten times a second."""
+        """Memory of a run that imagines and decodes a held-out window before, amid and after four updates, beside one that does not. ``card_gib``: the most
+        that the run had of a card that nobody else uses, its context and what the allocator keeps included, asked ten times a second."""
         peaks, used = {}, {}
         for count in (0, 1):
             out = f"videos_{count}"
@@ -301,8 +301,11 @@ class Recipe:
             made = len(list((run / "videos").glob("*.mp4")))
             if bool(made) != bool(count):
                 raise RuntimeError(f"{run} has {made} videos with large.videos={count}")
+        if self.device.type != "cuda":
+            print("videos: memory needs a GPU; the runs ended as they should", flush=True)
+            return
         self.note(
-            "videos_memory_gib", peaks[1], "GiB", n=1, without_videos_gib=round(peaks[0], 2), card_gib=used[1], card_without_videos_gib=used[0],
+            "videos_memory_gib", peaks[1], "GiB", without_videos_gib=round(peaks[0], 2), card_gib=used[1], card_without_videos_gib=used[0],
             bucket=self.bucket, checkpointing=self.options.checkpointing or "the recipe's",
         )  # fmt: skip
 

@@ -190,10 +190,9 @@ def collect_together(configs: dict[str, CollectConfig], *, progress: bool = True
     assert configs, "at least one collection"
     for config in configs.values():
         config.check()
-    with (
-        contextlib.ExitStack() as held
-    ):  # two processes would record the same seeds, and each forget what the other skipped
-        for output in sorted({Path(config.output).absolute() for config in configs.values()}):
+    # two processes would record the same seeds, and each forget what the other skipped
+    with contextlib.ExitStack() as held:
+        for output in sorted({Path(config.output).resolve() for config in configs.values()}):
             held.enter_context(locked(output, "collection"))
         return _collect(configs, progress)
 

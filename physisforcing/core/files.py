@@ -44,16 +44,32 @@ def replaced(target: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(output: Path, what: str) -> Iterator[None]:
-    """One process at a time writes ``output``: ``UserError`` for the others. ``what`` it makes there, for the message. The lock ends with the process."""
+    """One process at a time writes ``output``: ``UserError`` for the others, and where no lock can be made beside it. ``what`` it makes there, for the
+    message. The lock ends with the process that has it; it does not hold what that one had started."""
+    output = output.resolve()
     lock = output.with_name(f".{output.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as held:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                held = stack.enter_context(lock.open("w"))
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _same_file(held.fileno(), lock):
+                    break  # else the one before has ended since it was opened, and its file is nobody's
         except BlockingIOError as error:
             fix = "wait for it, or choose another output="
             raise UserError("output", got=f"{output}, in use", wanted=f"one {what} at a time", fix=fix) from error
+        except OSError as error:
+            fix = "an output= in a folder that can be written to"
+            raise UserError("output", got=f"{lock}: {error.strerror}", wanted="a lock beside it", fix=fix) from error
         try:
             yield
         finally:
-            lock.unlink()
+            lock.unlink(missing_ok=True)
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
+from physisforcing.core import files
 from physisforcing.core.errors import UserError
 from physisforcing.core.files import locked
+from physisforcing.envs import collect as collect_module
 from physisforcing.envs.collect import CollectConfig, _by_policy, collect
 from physisforcing.envs.collector import POLICIES, episode_key
 from physisforcing.envs.seeds import Job
@@ -34,3 +36,45 @@ def test_an_output_is_collected_into_by_one_process_at_a_time(tmp_path):
     with locked(output, "collection"):
         assert list(tmp_path.glob(".*.lock"))
     assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_one_output_in_two_parts_of_a_collection_is_locked_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "bell")
+    monkeypatch.setattr(collect_module, "_collect", lambda configs, progress: {name: {} for name in configs})
+    parts = {
+        name: CollectConfig(tasks=["click_bell"], episodes=1, output=output)
+        for name, output in (("absolute", str(tmp_path / "bell")), ("relative", "bell"), ("linked", "link"))
+    }
+    assert set(collect_module.collect_together(parts, progress=False)) == set(parts)
+    with locked(tmp_path / "link", "collection"), pytest.raises(UserError, match="in use"):
+        collect_module.collect_together({"relative": parts["relative"]}, progress=False)
+
+
+def test_a_lock_whose_file_went_away_is_taken_anew(tmp_path, monkeypatch):
+    """The process before ends between this one's opening of the file and its lock: the file that it holds then is no longer that of others."""
+    lock, flock = tmp_path / ".bell.lock", files.fcntl.flock
+    calls = []
+
+    def late(*arguments):
+        if not calls:
+            lock.unlink()
+        calls.append(arguments)
+        flock(*arguments)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with locked(tmp_path / "bell", "collection"):
+        assert len(calls) == 2 and lock.exists()
+        with pytest.raises(UserError, match="in use"), locked(tmp_path / "bell", "collection"):
+            raise AssertionError("unreachable")
+        lock.unlink()  # by hand, while it is held
+    assert not lock.exists()
+
+
+def test_where_no_lock_can_be_made_it_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"output: got .*wanted a lock beside it\. Fix:"),
+        locked(tmp_path / "file" / "bell", "collection"),
+    ):
+        raise AssertionError("unreachable")

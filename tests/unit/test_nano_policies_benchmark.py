@@ -89,7 +89,7 @@ def test_a_training_that_ends_early_and_one_of_other_settings_are_told(script: M
 
 
 def test_every_command_is_one_that_physis_takes(script: ModuleType, tmp_path: Path) -> None:
-    made = nano(script, tmp_path, "--seeds", "0,1")
+    made = nano(script, tmp_path, "--seeds", "0,1", "--decoder", "runs/idm/model")
     made.options.tiny, made.options.steps = False, ["1200", "2500"]
     recorded = Recorded(made)
     for part in ("world_model", "policies", "evaluation", "planner"):
@@ -101,7 +101,8 @@ def test_every_command_is_one_that_physis_takes(script: ModuleType, tmp_path: Pa
     assert (policy.video_weight, policy.run.seed, policy.run.batch, policy.run.steps) == (0.0, 1, 128, 2500)
     found = compose("eval_policy", words["evaluation"][2:], EvalPolicyConfig)
     assert found.policies["joint_1"]["source"] == str(made.work / "joint_1" / "export")
-    assert compose("eval_policy", words["planner"][2:], EvalPolicyConfig).policies == ["planner"]
+    planned = compose("eval_policy", words["planner"][2:], EvalPolicyConfig)
+    assert planned.policies == ["planner"] and planned.planner.decoder == "runs/idm/model"
     # settings of a policy's server are refused for the planner
     assert not any(word.startswith("policy.") for word in words["planner"])
 

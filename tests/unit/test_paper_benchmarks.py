@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,3 +192,29 @@ def test_memory_and_seconds_of_clips_are_written(benchmarks, tmp_path):
     summed = 80 * parts["pass_ms"] / 1e3 + parts["encode_s"] + parts["decode_s"]
     assert one["value"] == pytest.approx(summed, abs=0.005)
     assert two["value"] == pytest.approx(one["value"] + 2 * two["against"]["expert_there_and_back_s"], abs=0.02)
+
+
+def test_runs_whose_memory_is_compared_made_the_videos_that_they_should(benchmarks, tmp_path, monkeypatch, capsys):
+    import paper_recipes
+
+    given = {"data": "runs/blocks", "work": str(tmp_path), "tiny": True, "steps": None, "lr": None, "json": None}
+    given |= {"bucket": "81x480x640", "batch": 1, "alpha": 64.0, "checkpointing": "full", "compile": "", "more": []}
+    recipe = paper_recipes.Recipe(argparse.Namespace(kind="5b", **given))
+    trained = []
+
+    def train(_: object, *words: str, pictures: bool) -> None:
+        settings = dict(word.split("=", 1) for word in words[2:])  # the last of a name counts
+        trained.append((settings["large.videos"], settings["run.eval_every"]))
+        out = Path(settings["run.out"])
+        (out / "videos").mkdir(parents=True, exist_ok=True)
+        (out / "metrics.jsonl").write_text('{"grad_norm": 1.0, "memory_gib": 2.0}\n')
+        if pictures and settings["large.videos"] == "1":
+            (out / "videos" / "step-000002-0000.mp4").touch()
+
+    monkeypatch.setattr(paper_recipes.Recipe, "physis", functools.partialmethod(train, pictures=True))
+    recipe.videos()
+    assert trained == [("0", "2"), ("1", "2")] and "needs a GPU" in capsys.readouterr().out and not recipe.lines
+    (tmp_path / "videos_1" / "videos" / "step-000002-0000.mp4").unlink()
+    monkeypatch.setattr(paper_recipes.Recipe, "physis", functools.partialmethod(train, pictures=False))
+    with pytest.raises(RuntimeError, match="has 0 videos with large.videos=1"):
+        recipe.videos()
