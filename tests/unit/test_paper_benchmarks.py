@@ -216,5 +216,5 @@ def test_runs_whose_memory_is_compared_made_the_videos_that_they_should(benchmar
     assert trained == [("0", "2"), ("1", "2")] and "needs a GPU" in capsys.readouterr().out and not recipe.lines
     (tmp_path / "videos_1" / "videos" / "step-000002-0000.mp4").unlink()
     monkeypatch.setattr(paper_recipes.Recipe, "physis", functools.partialmethod(train, pictures=False))
-    with pytest.raises(RuntimeError, match="has 0 videos with large.videos=1"):
+    with pytest.raises(RuntimeError, match=r"has 0 videos with large\.videos=1"):
         recipe.videos()
