@@ -53,7 +53,7 @@ examples:
   physis data collect task=click_bell episodes=200 shard=0/4 output=runs/part0"""
 
 
-#: Which episodes a collection holds, and how many scenes of a task may be rejected before the first one is kept.
+#: Which episodes a collection holds, and how many scenes of a task may be rejected before the first one is kept, or crash in a row.
 KEEP, PATIENCE = ("all", "success"), 30
 
 
@@ -126,12 +126,15 @@ class Collection:
         self.successes = 0
         self._cpu_s: dict[str, list[float]] = {task: [] for task in config.tasks}
         self._rejected: dict[str, int] = {}
+        self._crashed: dict[str, int] = {}  # in a row
         self._began = self._ended = 0.0
 
     def note(self, outcome: Outcome) -> None:
-        """A seed is dealt with. ``UserError`` for a policy that never does the task although only successes are kept."""
+        """A seed is dealt with. ``UserError`` for a policy that never does the task although only successes are kept, ``RuntimeError`` where seed after seed
+        of a task crashes: there is no end of seeds, and the program is broken, not they."""
         self._ended = time.time()
         self._began = self._began or self._ended - outcome.seconds
+        self._crashed[outcome.task] = self._crashed.get(outcome.task, 0) + 1 if outcome.kind == "crashed" else 0
         if outcome.kind == "recorded":
             self.successes += outcome.details["success"]
             self._cpu_s[outcome.task].append(outcome.details["cpu_s"])
@@ -139,6 +142,9 @@ class Collection:
         reason = {"task": outcome.task, "seed": outcome.seed, "policy": self.config.policy, "reason": outcome.kind}
         self.skipped.append(reason | {"message": outcome.message.strip()[-2000:]})
         write_json(self.root / "skipped.json", self.skipped)
+        if self._crashed[outcome.task] >= PATIENCE:
+            last = outcome.message.strip()[-2000:]
+            raise RuntimeError(f"{outcome.task}: {PATIENCE} episodes in a row crashed; the last one: {last}")
         if outcome.kind == "rejected" and not self.plan.recorded[outcome.task]:
             self._rejected[outcome.task] = self._rejected.get(outcome.task, 0) + 1
             if self._rejected[outcome.task] >= PATIENCE:

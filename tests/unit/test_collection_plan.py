@@ -1,5 +1,6 @@
 """Which recorded episodes a collection counts as its own, and that it writes alone."""
 
+import json
 import subprocess
 import sys
 
@@ -9,9 +10,9 @@ from physisforcing.core import files
 from physisforcing.core.errors import UserError
 from physisforcing.core.files import locked
 from physisforcing.envs import collect as collect_module
-from physisforcing.envs.collect import CollectConfig, _by_policy, collect
+from physisforcing.envs.collect import PATIENCE, CollectConfig, Collection, _by_policy, collect
 from physisforcing.envs.collector import POLICIES, episode_key
-from physisforcing.envs.seeds import Job
+from physisforcing.envs.seeds import Job, Outcome
 
 
 def test_no_policy_counts_the_episodes_of_another():
@@ -78,3 +79,24 @@ def test_where_no_lock_can_be_made_it_is_said(tmp_path):
         locked(tmp_path / "file" / "bell", "collection"),
     ):
         raise AssertionError("unreachable")
+
+
+def test_a_task_that_always_crashes_ends_the_run_before_the_seeds_do(tmp_path):
+    """Others had worked before it: it is not the first episodes of the run that crash."""
+    collection = Collection(CollectConfig(tasks=["click_bell", "shake_bottle"], episodes=50, output=str(tmp_path)))
+
+    def note(task, seed, kind):
+        collection.note(Outcome(task=task, seed=seed, kind=kind, message="no module named renderer"))
+
+    for seed in range(PATIENCE - 1):
+        note("click_bell", seed, "crashed")
+    note("click_bell", PATIENCE - 1, "unstable")  # it can begin, then
+    for seed in range(PATIENCE - 1):
+        note("click_bell", PATIENCE + seed, "crashed")
+        note("shake_bottle", seed, "unstable")
+    with pytest.raises(
+        RuntimeError, match=rf"click_bell: {PATIENCE} episodes in a row crashed; .*no module named renderer"
+    ):
+        note("click_bell", 2 * PATIENCE, "crashed")
+    kept = json.loads((tmp_path / "skipped.json").read_text())
+    assert [row["reason"] for row in kept].count("crashed") == 2 * PATIENCE - 1
