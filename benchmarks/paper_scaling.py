@@ -41,35 +41,42 @@ def overrides(options: argparse.Namespace, out: Path, gpus: int, *, lora: bool) 
     return [*words, "run.save_every=100000", "run.eval_every=100000", f"run.device={options.device}", *options.more]
 
 
-def run(row: str, gpus: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The lines of the updates after the first few; none where the run ended by itself."""
+def run(row: str, gpus: int, options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """-> (lines of the updates after the first few; where there are none, why)."""
     out = Path(options.work) / f"scaling-{row}-{gpus}"
     shutil.rmtree(out, ignore_errors=True)
     words = overrides(options, out, gpus, lora=row == "lora")
     command = [sys.executable, "-m", "physisforcing", "train", "worldmodel", *words]
     if gpus > 1:
         command[1:2] = ["-m", "torch.distributed.run", f"--nproc_per_node={gpus}", "-m"]
-    log = (out.parent / f"{out.name}.log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    told = out.parent / f"{out.name}.log"
     deadline = time.monotonic() + options.seconds
-    try:
-        while (
-            process.poll() is None
-            and len(_lines(out)) < options.updates + options.warmup
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.2)
-        if process.poll() is not None:
-            print(
-                f"{row} on {gpus}: ended by itself\n{(out.parent / f'{out.name}.log').read_text()[-1500:]}", flush=True
-            )
-            return []
-    finally:
-        for pid in [*_descendants(process.pid), process.pid]:  # torchrun's workers are no members of its group
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-    return _lines(out)[options.warmup :]
+    with told.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            while (
+                process.poll() is None
+                and len(_lines(out)) < options.updates + options.warmup
+                and time.monotonic() < deadline
+            ):
+                time.sleep(0.2)
+            ended = process.poll() is not None
+        finally:
+            for pid in [*_descendants(process.pid), process.pid]:  # torchrun's workers are no members of its group
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+    made = _lines(out)
+    found = [] if ended else made[options.warmup :]
+    if found:
+        return found, ""
+    why = (
+        "ended by itself"
+        if ended
+        else f"{len(made)} updates within {options.seconds:g} s, of which {options.warmup} are left out"
+    )
+    print(f"{row} on {gpus}: {why}\n{told.read_text()[-1500:]}", flush=True)
+    return [], f"{why}; see its log"
 
 
 def _descendants(pid: int) -> list[int]:
@@ -124,7 +131,7 @@ def main() -> None:
         beside = next((claim for claim in claims if claim in before), None)
         alone = before[beside]["value"] if beside else None
         for gpus in options.gpus:
-            found = run(row, gpus, options)
+            found, why = run(row, gpus, options)
             times = [line["step_ms"] for line in found]
             value = statistics.median(times) if times else None
             more: dict[str, Any] = {"gpus": gpus, "samples": gpus * options.micro}
@@ -142,7 +149,7 @@ def main() -> None:
                 elif alone and value:
                     more |= {"scaling_efficiency": round(alone / value, 4), "against_one": beside}
             else:
-                more["failed"] = "ended by itself; see its log"
+                more["failed"] = why
             lines.append(
                 measurement(
                     f"training/{options.experiment}/{row}{changed}_{gpus}_gpus_step_ms", round(value, 2) if value else None,  # type: ignore[arg-type]

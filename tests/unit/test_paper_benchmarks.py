@@ -218,3 +218,16 @@ def test_runs_whose_memory_is_compared_made_the_videos_that_they_should(benchmar
     monkeypatch.setattr(paper_recipes.Recipe, "physis", functools.partialmethod(train, pictures=False))
     with pytest.raises(RuntimeError, match=r"has 0 videos with large\.videos=1"):
         recipe.videos()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "why"), [(60, "ended by itself"), (0, "0 updates within 0 s, of which 4 are left out")]
+)
+def test_a_training_without_updates_says_why(benchmarks, tmp_path, monkeypatch, capsys, seconds, why):
+    import paper_scaling
+
+    options = argparse.Namespace(work=str(tmp_path), updates=3, warmup=4, seconds=seconds)
+    monkeypatch.setattr(paper_scaling, "overrides", lambda *_, **__: ["no_such_setting=1"])
+    assert paper_scaling.run("full", 1, options) == ([], f"{why}; see its log")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"full on 1: {why}\n") and ("no_such_setting" in shown) == (seconds > 0)
