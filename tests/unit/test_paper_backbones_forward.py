@@ -62,7 +62,9 @@ def inputs(
 def test_velocity_and_taps_are_bit_equal_to_the_stock_forward(name, paper_folders, calls):
     for tap in (1, 3):
         backbone = load_backbone(paper_folders[name], tap=tap, exact_times=True)
-        assert isinstance(backbone, VideoBackbone)
+        promised = {*VideoBackbone.__annotations__, *(name for name in vars(VideoBackbone) if name[0] != "_")}
+        assert {"transformer", "tap", "blocks", "conditions"} <= promised
+        assert not [name for name in promised if not hasattr(backbone, name)]
         assert len(calls[name]) >= 2, "with and without the sentence"
         for named, velocity, blocks in calls[name]:
             x, sigma, text, conditions = inputs(name, named)

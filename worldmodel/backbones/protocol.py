@@ -7,7 +7,7 @@ normalised. Blocks count from 1, tapped tokens are row-major (F,h,w) on the patc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from physisforcing.core.errors import UserError
 FIRST_LATENT = ("mask", "pinned")
 
 
-@runtime_checkable
 class VideoBackbone(Protocol):
     """A velocity predictor over a stock diffusers transformer; an ``nn.Module`` too.
 
