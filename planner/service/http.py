@@ -160,7 +160,7 @@ def _answer(connection: http.client.HTTPConnection, deadline: float, most_bytes:
     sock.settimeout(_left(deadline))
     response = connection.getresponse()
     parts, size = [], 0
-    while True:
+    while not response.isclosed():  # Python 3.13 closes it with the last byte, and the socket with it
         sock.settimeout(_left(deadline))
         part = response.read1(2**18)
         if not part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import http.client
 import http.server
 import json
 import threading
@@ -21,7 +22,7 @@ from physisforcing.core.types import RolloutRequest
 from physisforcing.planner.service import conformance
 from physisforcing.planner.service.client import HttpSettings, HttpWorldModel, ServiceError
 from physisforcing.planner.service.conformance import run_suite
-from physisforcing.planner.service.http import Address, token_for
+from physisforcing.planner.service.http import Address, exchange, token_for
 from physisforcing.planner.service.limits import ServiceLimits
 from physisforcing.planner.service.offers import capabilities_of, offers_of
 from physisforcing.planner.service.pictures import encode_png
@@ -156,6 +157,22 @@ def test_a_sound_manifest_is_taken() -> None:
         body = json.dumps(found).encode()
         with answering(lambda path, sent, body=body: body) as (url, _):
             assert HttpWorldModel(url, settings=FAST).spec.views.height == 24
+
+
+def test_an_answer_that_closes_itself_with_its_last_byte_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of Python 3.13 do, whichever Python this is."""
+    read1 = http.client.HTTPResponse.read1
+
+    def closing(response: http.client.HTTPResponse, size: int = -1) -> bytes:
+        part = read1(response, size)
+        if response.length == 0 and response.fp is not None:
+            response._close_conn()  # type: ignore[attr-defined]
+        return part
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", closing)
+    with answering(lambda path, sent: b"x" * 2**19) as (url, _):
+        reply = exchange(Address.of(url), "GET", "/", timeout_s=5.0)
+    assert reply.status == 200 and reply.body == b"x" * 2**19
 
 
 def test_a_manifest_of_many_bytes_is_not_read() -> None:
