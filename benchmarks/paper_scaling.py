@@ -44,6 +44,7 @@ def overrides(options: argparse.Namespace, out: Path, gpus: int, *, lora: bool) 
 def run(row: str, gpus: int, options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """-> (lines of the updates after the first few; where there are none, why)."""
     out = Path(options.work) / f"scaling-{row}-{gpus}"
+    out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     words = overrides(options, out, gpus, lora=row == "lora")
     command = [sys.executable, "-m", "physisforcing", "train", "worldmodel", *words]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from physisforcing.worldmodel.training import steplog
 from physisforcing.worldmodel.training.steplog import StepLog
 
 
@@ -84,3 +85,31 @@ def test_without_tensorboard_it_is_said(
     monkeypatch.setattr("physisforcing.worldmodel.training.steplog._has_tensorboard", lambda: False)
     write(tmp_path, 0, 1)
     assert "metrics.jsonl alone" in capsys.readouterr().err and not (tmp_path / "tensorboard").exists()
+
+
+def test_what_is_measured_shown_or_saved_between_two_lines_is_no_part_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(steplog.time, "perf_counter", lambda: clock[0])
+    log = StepLog(tmp_path, steps=9, batch=6, device=torch.device("cpu"))
+
+    def update(seconds: float) -> None:
+        clock[0] += seconds
+        log.add({"loss": torch.tensor(1.0)}, wait_s=0.5)
+
+    with log.paused():  # held-out values before the first update
+        clock[0] += 70.0
+        log.event({"step": 0, "heldout_loss": 2.0})
+    update(2.0)
+    with log.paused():  # between the updates of one line
+        clock[0] += 30.0
+        log.event({"step": 1, "heldout_loss": 2.0})
+    update(4.0)
+    line = log.line(2, lr=0.1)
+    assert line["step_ms"] == pytest.approx(3000.0) and line["clips_per_s"] == pytest.approx(2.0)
+    assert line["data_wait_pct"] == pytest.approx(100.0 / 6.0) and line["eta_s"] == pytest.approx(21.0)
+    log.event({"step": 2, "skipped": 1})  # a line alone takes the time that it takes
+    update(5.0)
+    assert log.line(3, lr=0.1)["step_ms"] == pytest.approx(5000.0)
+    log.close()

@@ -9,6 +9,8 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +93,20 @@ class StepLog:
         return record
 
     def event(self, record: dict[str, object]) -> None:
-        """A line outside the step rhythm (held-out values, timings). The clock of the next step line restarts."""
+        """A line outside the step rhythm (held-out values, timings)."""
         self._write(record)
-        self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile (measuring, videos, checkpoints) is no part of the time of a step: the clock stands still, on a GPU from when it
+        has computed the updates that came before."""
+        if self._count and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - begun
 
     @property
     def takes_pictures(self) -> bool:
@@ -101,10 +114,9 @@ class StepLog:
         return self._board is not None or (self._stream is None and _has_tensorboard())
 
     def picture(self, name: str, image_HWC: NDArray[np.uint8], step: int) -> None:
-        """An RGB picture as image summary. The clock of the next step line restarts."""
+        """An RGB picture as image summary."""
         if self._board is not None:
             self._board.add_image(name, image_HWC, step, dataformats="HWC")
-            self._since = time.perf_counter()
 
     def _write(self, record: dict) -> None:
         if self._stream is None:

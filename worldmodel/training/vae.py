@@ -185,21 +185,23 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
                 guard.check()
                 log.line(done, lr)
             if not told and (done % config.run.eval_every == 0 or last):
-                average.swap()
-                log.event({"step": done, **heldout_psnr(model, heldout or train)})
-                average.swap()
+                with log.paused():
+                    average.swap()
+                    log.event({"step": done, **heldout_psnr(model, heldout or train)})
+                    average.swap()
             if done % config.run.save_every == 0 or last or told:
                 guard.check()
                 tensors = training_tensors(model, average, optimizer, device)
                 state = {"settings": binding_settings(config), "skipped": guard.skipped}
-                saved = save_checkpoint(
-                    run,
-                    done,
-                    lambda folder: _write_average(folder, model, average),
-                    tensors,
-                    state,
-                    keep=config.run.keep,
-                )
+                with log.paused():
+                    saved = save_checkpoint(
+                        run,
+                        done,
+                        lambda folder: _write_average(folder, model, average),
+                        tensors,
+                        state,
+                        keep=config.run.keep,
+                    )
                 if told:
                     log.close()
                     raise TrainingStopped(told, done, config.run.steps, saved)

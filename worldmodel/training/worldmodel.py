@@ -78,7 +78,8 @@ def _train(
         run, config.run.steps, config.run.batch, device, done=first, quiet=quiet, wandb=config.run.wandb
     )  # fmt: skip
     if first == 0:
-        _measure(trainer, heldout, 0, log)
+        with log.paused():
+            _measure(trainer, heldout, 0, log)
     with StopSignals() as signals:
         for step in range(first, config.run.steps):
             terms = trainer.step(step)
@@ -86,10 +87,12 @@ def _train(
             _after_update(trainer, log, terms, done)
             told = None if last else _told(signals, processes)
             if not told and (done % config.run.eval_every == 0 or last):
-                _measure(trainer, heldout, done, log)
+                with log.paused():
+                    _measure(trainer, heldout, done, log)
             if done % config.run.save_every == 0 or last or told:
                 trainer.guard.check()
-                saved = trainer.save(run, done)
+                with log.paused():
+                    saved = trainer.save(run, done)
                 if told:
                     log.close()
                     raise TrainingStopped(told, done, config.run.steps, saved)
