@@ -100,7 +100,7 @@ def test_an_update_does_not_wait_for_the_device(device, resume_case, tmp_path, m
     targets = dataclasses.replace(
         host.targets, row_W=host.targets.row_W.to(device), targets=host.targets.targets.to(device)
     )
-    names = ("latents_WCFhw", "text_SLD", "sentence_W", "proprioception_WKA")
+    names = ("latents_WCFhw", "text_SLD", "sentence_W", "proprioception_WKA", "actions_WPA")
     bank = dataclasses.replace(host, targets=targets, **{name: getattr(host, name).to(device) for name in names})
     trainer = module.Trainer(settings, bank, torch.device(device))
     terms = trainer.step(0)  # the first update allocates, and libraries start up in it
