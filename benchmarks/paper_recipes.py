@@ -304,8 +304,9 @@ class Recipe:
         if self.device.type != "cuda":
             print("videos: memory needs a GPU; the runs ended as they should", flush=True)
             return
+        chosen = self.options.checkpointing and f"_{self.options.checkpointing}"
         self.note(
-            "videos_memory_gib", peaks[1], "GiB", without_videos_gib=round(peaks[0], 2), card_gib=used[1], card_without_videos_gib=used[0],
+            f"videos_memory{chosen}_gib", peaks[1], "GiB", without_videos_gib=round(peaks[0], 2), card_gib=used[1], card_without_videos_gib=used[0],
             bucket=self.bucket, checkpointing=self.options.checkpointing or "the recipe's",
         )  # fmt: skip
 
