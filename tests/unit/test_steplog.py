@@ -109,7 +109,34 @@ def test_what_is_measured_shown_or_saved_between_two_lines_is_no_part_of_a_step(
     line = log.line(2, lr=0.1)
     assert line["step_ms"] == pytest.approx(3000.0) and line["clips_per_s"] == pytest.approx(2.0)
     assert line["data_wait_pct"] == pytest.approx(100.0 / 6.0) and line["eta_s"] == pytest.approx(21.0)
-    log.event({"step": 2, "skipped": 1})  # a line alone takes the time that it takes
+    log.event({"step": 2, "note": "a line alone"})
     update(5.0)
     assert log.line(3, lr=0.1)["step_ms"] == pytest.approx(5000.0)
+    log.close()
+
+
+def test_a_step_whose_update_is_skipped_takes_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(steplog.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(steplog, "peak_flops", lambda _device: 1e6)
+    log = StepLog(tmp_path, steps=40, batch=1, device=torch.device("cpu"))
+
+    def steps(kinds: str) -> None:
+        for kind in kinds:
+            clock[0] += 1.0
+            if kind == "s":
+                log.skip({"step": 0, "skipped": 1}, wait_s=0.25)
+            else:
+                log.add({"loss": torch.tensor(3.0)}, wait_s=0.25, operations=1e5)
+
+    steps("ussssssss")
+    line = log.line(9, lr=0.1)
+    assert line["step_ms"] == pytest.approx(1000.0) and line["loss"] == 3.0
+    assert line["data_wait_pct"] == pytest.approx(25.0) and line["mfu_pct"] == pytest.approx(10.0)
+    steps("ssss")
+    assert log.line(13, lr=0.1) == {}, "none of them has a loss"
+    steps("uuuu")
+    line = log.line(17, lr=0.1)
+    assert line["step_ms"] == pytest.approx(1000.0) and line["eta_s"] == pytest.approx(23.0)
+    assert line["clips_per_s"] == pytest.approx(1.0) and line["data_wait_pct"] == pytest.approx(25.0)
     log.close()

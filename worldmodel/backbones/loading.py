@@ -237,8 +237,8 @@ class Weights:
                     there = rename(name)
                     wide = self.dtype is not None and in_modules(name, self._kept)
                     dtype = torch.float32 if wide or exact(there) else self.dtype
-                    # to the device as it is stored, and another precision there: on a CPU, with the one thread that torchrun leaves it,
-                    # that takes eight times as long as all the rest
+                    # to the device as it is stored, and to its precision there: on a CPU that is most of the time of loading, all the more
+                    # with the one thread that torchrun leaves a process
                     _place(self.model, there, opened.get_tensor(name).to(device).to(dtype))
         for module in self.model.modules():
             for name in module._non_persistent_buffers_set:

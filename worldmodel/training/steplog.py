@@ -52,7 +52,7 @@ class StepLog:
             self._wandb = _wandb(run, wandb)
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._count = 0
+        self._count = self._skipped = 0
         self._wait = self._operations = 0.0
         self._since = time.perf_counter()
         self._done = done
@@ -69,15 +69,21 @@ class StepLog:
         self._wait += wait_s
         self._operations += operations
 
+    def skip(self, record: dict[str, object], wait_s: float) -> None:
+        """A line of a step whose update was left out. It took its time, as others do, but its loss is no part of their mean."""
+        self.event(record)
+        self._skipped += 1
+        self._wait += wait_s
+
     def line(self, step: int, lr: float) -> dict[str, float]:
-        """Write the mean of the steps since the last line; nothing where there were none. Raises ``FloatingPointError`` when a loss is
-        not finite."""
+        """Write the mean of the steps since the last line, once there are any. Raises ``FloatingPointError`` when a loss is not finite."""
         if not self._count:
             return {}
         # what some steps measure alone is the mean of those
         values = torch.stack([total / self._counts[name] for name, total in self._sums.items()]).tolist()
         now = time.perf_counter()
-        seconds = (now - self._since) / self._count
+        steps = self._count + self._skipped
+        seconds = (now - self._since) / steps
         record: dict[str, float] = {"step": step, **dict(zip(self._sums, values, strict=True)), "lr": lr}
         record["step_ms"] = 1e3 * seconds
         record["data_wait_pct"] = 100.0 * self._wait / max(1e-9, now - self._since)
@@ -87,7 +93,8 @@ class StepLog:
         record["memory_gib"] = _memory_gib(self.device)
         record["eta_s"] = seconds * (self.steps - step)
         self._write(record)
-        self._sums, self._counts, self._count, self._wait, self._operations, self._since = {}, {}, 0, 0.0, 0.0, now
+        self._sums, self._counts, self._count, self._skipped = {}, {}, 0, 0
+        self._wait, self._operations, self._since = 0.0, 0.0, now
         if not all(value == value and abs(value) != float("inf") for value in values):
             raise FloatingPointError(f"step {step}: a loss is not finite: {record}")
         return record
@@ -98,15 +105,19 @@ class StepLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens meanwhile (measuring, videos, checkpoints) is no part of the time of a step: the clock stands still, on a GPU from when it
-        has computed the updates that came before."""
-        if self._count and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """What happens meanwhile (measuring, videos, checkpoints) is no part of the time of a step: the clock stands still, on a GPU between what
+        it has computed before and after."""
+        self._wait_for_device()
         begun = time.perf_counter()
         try:
             yield
         finally:
+            self._wait_for_device()
             self._since += time.perf_counter() - begun
+
+    def _wait_for_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @property
     def takes_pictures(self) -> bool:

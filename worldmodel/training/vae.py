@@ -175,7 +175,7 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
                 average.update(step)
             optimizer.zero_grad(set_to_none=True)
             if (skipped := guard.take_skipped()) is not None:
-                log.event(skipped)
+                log.skip(skipped, wait)
             else:
                 log.add(terms, wait)
             done = step + 1
@@ -191,9 +191,9 @@ def train_vae(config: TrainVaeConfig, episodes: list[Episode] | None = None) -> 
                     average.swap()
             if done % config.run.save_every == 0 or last or told:
                 guard.check()
-                tensors = training_tensors(model, average, optimizer, device)
-                state = {"settings": binding_settings(config), "skipped": guard.skipped}
                 with log.paused():
+                    tensors = training_tensors(model, average, optimizer, device)
+                    state = {"settings": binding_settings(config), "skipped": guard.skipped}
                     saved = save_checkpoint(
                         run,
                         done,

@@ -142,7 +142,7 @@ def _after_update(trainer: Trainer, log: StepLog, terms: dict[str, Tensor], done
     """Put the update into the log, and write its line where one is due. On a CPU every update is looked at, which costs nothing there."""
     run = trainer.config.run
     if (skipped := trainer.guard.take_skipped()) is not None:
-        log.event(skipped)
+        log.skip(skipped, trainer.wait_s)
     else:
         log.add(terms, trainer.wait_s, trainer.operations)
     due = done % run.log_every == 0 or done == run.steps
