@@ -103,7 +103,8 @@ class PaperGenerator:
         self.folder, self.config = Path(folder), config
         self.placement = Placement(config.device, config.offload)
         index = read_json(self.folder / "model_index.json")
-        self.cosmos = read_class(self.folder) == "Cosmos3OmniPipeline"
+        given = read_settings(transformer_folder(Path(config.transformer))) if config.transformer else {}
+        self.cosmos = read_class(self.folder, taught="first_latent" in given) == "Cosmos3OmniPipeline"
         self.vae = load_vae(Path(config.codec) if config.codec else self.folder / "vae")
         self.experts = self._experts(index)
         made, wanted = int(self.vae.vae.config.z_dim), self.experts.high.latent_channels

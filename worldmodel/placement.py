@@ -26,12 +26,9 @@ class Placement:
 
     @contextmanager
     def use(self, part: nn.Module) -> Iterator[None]:
-        """``part`` is usable on the device inside."""
-        part.to(self.device)
-        try:
+        """``part`` is usable on the device inside. What it writes into its weights there is lost where they are only lent to the device."""
+        with self._lent(_values(part)):
             yield
-        finally:
-            self._away(part)
 
     @contextmanager
     def use_backbone(self, backbone: Any) -> Iterator[None]:
@@ -41,23 +38,29 @@ class Placement:
                 yield
             return
         inside = {id(value) for value in _values(backbone.blocks)}
-        for value in _values(backbone):
-            if id(value) not in inside:
-                value.data = value.data.to(self.device)
-        streamed, plain = StreamedBlocks(backbone.blocks, self.device), backbone.run_block
-        backbone.run_block = streamed.run
+        with self._lent([value for value in _values(backbone) if id(value) not in inside]):
+            streamed, plain = StreamedBlocks(backbone.blocks, self.device), backbone.run_block
+            backbone.run_block = streamed.run
+            try:
+                yield
+            finally:
+                backbone.run_block = plain
+                streamed.close()
+
+    @contextmanager
+    def _lent(self, values: list[Tensor]) -> Iterator[None]:
+        """``values`` are on the device inside. With ``offload`` what they were stays where it is and is theirs again afterwards: nothing is copied back."""
+        home = [value.data for value in values]
+        for value in values:
+            value.data = value.data.to(self.device)
         try:
             yield
         finally:
-            backbone.run_block = plain
-            streamed.close()
-            self._away(backbone)
-
-    def _away(self, part: nn.Module) -> None:
-        if self.offload != "none":
-            part.to("cpu")
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if self.offload != "none":
+                for value, data in zip(values, home, strict=True):
+                    value.data = data
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
 
 
 class StreamedBlocks:

@@ -21,10 +21,15 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 
+def shell_lines(text: str) -> list[str]:
+    """Lines of shell blocks, continued ones joined, without comments."""
+    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, re.DOTALL)
+    return [line.split(" #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
 def commands(text: str) -> list[list[str]]:
     """The ``physis ...`` lines of shell blocks, and inline code that starts with physis, as words."""
-    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, re.DOTALL)
-    lines = [line.split(" #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = shell_lines(text)
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     found = [line.strip().removeprefix(".venv/bin/") for line in lines + inline]
     return [shlex.split(line)[1:] for line in found if line.startswith("physis ")]
@@ -96,6 +101,35 @@ def test_settings_in_the_readme_fit_their_commands() -> None:
                 check()
             checked += 1
     assert checked >= 8
+
+
+class Composed(BaseException):
+    """Ends a command once its settings are read."""
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
+def test_settings_in_shell_blocks_are_those_of_their_commands(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each command reads its settings as it always does, and goes no further."""
+
+    def read(*arguments: object) -> None:
+        compose(*arguments)  # type: ignore[arg-type]
+        raise Composed
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("physisforcing.core.config.compose", read)
+    for line in shell_lines(path.read_text(encoding="utf-8")):
+        start = re.search(r"(?:^|-m )(?:\.venv/bin/)?(?:physis|physisforcing) (?=[a-z])", line)
+        words = shlex.split(line[start.end() :]) if start else []
+        if not any(re.match(r"[\w.+~]+=", word) for word in words):
+            continue
+        verb, _ = cli.find_verb(words)
+        module = importlib.import_module(cli.VERBS[verb].module)
+        if hasattr(module, "compose"):
+            monkeypatch.setattr(module, "compose", read)
+        with pytest.raises(Composed):
+            cli.main(words)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)

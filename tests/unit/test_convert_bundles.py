@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -48,7 +49,9 @@ def test_two_experts_become_one_pipeline(wan_settings: Path, tmp_path: Path) -> 
         )
     config = ConvertConfig(source=str(tmp_path / "A14B"), output=str(tmp_path / "out"), dtype="bf16")
     report = run(config)
-    assert report["notes"] == ["no model_index.json: the source has no vae, text_encoder, tokenizer"]
+    assert report["notes"] == [
+        "no model_index.json: the source has no vae, text_encoder, tokenizer; tokenizer=FOLDER gives one"
+    ]
     for seed, name in enumerate(("transformer", "transformer_2")):
         state = random_state(WanModel(**tiny), seed)
         model = WanTransformer3DModel.from_pretrained(tmp_path / "out" / name, torch_dtype=torch.bfloat16)
@@ -132,24 +135,34 @@ def tiny_cosmos() -> Any:
     return stock(Cosmos3OmniTransformer, **sizes, **heads, rope_axes_dim=[2, 1, 1], base_fps=16)
 
 
-def test_the_authors_cosmos_bundle(tmp_path: Path, tiny_wan_folder: Path) -> None:
-    from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer
-
-    bundle, began = tmp_path / "PF_Cosmos", tiny_cosmos()
+def cosmos_bundle(bundle: Path, began: Any) -> Path:
+    """PF_Cosmos as its authors describe it, without a tokenizer: theirs is fetched when it first runs. Returns the settings of a tiny one."""
     state = original_cosmos(began.state_dict()) | {
         "model.net.language_model.visual.patch_embed.proj.bias": torch.zeros(3)
     }
     save_shards(bundle, state, "model", shards=3)
-    shutil.copytree(tiny_wan_folder / "tokenizer", bundle, dirs_exist_ok=True)
     (bundle / "assets").mkdir()
     torch.save(original_vae(wan_vae(nested=True), nested=True), bundle / "assets" / "Wan2.2_VAE.pth")
     expert = {"base_fps": 16, "patch_spatial": 2, "max_vae_latent_side_after_patchify": 20}
     (bundle / "config.json").write_text(
         json.dumps({"model_type": "cosmos3_omni", "model": {"config": {"diffusion_expert_config": expert}}})
     )
-    told = tmp_path / "tiny.json"
+    told = bundle.parent / "tiny.json"
     told.write_text(json.dumps({"vae": LATENTS, "transformer": {"rope_axes_dim": [2, 1, 1], "base_fps": 16}}))
+    return told
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["tokenizer in it", "tokenizer elsewhere"])
+def test_the_authors_cosmos_bundle(tmp_path: Path, tiny_wan_folder: Path, inside: bool) -> None:
+    from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer
+
+    bundle, began = tmp_path / "PF_Cosmos", tiny_cosmos()
+    told = cosmos_bundle(bundle, began)
+    if inside:
+        shutil.copytree(tiny_wan_folder / "tokenizer", bundle, dirs_exist_ok=True)
     arguments = [f"source={bundle}", f"output={tmp_path / 'out'}", "dtype=keep", f"config={told}"]
+    if not inside:
+        arguments.append(f"tokenizer={tiny_wan_folder / 'tokenizer'}")
     assert cli.main(["convert", *arguments]) == 0
     loaded = Cosmos3OmniTransformer.from_pretrained(tmp_path / "out" / "transformer")
     assert same(began, loaded) and settings_of(began) == settings_of(loaded)
@@ -162,3 +175,20 @@ def test_the_authors_cosmos_bundle(tmp_path: Path, tiny_wan_folder: Path) -> Non
     )
     note = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert list(note["parts"]["transformer"]["left_out"].values()) == [1] and note["shift"] == 10.0
+
+
+def test_a_bundle_without_a_tokenizer_says_how_to_give_one(
+    tmp_path: Path, tiny_wan_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "PF_Cosmos"
+    told = cosmos_bundle(bundle, tiny_cosmos())
+    config = ConvertConfig(source=str(bundle), output=str(tmp_path / "out"), config=str(told), dtype="keep")
+    report = run(config)
+    assert report["notes"][-1] == "no model_index.json: the source has no text_tokenizer; tokenizer=FOLDER gives one"
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    for folder, message in ((bundle, "a folder with a tokenizer's files"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(UserError, match=message):
+            run(dataclasses.replace(config, output=str(tmp_path / "other"), tokenizer=str(folder)))
+    with pytest.raises(UserError, match="none with kind=diffusers"):
+        run(ConvertConfig(source=str(tiny_wan_folder), tokenizer=str(tiny_wan_folder / "tokenizer")))
+    assert not (tmp_path / "other").exists()

@@ -212,3 +212,60 @@ def test_a_text_encoder_with_a_tensor_missing_is_refused(paper_folders, tmp_path
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=gone.replace(".", r"\.")):
         UMT5Text(folder, cache=tmp_path / "cache").tokens("press the bell")
+
+
+def test_weights_that_are_lent_to_a_device_are_not_copied_back(monkeypatch):
+    """The CPU stands for the device here, with a copy of its own of everything that is sent there."""
+    from physisforcing.worldmodel.placement import Placement
+
+    part = torch.nn.BatchNorm1d(3)
+    before = {name: (value.data_ptr(), value.clone()) for name, value in part.state_dict().items()}
+    sent: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: sent.append(device) or self.clone())
+
+    def turn() -> None:
+        with Placement("cpu", "model").use(part):
+            assert all(value.data_ptr() != before[name][0] for name, value in part.state_dict().items())
+            part.weight.data.fill_(7.0)
+            raise RuntimeError("amid its turn")
+
+    with pytest.raises(RuntimeError, match="amid"):
+        turn()
+    for name, value in part.state_dict().items():
+        pointer, values = before[name]
+        assert value.data_ptr() == pointer and torch.equal(value, values), name
+    assert len(sent) == len(before), "each once, on its way there"
+    with Placement("cpu").use(part):
+        pass
+    assert all(value.data_ptr() != before[name][0] for name, value in part.state_dict().items()), "without it they stay"
+
+
+def test_a_text_to_video_folder_generates_with_a_transformer_that_was_taught_a_first_frame(tmp_path: Path):
+    from diffusers import WanPipeline
+
+    from physisforcing.worldmodel.backbones.folder import save_settings
+    from physisforcing.worldmodel.paper_generate import PaperConfig, PaperGenerator
+    from physisforcing.worldmodel.pipeline_vae import picture_tensor
+
+    folder, taught = tmp_path / "t2v", tmp_path / "export" / "transformer"
+    WanPipeline(
+        **tiny_paper._umt5(),
+        vae=tiny_paper.vae(16, 8),
+        scheduler=tiny_paper.unipc(3.0),
+        transformer=tiny_paper.wan_transformer(16, 16, 5),
+    ).save_pretrained(folder)
+    tiny_paper.wan_transformer(16, 16, 6).save_pretrained(taught)
+
+    def generator(**settings: Any) -> PaperGenerator:
+        return PaperGenerator(folder, PaperConfig(**tiny_paper.SIZE, steps=2, text_cache=tmp_path, **settings))
+
+    for settings in ({}, {"transformer": str(taught)}):
+        with pytest.raises(UserError, match="its transformer takes no first frame"):
+            generator(**settings)
+    save_settings(taught, first_latent="pinned", tap=1)
+    made = generator(transformer=str(taught))
+    latents = our_latents(made, [3])[0]
+    shown = picture_tensor(tiny_paper.picture(), tiny_paper.HEIGHT, tiny_paper.WIDTH, crop=False)
+    first = made.vae.encode_first(made.experts.high, shown, made.frames)["first_BC1hw"]
+    assert torch.equal(latents[:, :, :1], first) and latents[:, :, 1:].isfinite().all()
+    assert "first latent pinned" in made.describe()

@@ -53,9 +53,10 @@ CLASSES: dict[str, PipelineClass] = {
 }
 
 
-def read_class(folder: Path) -> str:
+def read_class(folder: Path, *, taught: bool = False) -> str:
     """The class that opens the folder: the one that ``model_index.json`` names, after a look at everything it names; for a Wan
-    text-to-video pipeline with ``expand_timesteps`` (TI2V-5B) the image-to-video class over the same weights.
+    text-to-video pipeline with ``expand_timesteps`` (TI2V-5B) the image-to-video class over the same weights. ``taught``: a
+    transformer from elsewhere takes the place of the folder's, one that learnt to continue a first frame: any Wan folder will do.
 
     Raises ``UserError`` for a folder without it, a class or library that is not in the lists here, a Wan pipeline that takes no first
     frame, and Python files in the folder.
@@ -72,7 +73,7 @@ def read_class(folder: Path) -> str:
     if not isinstance(name, str):
         raise UserError("pipeline", got=f"_class_name {name!r}", wanted="the name of one class", fix="no custom code")
     if name == TEXT_TO_VIDEO:
-        name = _with_first_frame(content)
+        name = IMAGE_TO_VIDEO if taught else _with_first_frame(content)
     if name not in CLASSES:
         raise unknown_name("pipeline", name, CLASSES, see="docs/bring_your_world_model.md")
     code = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class ConvertConfig:
     ``source``: folder or file of a release. ``output``: folder to write; not for ``kind=diffusers``, which is checked alone. ``kind``:
     auto, wan, pf_wan, pf_cosmos, diffusers, or to_wan for the way back. ``dtype``: of the transformers: bf16, fp16, fp32 or keep; modules that diffusers keeps
     in float32 stay so, autoencoder and text encoder have the type of their files. ``config``: JSON with what the tensors' shapes do
-    not say. ``sha256``: file name -> checksum that the file must have.
+    not say. ``tokenizer``: folder of one for a release that has none, or in place of its own. ``sha256``: file name -> checksum that the
+    file must have.
     """
 
     source: str = ""
@@ -39,6 +40,7 @@ class ConvertConfig:
     kind: str = "auto"
     dtype: str = "bf16"
     config: str | None = None
+    tokenizer: str | None = None
     sha256: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -61,6 +63,9 @@ def run(config: ConvertConfig, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]
     config.check()
     source = Path(config.source).expanduser()
     kind = find.kind_of(source) if config.kind == "auto" else config.kind
+    if config.tokenizer is not None and kind in ("diffusers", "to_wan"):
+        fix = "leave tokenizer= out"
+        raise UserError("tokenizer", got=config.tokenizer, wanted=f"none with kind={kind}", fix=fix)
     if kind == "diffusers":
         if config.output is not None:
             fix = "leave output= out: the folder is checked and ready as it is"
@@ -74,11 +79,25 @@ def run(config: ConvertConfig, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]
     if kind == "to_wan":
         return _write(_to_wan(source, DTYPES[config.dtype]), source, Path(config.output).expanduser(), shard_bytes)
     found = find.find(source, kind, find.asked(config.config, config.sha256, DTYPES[config.dtype]))
+    if config.tokenizer is not None:
+        name = next(name for name in found.needed if name.endswith("tokenizer"))
+        found = replace(found, tokenizer=(name, _tokenizer_folder(Path(config.tokenizer))))
     read = {name for part in found.parts for name in part.source.digests}
     for name in config.sha256:
         if name not in read:
             raise unknown_name("sha256", name, read, see="the files of the source")
     return _write(found, source, Path(config.output).expanduser(), shard_bytes)
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    folder = folder.expanduser()
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
+        got = str(folder) if folder.is_dir() else f"{folder}: no such folder"
+        fix = (
+            "download the tokenizer's files (tokenizer.json, tokenizer_config.json) of the model that the release names"
+        )
+        raise UserError("tokenizer", got=got, wanted="a folder with a tokenizer's files", fix=fix)
+    return folder
 
 
 def _to_wan(source: Path, dtype: torch.dtype | None) -> find.Found:
@@ -110,7 +129,8 @@ def _write(found: find.Found, source: Path, output: Path, shard_bytes: int) -> d
         if found.index:
             missing = write_pipeline(folder, found.index, found.parts, found.tokenizer, found.shift, found.needed)
     if missing:
-        report["notes"].append(f"no model_index.json: the source has no {', '.join(missing)}")
+        how = "; tokenizer=FOLDER gives one" if any(name.endswith("tokenizer") for name in missing) else ""
+        report["notes"].append(f"no model_index.json: the source has no {', '.join(missing)}{how}")
     return report | {"output": str(output), "bytes": needed}
 
 

@@ -21,6 +21,7 @@ TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 #: In a folder with other things, what belongs to a tokenizer.
 TOKENIZER_NAMES = (
     "tokenizer*.json",
+    "spiece.model",
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
