@@ -15,6 +15,7 @@ import csv
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -264,12 +265,38 @@ def main() -> int:
             folder.mkdir(parents=True, exist_ok=True)
             plant(takes_of(options.data, seed % 2), folder, COUNTS, np.random.default_rng(seed))
         planted = [Planted(**one) for one in json.loads((folder / "planted.json").read_text())]
+        anew, begun = not (folder / "prepared").exists(), time.perf_counter()
         prepare_clips(folder / "prepared", folder / "manifest.csv", progress=True)
+        seconds = time.perf_counter() - begun
         counts, more = score(planted, ClipManifest(folder / "prepared").everything)
         lines += show(seed, counts, more, measurement, command, machine_provenance())
+        if anew:
+            lines.append(timed(folder, seed, seconds / len(planted), command, machine_provenance()))
     if options.out:
         write_measurements(options.out, lines)
     return 0
+
+
+def timed(folder: Path, seed: int, seconds: float, command: str, provenance: Any) -> dict[str, Any]:
+    """How long the command took for a clip, measuring, comparing and writing; with the sizes of its clips."""
+    from physisforcing.core.video import probe_mp4
+    from physisforcing.planner.measurements import measurement
+
+    found = [probe_mp4(path) for path in sorted(folder.glob("clip*.mp4"))]
+    against = {
+        "clips": len(found),
+        "mean_pictures": round(sum(one.frames for one in found) / len(found), 1),
+        "largest": max(f"{one.height}x{one.width}" for one in found),
+    }
+    print(f"  {seconds:.3f} s a clip, {against}")
+    return measurement(
+        f"data/prepare/{role(seed)}/seconds_a_clip", round(seconds, 4), unit="s", n=len(found), seeds=[seed], against=against, command=command,
+        provenance=provenance,
+    )  # fmt: skip
+
+
+def role(seed: int) -> str:
+    return "chosen" if seed == 0 else "heldout"
 
 
 def show(
@@ -277,8 +304,8 @@ def show(
 ) -> list[dict[str, Any]]:
     """Print the table of a seed and return its measurements."""
     lines = []
-    role = "thresholds chosen here" if seed == 0 else "held out"
-    print(f"seed {seed} ({role}): originals dropped for their copy {more['originals_dropped_for_their_copy']}")
+    said = "thresholds chosen here" if seed == 0 else "held out"
+    print(f"seed {seed} ({said}): originals dropped for their copy {more['originals_dropped_for_their_copy']}")
     for kind, count in counts.items():
         for name, part, whole in (("recall", count.found, count.planted), ("precision", count.right, count.dropped)):
             low, high = wilson(part, whole)
@@ -286,7 +313,7 @@ def show(
             if whole:
                 lines.append(
                     measurement(
-                        f"data/prepare/{'chosen' if seed == 0 else 'heldout'}/{kind}/{name}",
+                        f"data/prepare/{role(seed)}/{kind}/{name}",
                         round(part / whole, 4),
                         unit="share",
                         n=whole,

@@ -23,6 +23,7 @@ import torch
 
 from killed_lives import KILLS, killed_lives
 from physisforcing.worldmodel.data.batches import WindowBank
+from physisforcing.worldmodel.training.checkpoint import latest_checkpoint, load_training
 from physisforcing.worldmodel.training.config import LoraConfig, TrainWorldModelConfig
 from physisforcing.worldmodel.training.processes import Processes
 from physisforcing.worldmodel.training.stopping import TrainingStopped
@@ -31,6 +32,8 @@ from ranks import both, pair
 from tiny_training import bank, config
 
 BATCH = 4
+#: Updates of a run of two processes of which one is killed again and again, and how often.
+LASTING, KILLED_PAIRS = 24, 6
 
 
 def half_empty() -> tuple[WindowBank, WindowBank]:
@@ -110,25 +113,37 @@ def restore_and_save(folder: Path) -> None:
     processes.close()
 
 
-def forever(folder: Path) -> None:
-    made = settings(folder, "killed", steps=100_000)
+def lasting(folder: Path, name: str) -> None:
+    """A run that saves after each update."""
+    made = settings(folder, name, steps=LASTING)
     made.run.save_every = made.run.log_every = 1
     train_world_model(made, half_empty())
 
 
 def killed(folder: Path, trials: int) -> list[dict]:
-    """Kill one rank at random moments; the other has to end by itself."""
+    """Kill one rank at random moments, some of them while it saves and every third before its life has saved anything; the other has to end by
+    itself. Then the run goes on to its end."""
     draw, found, run = random.Random(0), [], folder / "killed"
+
+    def newest() -> str:
+        return (run / "last").readlink().name if (run / "last").is_symlink() else ""
+
     for trial in range(trials):
-        ranks, before = pair(lambda: forever(folder)), len(list(run.glob("step-*")))
-        deadline = time.monotonic() + 60
-        while len(list(run.glob("step-*"))) < before + 2 and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0.0, 0.1))
-        seen = (run / "last").readlink().name
+        start, deadline, early = newest(), time.monotonic() + 60, trial % 3 == 2
+        ranks = pair(lambda: lasting(folder, "killed"))
+        while newest() == start and not early and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0.0, 0.2))
+        while trial % 3 == 1 and not list(run.glob(".writing-*")) and time.monotonic() < deadline:
+            time.sleep(0.0002)
+        seen, saving = newest(), bool(list(run.glob(".writing-*")))
         os.kill(ranks[trial % 2], signal.SIGKILL)
         ended = [os.waitpid(child, 0)[1] for child in ranks]
-        found.append({"ended": ended, "seen": seen, "killed": trial % 2})
+        kept = latest_checkpoint(run)
+        assert kept is not None
+        load_training(kept)
+        found.append({"ended": ended, "seen": seen, "kept": kept.name, "saving": saving, "killed": trial % 2})
+    both(lambda: lasting(folder, "killed"))
     return found
 
 
@@ -146,13 +161,14 @@ def main(folder: Path, base: str) -> None:
         lambda: train_world_model(*spoiled(folder)),
         lambda: told_once(folder),
         lambda: train(folder, "told"),
+        lambda: lasting(folder, "unharmed"),
     ]
     if base:
         cases.append(lambda: train(folder, "two_lora", base))
     both(*cases)
     (folder / "alone").mkdir()
     (folder / "alone" / "lives.json").write_text(json.dumps(killed_lives(folder / "alone", KILLS)))
-    (folder / "killed.json").write_text(json.dumps(killed(folder, 2)))
+    (folder / "killed.json").write_text(json.dumps(killed(folder, KILLED_PAIRS)))
 
 
 if __name__ == "__main__":

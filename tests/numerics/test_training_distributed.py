@@ -22,7 +22,7 @@ from physisforcing.worldmodel.training.objective import draw_noise
 from physisforcing.worldmodel.training.processes import Processes
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
 from ranks import run_script, update_lines
-from two_processes import BATCH, half_empty, settings, spoiled
+from two_processes import BATCH, KILLED_PAIRS, LASTING, half_empty, settings, spoiled
 
 #: Relative difference of logged losses, and absolute difference of weights, after ten updates at a learning rate of 0.01.
 LOSS, WEIGHT = 1e-4, 2e-3
@@ -154,17 +154,21 @@ def test_the_first_process_exports_the_whole_average(runs):
     )
 
 
-def test_a_killed_process_ends_the_others_and_leaves_a_good_checkpoint(runs):
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_to_the_weights_of_one_that_was_left_alone(runs):
     trials = json.loads((runs / "killed.json").read_text())
+    assert len(trials) == KILLED_PAIRS
     for trial in trials:
         assert os.WTERMSIG(trial["ended"][trial["killed"]]) == 9
         assert os.waitstatus_to_exitcode(trial["ended"][1 - trial["killed"]]) not in (0, -9)
+        assert trial["kept"] >= trial["seen"], trial
+    assert any(trial["saving"] for trial in trials), "no kill fell into a save"
+    assert trials[-1]["kept"] < f"step-{LASTING:06d}", "the last life had something to do"
     found = latest_checkpoint(runs / "killed")
-    assert found is not None and found.name >= trials[-1]["seen"] and is_complete(found)
+    assert found is not None and is_complete(found) and same(found, runs / "unharmed" / "last")
     tensors, state = load_training(found)
-    assert int(found.name.removeprefix("step-")) == state["step"] and state["processes"] == 2
+    assert state["step"] == LASTING and state["processes"] == 2
     steps = [value for name, value in tensors["optimizer"].items() if name.endswith("/step")]
-    assert all(int(value) == state["step"] for value in steps)
+    assert all(int(value) == LASTING for value in steps)
 
 
 def test_one_process_killed_at_random_moments_ends_with_the_weights_of_one_that_was_left_alone(runs):
