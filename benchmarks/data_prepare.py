@@ -1,6 +1,7 @@
 """Recall and precision of ``physis data prepare``'s filters on planted clips.
 
     python benchmarks/data_prepare.py --data DATASET [DATASET ...] --work FOLDER [--seeds 0 1] [--out docs/results/data_prepare.json]
+    python benchmarks/data_prepare.py --data runs/nano/train --work FOLDER --seeds 0 1 3 --name eight_tasks --out eight_tasks.json
 
 The datasets are recorded robot episodes with a task each. Of them 200 clips a seed are written as videos with a table: clean ones, static
 ones, copies of clean ones, ones with the caption of another task, and ones that are cut together from two episodes. Even episodes belong
@@ -255,6 +256,9 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for the videos and what the command writes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument(
+        "--name", default="", help="of these recordings in the claims, where thresholds were chosen on others"
+    )
     parser.add_argument("--out")
     options = parser.parse_args()
     command = placeless(shlex.join(["python", "benchmarks/data_prepare.py", *sys.argv[1:]]))
@@ -269,15 +273,16 @@ def main() -> int:
         prepare_clips(folder / "prepared", folder / "manifest.csv", progress=True)
         seconds = time.perf_counter() - begun
         counts, more = score(planted, ClipManifest(folder / "prepared").everything)
-        lines += show(seed, counts, more, measurement, command, machine_provenance())
+        claim = role(seed, options.name)
+        lines += show(claim, seed, counts, more, measurement, command, machine_provenance())
         if anew:
-            lines.append(timed(folder, seed, seconds / len(planted), command, machine_provenance()))
+            lines.append(timed(folder, claim, seed, seconds / len(planted), command, machine_provenance()))
     if options.out:
         write_measurements(options.out, lines)
     return 0
 
 
-def timed(folder: Path, seed: int, seconds: float, command: str, provenance: Any) -> dict[str, Any]:
+def timed(folder: Path, claim: str, seed: int, seconds: float, command: str, provenance: Any) -> dict[str, Any]:
     """How long the command took for a clip, measuring, comparing and writing; with the sizes of its clips."""
     from physisforcing.core.video import probe_mp4
     from physisforcing.planner.measurements import measurement
@@ -290,22 +295,28 @@ def timed(folder: Path, seed: int, seconds: float, command: str, provenance: Any
     }
     print(f"  {seconds:.3f} s a clip, {against}")
     return measurement(
-        f"data/prepare/{role(seed)}/seconds_a_clip", round(seconds, 4), unit="s", n=len(found), seeds=[seed], against=against, command=command,
+        f"data/prepare/{claim}/seconds_a_clip", round(seconds, 4), unit="s", n=len(found), seeds=[seed], against=against, command=command,
         provenance=provenance,
     )  # fmt: skip
 
 
-def role(seed: int) -> str:
-    return "chosen" if seed == 0 else "heldout"
+def role(seed: int, name: str) -> str:
+    """What the clips of a seed are to the thresholds, as it stands in claims."""
+    return f"{name}/seed_{seed}" if name else "chosen" if seed == 0 else "heldout"
 
 
 def show(
-    seed: int, counts: dict[str, Counts], more: dict[str, Any], measurement: Any, command: str, provenance: Any
+    claim: str,
+    seed: int,
+    counts: dict[str, Counts],
+    more: dict[str, Any],
+    measurement: Any,
+    command: str,
+    provenance: Any,
 ) -> list[dict[str, Any]]:
     """Print the table of a seed and return its measurements."""
     lines = []
-    said = "thresholds chosen here" if seed == 0 else "held out"
-    print(f"seed {seed} ({said}): originals dropped for their copy {more['originals_dropped_for_their_copy']}")
+    print(f"{claim}, seed {seed}: originals dropped for their copy {more['originals_dropped_for_their_copy']}")
     for kind, count in counts.items():
         for name, part, whole in (("recall", count.found, count.planted), ("precision", count.right, count.dropped)):
             low, high = wilson(part, whole)
@@ -313,7 +324,7 @@ def show(
             if whole:
                 lines.append(
                     measurement(
-                        f"data/prepare/{role(seed)}/{kind}/{name}",
+                        f"data/prepare/{claim}/{kind}/{name}",
                         round(part / whole, 4),
                         unit="share",
                         n=whole,
