@@ -291,7 +291,7 @@ def timed(folder: Path, claim: str, seed: int, seconds: float, command: str, pro
     against = {
         "clips": len(found),
         "mean_pictures": round(sum(one.frames for one in found) / len(found), 1),
-        "largest": max(f"{one.height}x{one.width}" for one in found),
+        "largest": "{}x{}".format(*max((one.height, one.width) for one in found)),
     }
     print(f"  {seconds:.3f} s a clip, {against}")
     return measurement(

@@ -121,6 +121,25 @@ def test_a_film_is_of_the_file_as_it_is_now(recordings: dict[str, Span], tmp_pat
     assert found[0] == pytest.approx(1.0) and found[1] == likeness(recordings["one"], recordings["two"], 2.0) < 0.9
 
 
+def test_aligning_two_pictures_never_ends_where_they_fit_worse():
+    """Scene 232 is one in which ECC, begun where the pictures already fit (correlation .99), ends where they correlate by .97."""
+    for seed in (232, 376, 5):
+        scene, noise = np.random.default_rng(seed), np.random.default_rng(1000 + seed)
+        picture = np.full((96, 128), scene.uniform(60, 200), np.float32)
+        picture[: scene.integers(20, 50)] = scene.uniform(20, 220)
+        for _ in range(scene.integers(2, 7)):
+            (y, x), (height, width) = (scene.integers(0, 90), scene.integers(0, 120)), scene.integers(3, 30, 2)
+            picture[y : y + height, x : x + width] = scene.uniform(0, 255)
+        picture = cv2.GaussianBlur(picture, (0, 0), float(scene.uniform(0.5, 2)))
+        flat = (0.75 * picture + 40 + noise.normal(0, 0.6, picture.shape)).astype(np.float32)
+        picture = (picture + noise.normal(0, 0.6, picture.shape)).astype(np.float32)
+        same = np.eye(2, 3, dtype=np.float32)
+        for one, two in ((picture, flat), (flat, picture)):
+            found = duplicates._refined(one, two, same)
+            assert found is not None
+            assert duplicates._fit(one, two, found) >= duplicates._fit(one, two, same) > 0.99, seed
+
+
 def test_films_are_remembered_up_to_a_size(recordings: dict[str, Span], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "_films", {})
     monkeypatch.setattr(duplicates, "REMEMBERED", 3 * grey_film(recordings["one"]).frames_THW.nbytes)
