@@ -17,6 +17,7 @@ kind=auto        or wan | pf_wan | pf_cosmos | diffusers; to_wan: the transforme
                  fastwam: a released Fast-WAM policy; to_fastwam: a policy folder under the names of those (see below)
 dtype=bf16       of the transformers: bf16 | fp16 | fp32 | keep; autoencoder and text encoder keep the type of their files
 config=null      JSON with what the tensors' shapes do not say (docs/convert.md)
+tokenizer=null   folder of a tokenizer, for a release that has none (PF_Cosmos) or in place of its own
 sha256={}        checksums that files must have: sha256={Wan2.1_VAE.pth:38071ab5...}
 flags: --json prints the report that is also in FOLDER/conversion.json
 

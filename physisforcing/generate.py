@@ -89,7 +89,9 @@ def _is_large(config: GenerateConfig, asked: bool) -> bool:
         return False
     from physisforcing.worldmodel.adapters.pipeline_classes import read_class
 
-    return (asked or not (folder / "physis_pipeline.json").is_file()) and read_class(folder) in LARGE_CLASSES
+    if not asked and (folder / "physis_pipeline.json").is_file():
+        return False
+    return read_class(folder, config.transformer or "") in LARGE_CLASSES
 
 
 def generate_large(config: GenerateConfig) -> list[Path]:

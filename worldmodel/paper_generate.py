@@ -18,7 +18,7 @@ from torch import Tensor
 
 from physisforcing.core.errors import UserError, check_at_least, unknown_name
 
-from .adapters.pipeline_classes import read_class
+from .adapters.pipeline_classes import read_class, takes_text_alone
 from .backbones.cosmos3 import Cosmos3Backbone
 from .backbones.folder import load_backbone, read_settings, transformer_folder
 from .backbones.wan_paper import WanBackbone
@@ -102,9 +102,8 @@ class PaperGenerator:
         config.check()
         self.folder, self.config = Path(folder), config
         self.placement = Placement(config.device, config.offload)
+        self.cosmos = read_class(self.folder, config.transformer) == "Cosmos3OmniPipeline"
         index = read_json(self.folder / "model_index.json")
-        given = read_settings(transformer_folder(Path(config.transformer))) if config.transformer else {}
-        self.cosmos = read_class(self.folder, taught="first_latent" in given) == "Cosmos3OmniPipeline"
         self.vae = load_vae(Path(config.codec) if config.codec else self.folder / "vae")
         self.experts = self._experts(index)
         made, wanted = int(self.vae.vae.config.z_dim), self.experts.high.latent_channels
@@ -210,8 +209,11 @@ class PaperGenerator:
         if config.experts == "both" and not two:
             got = f"{self.folder} without transformer_2/"
             raise UserError("experts", got=got, wanted="a folder with two experts", fix="experts=high")
-        high = load_backbone(config.transformer or self.folder, **common)
         both = two and config.experts != "high"
+        if both and takes_text_alone(index) and not read_settings(self.folder / "transformer_2").get("first_latent"):
+            got = f"both of {self.folder}, whose transformer_2 was never shown a first frame"
+            raise UserError("experts", got=got, wanted="the one that transformer= gives", fix="experts=high")
+        high = load_backbone(config.transformer or self.folder, **common)
         low = load_backbone(self.folder, part="transformer_2", **common) if both else None
         boundary = index.get("boundary_ratio") if config.boundary is None else config.boundary
         return Experts(high=high, low=low, boundary=BOUNDARY if boundary is None else float(boundary))
@@ -221,7 +223,7 @@ class PaperGenerator:
             return "cosmos3"
         high = self.experts.high
         assert isinstance(high, WanBackbone)
-        if not high.conditioned:
+        if not high.conditioned and self.vae.stride[1] == 16:
             return "ti2v"
         return "a14b" if self.experts.low is not None else "a14b_one"
 

@@ -26,7 +26,8 @@ class Placement:
 
     @contextmanager
     def use(self, part: nn.Module) -> Iterator[None]:
-        """``part`` is usable on the device inside. What it writes into its weights there is lost where they are only lent to the device."""
+        """``part`` is usable on the device inside. With ``offload`` what it writes into its weights there is lost, and a
+        buffer that it replaces by another one stays there."""
         with self._lent(_values(part)):
             yield
 
@@ -50,17 +51,18 @@ class Placement:
     @contextmanager
     def _lent(self, values: list[Tensor]) -> Iterator[None]:
         """``values`` are on the device inside. With ``offload`` what they were stays where it is and is theirs again afterwards: nothing is copied back."""
-        home = [value.data for value in values]
-        for value in values:
-            value.data = value.data.to(self.device)
+        home: list[tuple[Tensor, Tensor]] = []
         try:
+            for value in values:
+                if self.offload != "none":
+                    home.append((value, value.data))
+                value.data = value.data.to(self.device)
             yield
         finally:
-            if self.offload != "none":
-                for value, data in zip(values, home, strict=True):
-                    value.data = data
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            for value, data in home:
+                value.data = data
+            if home and self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 class StreamedBlocks:

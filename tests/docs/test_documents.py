@@ -103,6 +103,21 @@ def test_settings_in_the_readme_fit_their_commands() -> None:
     assert checked >= 8
 
 
+def settings_lines(text: str) -> list[list[str]]:
+    """Commands in shell blocks that have settings, those that torchrun starts as well, as words."""
+    found = []
+    for line in shell_lines(text):
+        start = re.search(r"(?:^|-m )(?:\.venv/bin/)?(?:physis|physisforcing) (?=[a-z])", line)
+        words = shlex.split(line[start.end() :]) if start else []
+        if any(re.match(r"[\w.+~]+=", word) for word in words):
+            found.append(words)
+    return found
+
+
+def test_the_documents_have_commands_with_settings() -> None:
+    assert sum(len(settings_lines(path.read_text(encoding="utf-8"))) for path in DOCUMENTS) > 120
+
+
 class Composed(BaseException):
     """Ends a command once its settings are read."""
 
@@ -119,11 +134,7 @@ def test_settings_in_shell_blocks_are_those_of_their_commands(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("physisforcing.core.config.compose", read)
-    for line in shell_lines(path.read_text(encoding="utf-8")):
-        start = re.search(r"(?:^|-m )(?:\.venv/bin/)?(?:physis|physisforcing) (?=[a-z])", line)
-        words = shlex.split(line[start.end() :]) if start else []
-        if not any(re.match(r"[\w.+~]+=", word) for word in words):
-            continue
+    for words in settings_lines(path.read_text(encoding="utf-8")):
         verb, _ = cli.find_verb(words)
         module = importlib.import_module(cli.VERBS[verb].module)
         if hasattr(module, "compose"):

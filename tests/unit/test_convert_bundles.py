@@ -186,7 +186,15 @@ def test_a_bundle_without_a_tokenizer_says_how_to_give_one(
     report = run(config)
     assert report["notes"][-1] == "no model_index.json: the source has no text_tokenizer; tokenizer=FOLDER gives one"
     assert not (tmp_path / "out" / "model_index.json").exists()
-    for folder, message in ((bundle, "a folder with a tokenizer's files"), (tmp_path / "none", "no such folder")):
+    for folder, message in ((bundle, "a tokenizer's tokenizer_config.json"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(UserError, match=message):
+            run(dataclasses.replace(config, output=str(tmp_path / "other"), tokenizer=str(folder)))
+    alone, broken = tmp_path / "alone", tmp_path / "broken"
+    shutil.copytree(tiny_wan_folder / "tokenizer", alone)
+    (alone / "tokenizer_config.json").unlink()
+    shutil.copytree(tiny_wan_folder / "tokenizer", broken)
+    (broken / "tokenizer_config.json").write_text("{")
+    for folder, message in ((alone, "tokenizer_config.json"), (broken, "wanted JSON")):
         with pytest.raises(UserError, match=message):
             run(dataclasses.replace(config, output=str(tmp_path / "other"), tokenizer=str(folder)))
     with pytest.raises(UserError, match="none with kind=diffusers"):

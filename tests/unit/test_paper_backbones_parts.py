@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import tiny_paper
 from physisforcing.core.errors import UserError
@@ -235,35 +236,54 @@ def test_weights_that_are_lent_to_a_device_are_not_copied_back(monkeypatch):
         pointer, values = before[name]
         assert value.data_ptr() == pointer and torch.equal(value, values), name
     assert len(sent) == len(before), "each once, on its way there"
+    full = iter(range(2))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self.clone() if next(full, 2) < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError), Placement("cpu", "model").use(part):
+        pass
+    assert all(value.data_ptr() == before[name][0] for name, value in part.state_dict().items()), "back from half way"
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self.clone())
     with Placement("cpu").use(part):
         pass
     assert all(value.data_ptr() != before[name][0] for name, value in part.state_dict().items()), "without it they stay"
 
 
-def test_a_text_to_video_folder_generates_with_a_transformer_that_was_taught_a_first_frame(tmp_path: Path):
+def test_a_text_to_video_folder_generates_with_a_transformer_that_was_taught_a_first_frame(tmp_path: Path, capsys):
     from diffusers import WanPipeline
 
+    from physisforcing import cli
+    from physisforcing.core.video import probe_mp4
     from physisforcing.worldmodel.backbones.folder import save_settings
     from physisforcing.worldmodel.paper_generate import PaperConfig, PaperGenerator
     from physisforcing.worldmodel.pipeline_vae import picture_tensor
 
-    folder, taught = tmp_path / "t2v", tmp_path / "export" / "transformer"
+    folder, taught, picture = tmp_path / "t2v", tmp_path / "export" / "transformer", tmp_path / "first.png"
     WanPipeline(
         **tiny_paper._umt5(),
         vae=tiny_paper.vae(16, 8),
         scheduler=tiny_paper.unipc(3.0),
         transformer=tiny_paper.wan_transformer(16, 16, 5),
+        transformer_2=tiny_paper.wan_transformer(16, 16, 7),
+        boundary_ratio=0.875,
     ).save_pretrained(folder)
     tiny_paper.wan_transformer(16, 16, 6).save_pretrained(taught)
+    Image.fromarray(tiny_paper.picture()).save(picture)
+    words = [f"model={folder}", f"image={picture}", "prompt=press the bell", "size=64x96", "frames=9", "steps=2"]
+    words += [f"out={tmp_path / 'made.mp4'}", "experts=high"]
 
-    def generator(**settings: Any) -> PaperGenerator:
-        return PaperGenerator(folder, PaperConfig(**tiny_paper.SIZE, steps=2, text_cache=tmp_path, **settings))
+    def refused(*more: str) -> str:
+        assert cli.main(["generate", *words, *more]) == 2
+        return capsys.readouterr().err
 
-    for settings in ({}, {"transformer": str(taught)}):
-        with pytest.raises(UserError, match="its transformer takes no first frame"):
-            generator(**settings)
+    for more in ((), (f"transformer={taught}",)):
+        assert "its transformer takes no first frame" in refused(*more)
     save_settings(taught, first_latent="pinned", tap=1)
-    made = generator(transformer=str(taught))
+    assert "experts=high" in refused(f"transformer={taught}", "experts=both")
+    assert cli.main(["generate", *words, f"transformer={taught}"]) == 0
+    assert (probe_mp4(tmp_path / "made.mp4").frames, probe_mp4(tmp_path / "made.mp4").fps) == (9, 16.0)
+    settings = {"transformer": str(taught), "experts": "high", "text_cache": tmp_path, "height": 64, "width": 96}
+    usual = PaperGenerator(folder, PaperConfig(**settings))
+    assert (usual.kind, usual.frames, usual.fps, usual.sampler.sampler) == ("a14b_one", 81, 16.0, "euler")
+    made = PaperGenerator(folder, PaperConfig(**settings, frames=9, steps=2))
     latents = our_latents(made, [3])[0]
     shown = picture_tensor(tiny_paper.picture(), tiny_paper.HEIGHT, tiny_paper.WIDTH, crop=False)
     first = made.vae.encode_first(made.experts.high, shown, made.frames)["first_BC1hw"]

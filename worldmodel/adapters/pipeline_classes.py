@@ -53,10 +53,10 @@ CLASSES: dict[str, PipelineClass] = {
 }
 
 
-def read_class(folder: Path, *, taught: bool = False) -> str:
+def read_class(folder: Path, transformer: str = "") -> str:
     """The class that opens the folder: the one that ``model_index.json`` names, after a look at everything it names; for a Wan
-    text-to-video pipeline with ``expand_timesteps`` (TI2V-5B) the image-to-video class over the same weights. ``taught``: a
-    transformer from elsewhere takes the place of the folder's, one that learnt to continue a first frame: any Wan folder will do.
+    text-to-video pipeline with ``expand_timesteps`` (TI2V-5B) the image-to-video class over the same weights. the same for
+    any other where ``transformer``, the folder of one that takes the place of its own, was trained here: so it learnt to continue a first frame.
 
     Raises ``UserError`` for a folder without it, a class or library that is not in the lists here, a Wan pipeline that takes no first
     frame, and Python files in the folder.
@@ -73,7 +73,7 @@ def read_class(folder: Path, *, taught: bool = False) -> str:
     if not isinstance(name, str):
         raise UserError("pipeline", got=f"_class_name {name!r}", wanted="the name of one class", fix="no custom code")
     if name == TEXT_TO_VIDEO:
-        name = IMAGE_TO_VIDEO if taught else _with_first_frame(content)
+        name = _with_first_frame(content, transformer)
     if name not in CLASSES:
         raise unknown_name("pipeline", name, CLASSES, see="docs/bring_your_world_model.md")
     code = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
@@ -88,9 +88,17 @@ def read_class(folder: Path, *, taught: bool = False) -> str:
     return name
 
 
-def _with_first_frame(content: dict[str, Any]) -> str:
+def takes_text_alone(index: dict[str, Any]) -> bool:
+    """Whether this ``model_index.json`` is that of a Wan pipeline whose own transformers were never shown a first frame."""
+    return index.get("_class_name") == TEXT_TO_VIDEO and index.get("expand_timesteps") is not True
+
+
+def _with_first_frame(content: dict[str, Any], transformer: str) -> str:
     """The class with which a Wan text-to-video folder takes a first frame. ``UserError`` where its weights cannot."""
-    if content.get("expand_timesteps") is not True:
+    from ..backbones.folder import read_settings, transformer_folder
+
+    taught = bool(transformer) and "first_latent" in read_settings(transformer_folder(Path(transformer)))
+    if takes_text_alone(content) and not taught:
         got = f"{TEXT_TO_VIDEO} without expand_timesteps: text to video, its transformer takes no first frame"
         fix = "use an image-to-video folder, such as Wan2.2-I2V-A14B or Wan2.2-TI2V-5B"
         raise UserError("pipeline", got=got, wanted=f"{IMAGE_TO_VIDEO}, or expand_timesteps: true", fix=fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from physisforcing.core.results import config_hash
 from ..backbones.folder import save_settings
 from . import find, parts, sources, writing
 from .parts import Part
-from .pipeline import write_pipeline
+from .pipeline import tokenizer_files, write_pipeline
 from .verify import verify
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "keep": None}
@@ -64,7 +65,7 @@ def run(config: ConvertConfig, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]
     source = Path(config.source).expanduser()
     kind = find.kind_of(source) if config.kind == "auto" else config.kind
     if config.tokenizer is not None and kind in ("diffusers", "to_wan"):
-        fix = "leave tokenizer= out"
+        fix = "leave tokenizer= out; a diffusers folder has its tokenizer in tokenizer/ or text_tokenizer/"
         raise UserError("tokenizer", got=config.tokenizer, wanted=f"none with kind={kind}", fix=fix)
     if kind == "diffusers":
         if config.output is not None:
@@ -81,7 +82,7 @@ def run(config: ConvertConfig, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]
     found = find.find(source, kind, find.asked(config.config, config.sha256, DTYPES[config.dtype]))
     if config.tokenizer is not None:
         name = next(name for name in found.needed if name.endswith("tokenizer"))
-        found = replace(found, tokenizer=(name, _tokenizer_folder(Path(config.tokenizer))))
+        found = replace(found, tokenizer=(name, _tokenizer_folder(Path(config.tokenizer), name)))
     read = {name for part in found.parts for name in part.source.digests}
     for name in config.sha256:
         if name not in read:
@@ -89,14 +90,25 @@ def run(config: ConvertConfig, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]
     return _write(found, source, Path(config.output).expanduser(), shard_bytes)
 
 
-def _tokenizer_folder(folder: Path) -> Path:
+def _tokenizer_folder(folder: Path, part: str) -> Path:
+    """``UserError`` for a folder without a tokenizer. Cosmos3's is a ``text_tokenizer`` whose class and template its config says."""
     folder = folder.expanduser()
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
+    enough = (
+        ("tokenizer_config.json",)
+        if part == "text_tokenizer"
+        else ("tokenizer.json", "tokenizer_config.json", "spiece.model")
+    )
+    if not any((folder / name).is_file() for name in enough):
         got = str(folder) if folder.is_dir() else f"{folder}: no such folder"
         fix = (
             "download the tokenizer's files (tokenizer.json, tokenizer_config.json) of the model that the release names"
         )
-        raise UserError("tokenizer", got=got, wanted="a folder with a tokenizer's files", fix=fix)
+        raise UserError("tokenizer", got=got, wanted=f"a folder with a tokenizer's {' or '.join(enough)}", fix=fix)
+    settings = folder / "tokenizer_config.json"
+    try:
+        json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None
+    except ValueError as error:
+        raise UserError("tokenizer", got=str(settings), wanted="JSON", fix=f"copy the file again ({error})") from error
     return folder
 
 
@@ -149,6 +161,7 @@ def _report(found: find.Found, source: Path) -> dict[str, Any]:
         ],
         "parts": {part.name or "transformer": _told(part) for part in found.parts},
         **({"shift": found.shift} if found.index else {}),
+        **({"tokenizer": [path.name for path in tokenizer_files(found.tokenizer[1])]} if found.tokenizer else {}),
         **found.facts,
         "notes": sources.notes(digests.items()),
         "versions": {"diffusers": diffusers.__version__, "transformers": transformers.__version__},
@@ -173,4 +186,6 @@ def _plan_hash(found: find.Found, plans: list[tuple[Part, list[writing.Shard]]])
     shards = [
         [part.name, part.config, shard.name, shard.header.decode("latin-1")] for part, made in plans for shard in made
     ]
+    words = tokenizer_files(found.tokenizer[1]) if found.tokenizer is not None else []
+    states += [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in words]
     return config_hash({"files": states, "shards": shards, "index": found.index, "shift": found.shift})

@@ -97,13 +97,19 @@ def write_pipeline(
     return missing
 
 
+def tokenizer_files(place: Path) -> list[Path]:
+    """What of a folder belongs to its tokenizer."""
+    patterns = TOKENIZER_FILES if not (place / "config.json").is_file() else TOKENIZER_NAMES
+    found = {path for pattern in patterns for path in place.glob(pattern)}
+    return sorted(path for path in found if not path.name.endswith((".safetensors.index.json", "model_index.json")))
+
+
 def _copy_tokenizer(place: Path, folder: Path) -> str:
     """Copies a tokenizer's files; returns the class that opens them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for pattern in TOKENIZER_FILES if not (place / "config.json").is_file() else TOKENIZER_NAMES:
-        for path in sorted(place.glob(pattern)):
-            if not path.name.endswith((".safetensors.index.json", "model_index.json")):
-                shutil.copyfile(path, folder / path.name)
+    shutil.rmtree(folder, ignore_errors=True)  # of another one, from a conversion that was interrupted
+    folder.mkdir(parents=True)
+    for path in tokenizer_files(place):
+        shutil.copyfile(path, folder / path.name)
     settings = folder / "tokenizer_config.json"
     name = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
     return {"T5Tokenizer": "T5TokenizerFast", None: "T5TokenizerFast"}.get(name, name)

@@ -19,7 +19,7 @@ from .alignment import nearest
 from .decode import Span, SpanReader
 
 #: Part of the key of a remembered likeness: raise it when the number changes.
-VERSION = 2
+VERSION = 3
 #: Pictures a second that are compared, of the first ``MOST`` s; time shifts that are tried are ``STEP`` s apart.
 RATE, MOST, STEP = 8.0, 20.0, 1 / 32
 #: Height of the pictures; a time shift is found on ones ``COARSE`` times smaller.
@@ -214,13 +214,18 @@ def _refined(
     both and of the ``guess`` is taken.
     """
     there, back = _aligned(one_HW, two_HW, guess), _aligned(two_HW, one_HW, _inverse(guess))
-    found = [matrix for matrix in (there, None if back is None else _inverse(back)) if matrix is not None]
-    if not found:  # nothing converges: two different scenes
+    reached = [matrix for matrix in (there, None if back is None else _inverse(back)) if matrix is not None]
+    found = [matrix for matrix in reached if _plausible(matrix, one_HW.shape)]
+    if not found:  # two different scenes
         return None
-    best = max((guess, *found), key=lambda matrix: _fit(one_HW, two_HW, matrix))
-    height, width = one_HW.shape
-    far = (np.abs(best[:, 2]) > (0.3 * width, 0.3 * height)).any()
-    return None if far or abs(np.linalg.det(best[:, :2]) - 1) > 0.6 else best
+    return max((guess, *found), key=lambda matrix: _fit(one_HW, two_HW, matrix))
+
+
+def _plausible(matrix: NDArray[np.float32], size: tuple[int, ...]) -> bool:
+    """Whether copies are moved and scaled as much: less than a third of a side, and not to half or twice the area."""
+    height, width = size
+    far = (np.abs(matrix[:, 2]) > (0.3 * width, 0.3 * height)).any()
+    return not far and abs(np.linalg.det(matrix[:, :2]) - 1) <= 0.6
 
 
 def _aligned(
