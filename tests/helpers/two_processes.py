@@ -33,7 +33,7 @@ from tiny_training import bank, config
 
 BATCH = 4
 #: Updates of a run of two processes of which one is killed again and again, and how often.
-LASTING, KILLED_PAIRS = 24, 6
+LASTING, KILLED_PAIRS = 30, 6
 
 
 def half_empty() -> tuple[WindowBank, WindowBank]:
@@ -114,10 +114,32 @@ def restore_and_save(folder: Path) -> None:
 
 
 def lasting(folder: Path, name: str) -> None:
-    """A run that saves after each update."""
-    made = settings(folder, name, steps=LASTING)
+    """A run that saves after each update, none of which is shorter than 30 ms. A file of each process tells that the two have met."""
+    made, begin, step = settings(folder, name, steps=LASTING), Trainer.__init__, Trainer.step
     made.run.save_every = made.run.log_every = 1
-    train_world_model(made, half_empty())
+
+    def met(self, *arguments):
+        begin(self, *arguments)
+        (folder / f"met-{os.environ['RANK']}").touch()
+
+    def slowly(self, number):
+        time.sleep(0.03)
+        return step(self, number)
+
+    with replaced(Trainer, "__init__", met), replaced(Trainer, "step", slowly):
+        train_world_model(made, half_empty())
+
+
+def ended(child: int, seconds: float = 120.0) -> int:
+    """The status of a process that has to end by itself; one that does not is killed and told of."""
+    deadline = time.monotonic() + seconds
+    while not (found := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise TimeoutError(f"process {child} did not end within {seconds:g} s after the other was killed")
+        time.sleep(0.01)
+    return found[1]
 
 
 def killed(folder: Path, trials: int) -> list[dict]:
@@ -128,21 +150,34 @@ def killed(folder: Path, trials: int) -> list[dict]:
     def newest() -> str:
         return (run / "last").readlink().name if (run / "last").is_symlink() else ""
 
-    for trial in range(trials):
-        start, deadline, early = newest(), time.monotonic() + 60, trial % 3 == 2
-        ranks = pair(lambda: lasting(folder, "killed"))
-        while newest() == start and not early and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0.0, 0.2))
-        while trial % 3 == 1 and not list(run.glob(".writing-*")) and time.monotonic() < deadline:
+    def until(happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not happened():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{found} and then nothing for a minute")
             time.sleep(0.0002)
-        seen, saving = newest(), bool(list(run.glob(".writing-*")))
+
+    for trial in range(trials):
+        start, how = newest(), ("after a save", "in a save", "before a save")[trial % 3]
+        for rank in (0, 1):
+            (folder / f"met-{rank}").unlink(missing_ok=True)
+        ranks = pair(lambda: lasting(folder, "killed"))
+        until(lambda: (folder / "met-0").exists() and (folder / "met-1").exists())
+        if how == "before a save":
+            time.sleep(draw.uniform(0.0, 0.02))  # the first update is longer
+        else:
+            until(lambda before=start: newest() != before)
+            time.sleep(draw.uniform(0.0, 0.1))
+        if how == "in a save":
+            until(lambda: bool(list(run.glob(".writing-*"))))
+        seen = newest()
         os.kill(ranks[trial % 2], signal.SIGKILL)
-        ended = [os.waitpid(child, 0)[1] for child in ranks]
-        kept = latest_checkpoint(run)
-        assert kept is not None
+        statuses, kept = [ended(child) for child in ranks], latest_checkpoint(run)
+        assert kept is not None, "a run that had saved has nothing"
         load_training(kept)
-        found.append({"ended": ended, "seen": seen, "kept": kept.name, "saving": saving, "killed": trial % 2})
+        found.append(
+            {"ended": statuses, "how": how, "start": start, "seen": seen, "kept": kept.name, "killed": trial % 2}
+        )
     both(lambda: lasting(folder, "killed"))
     return found
 

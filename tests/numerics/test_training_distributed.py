@@ -160,8 +160,9 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_to_the_weights_of_
     for trial in trials:
         assert os.WTERMSIG(trial["ended"][trial["killed"]]) == 9
         assert os.waitstatus_to_exitcode(trial["ended"][1 - trial["killed"]]) not in (0, -9)
-        assert trial["kept"] >= trial["seen"], trial
-    assert any(trial["saving"] for trial in trials), "no kill fell into a save"
+        assert trial["kept"] >= trial["seen"] >= trial["start"], trial
+        assert (trial["seen"] == trial["start"]) is (trial["how"] == "before a save"), trial
+    assert {trial["how"] for trial in trials} == {"after a save", "in a save", "before a save"}
     assert trials[-1]["kept"] < f"step-{LASTING:06d}", "the last life had something to do"
     found = latest_checkpoint(runs / "killed")
     assert found is not None and is_complete(found) and same(found, runs / "unharmed" / "last")
