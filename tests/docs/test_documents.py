@@ -7,13 +7,15 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from physisforcing import cli
-from physisforcing.core.config import compose
+from physisforcing.core.config import build, compose
 from physisforcing.planner.measurements import placeless
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,19 +130,18 @@ def test_settings_in_shell_blocks_are_those_of_their_commands(
 ) -> None:
     """Each command reads its settings as it always does, and goes no further."""
 
-    def read(*arguments: object) -> None:
-        compose(*arguments)  # type: ignore[arg-type]
+    def read(*arguments: Any) -> None:
+        build(*arguments)
         raise Composed
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("physisforcing.core.config.compose", read)
+    importlib.import_module("physisforcing.policies")  # what imports ``build`` by name does so before it is replaced
+    monkeypatch.setattr("physisforcing.core.config.build", read)  # what ``compose`` ends with, whoever imported that
     for words in settings_lines(path.read_text(encoding="utf-8")):
-        verb, _ = cli.find_verb(words)
-        module = importlib.import_module(cli.VERBS[verb].module)
-        if hasattr(module, "compose"):
-            monkeypatch.setattr(module, "compose", read)
         with pytest.raises(Composed):
             cli.main(words)
+    kept = [name for name, module in list(sys.modules.items()) if getattr(module, "build", None) is read]
+    assert kept == ["physisforcing.core.config"], "a module that keeps the replacement would fail other tests"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
