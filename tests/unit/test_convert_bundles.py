@@ -194,7 +194,7 @@ def test_a_bundle_without_a_tokenizer_says_how_to_give_one(
     (alone / "tokenizer_config.json").unlink()
     shutil.copytree(tiny_wan_folder / "tokenizer", broken)
     (broken / "tokenizer_config.json").write_text("{")
-    for folder, message in ((alone, "tokenizer_config.json"), (broken, "wanted JSON")):
+    for folder, message in ((alone, "tokenizer_config.json"), (broken, "a JSON file")):
         with pytest.raises(UserError, match=message):
             run(dataclasses.replace(config, output=str(tmp_path / "other"), tokenizer=str(folder)))
     with pytest.raises(UserError, match="none with kind=diffusers"):

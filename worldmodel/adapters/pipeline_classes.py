@@ -55,8 +55,9 @@ CLASSES: dict[str, PipelineClass] = {
 
 def read_class(folder: Path, transformer: str = "") -> str:
     """The class that opens the folder: the one that ``model_index.json`` names, after a look at everything it names; for a Wan
-    text-to-video pipeline with ``expand_timesteps`` (TI2V-5B) the image-to-video class over the same weights. the same for
-    any other where ``transformer``, the folder of one that takes the place of its own, was trained here: so it learnt to continue a first frame.
+    text-to-video pipeline with ``expand_timesteps`` (TI2V-5B) the image-to-video class over the same weights. Any other
+    Wan text-to-video pipeline is opened so where ``transformer``, a folder whose weights take the place of its own, was trained here, and so has
+    learnt to continue a first frame.
 
     Raises ``UserError`` for a folder without it, a class or library that is not in the lists here, a Wan pipeline that takes no first
     frame, and Python files in the folder.
@@ -93,12 +94,15 @@ def takes_text_alone(index: dict[str, Any]) -> bool:
     return index.get("_class_name") == TEXT_TO_VIDEO and index.get("expand_timesteps") is not True
 
 
-def _with_first_frame(content: dict[str, Any], transformer: str) -> str:
-    """The class with which a Wan text-to-video folder takes a first frame. ``UserError`` where its weights cannot."""
+def _trained_here(transformer: str) -> bool:
     from ..backbones.folder import read_settings, transformer_folder
 
-    taught = bool(transformer) and "first_latent" in read_settings(transformer_folder(Path(transformer)))
-    if takes_text_alone(content) and not taught:
+    return bool(transformer) and "first_latent" in read_settings(transformer_folder(Path(transformer)))
+
+
+def _with_first_frame(content: dict[str, Any], transformer: str) -> str:
+    """The class with which a Wan text-to-video folder takes a first frame. ``UserError`` where its weights cannot."""
+    if takes_text_alone(content) and not _trained_here(transformer):
         got = f"{TEXT_TO_VIDEO} without expand_timesteps: text to video, its transformer takes no first frame"
         fix = "use an image-to-video folder, such as Wan2.2-I2V-A14B or Wan2.2-TI2V-5B"
         raise UserError("pipeline", got=got, wanted=f"{IMAGE_TO_VIDEO}, or expand_timesteps: true", fix=fix)

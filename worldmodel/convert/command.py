@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from physisforcing.core.results import config_hash
 
 from ..backbones.folder import save_settings
 from . import find, parts, sources, writing
+from .configs import read_jsonc
 from .parts import Part
 from .pipeline import tokenizer_files, write_pipeline
 from .verify import verify
@@ -104,11 +104,8 @@ def _tokenizer_folder(folder: Path, part: str) -> Path:
             "download the tokenizer's files (tokenizer.json, tokenizer_config.json) of the model that the release names"
         )
         raise UserError("tokenizer", got=got, wanted=f"a folder with a tokenizer's {' or '.join(enough)}", fix=fix)
-    settings = folder / "tokenizer_config.json"
-    try:
-        json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None
-    except ValueError as error:
-        raise UserError("tokenizer", got=str(settings), wanted="JSON", fix=f"copy the file again ({error})") from error
+    if (settings := folder / "tokenizer_config.json").is_file():
+        read_jsonc(settings)  # one that is damaged is said before anything is converted
     return folder
 
 

@@ -222,7 +222,7 @@ def _refined(
 
 
 def _plausible(matrix: NDArray[np.float32], size: tuple[int, ...]) -> bool:
-    """Whether copies are moved and scaled as much: less than a third of a side, and not to half or twice the area."""
+    """Whether copies are moved and scaled as much: at most 0.3 of a side, and to 0.4 to 1.6 times the area."""
     height, width = size
     far = (np.abs(matrix[:, 2]) > (0.3 * width, 0.3 * height)).any()
     return not far and abs(np.linalg.det(matrix[:, :2]) - 1) <= 0.6
