@@ -12,7 +12,7 @@ and the text encoder (its embeddings are cached by sentence) are left out. Steps
 a14b                one expert on the GPU for all steps (`experts=high`)
 a14b_two            two experts with offload=model: the same passes, and each expert to the GPU and back once, by one block's time times all
 
-`paper_recipes.py --clip-steps` times a whole clip instead.
+`paper_whole_clip.py` and `paper_recipes.py --clip-steps` time whole clips instead.
 """
 
 from __future__ import annotations

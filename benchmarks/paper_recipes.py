@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from cost_networks import in_bfloat16
+from paper_whole_clip import compiling_clip, timed_clip
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
 
@@ -343,29 +344,10 @@ class Recipe:
             height=size[1], width=size[2], steps=self.options.clip_steps, compile="none" if tiny else "blocks",
             text_cache=self.work / "text",
         )  # fmt: skip
-        maker, marks = PaperGenerator(self.model, config), [time.perf_counter()]
-
-        def advance() -> None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            marks.append(time.perf_counter())
-
-        with torch.no_grad():
-            for seed in (0, 1):  # the first compiles
-                marks[:] = [time.perf_counter()]
-                _, film = next(maker.generate(np.asarray(picture), "stack the blocks", [seed], advance=advance))
-                done = time.perf_counter()
-        steps = np.diff(marks[1:])
-        more = {
-            "steps": self.options.clip_steps,
-            "decode_s": round(done - marks[-1], 2),
-            "step_ms": round(1e3 * float(np.median(steps)), 1),
-        }
-        if self.device.type == "cuda":
-            more["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self.note(
-            "clip_seconds", done - marks[0] + 0.0, "s a clip", guidance=maker.sampler.guidance, frames=len(film), **more
-        )
+        maker = PaperGenerator(self.model, config)
+        compiling_clip(maker, np.asarray(picture))
+        seconds, more = timed_clip(maker, np.asarray(picture), 1)
+        self.note("clip_seconds", seconds, "s a clip", **more)
 
 
 def _stock(

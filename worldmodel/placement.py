@@ -82,10 +82,22 @@ class StreamedBlocks:
             self._home.append([(value, value.data.pin_memory() if gpu else value.data) for value in _values(block)])
             self._leave(index)  # else the weights would lie in memory twice until each block has run
         self._waiting: dict[int, list[Tensor]] = {}
+        self._last: torch.cuda.Event | None = None
 
     def run(self, block: nn.Module, *inputs: Any) -> Any:
         """The block's output, computed with copies of its weights on the device."""
         index = self._order[id(block)]
+        self._lend(index)
+        try:
+            made = block(*inputs)
+        finally:
+            self._leave(index)
+        self._keep_pace()
+        self._fetch((index + 1) % len(self._order))
+        return made
+
+    def _lend(self, index: int) -> None:
+        """The copies become the block's weights."""
         self._fetch(index)
         copies = self._waiting.pop(index)
         if self._stream is not None:
@@ -95,11 +107,15 @@ class StreamedBlocks:
                 copy.record_stream(current)  # made on the other stream, freed by this one
         for (value, _), copy in zip(self._home[index], copies, strict=True):
             value.data = copy
-        self._fetch((index + 1) % len(self._order))
-        try:
-            return block(*inputs)
-        finally:
-            self._leave(index)
+
+    def _keep_pace(self) -> None:
+        """Wait until the block before this one has been computed, which frees its copies for those of the next: Python is many blocks ahead of
+        the device if it may be, and would have all their copies there at once."""
+        if self._stream is None:
+            return
+        if self._last is not None:
+            self._last.synchronize()
+        self._last = torch.cuda.current_stream(self.device).record_event()
 
     def close(self) -> None:
         """Forget what was fetched ahead and leave every weight on the CPU."""

@@ -44,6 +44,12 @@ def test_streamed_blocks_hold_two_blocks_at_most_and_give_them_back():
         used = [k for k, block in enumerate(blocks) if block.weight.data_ptr() != home[k]]
         copied.append(len(used) + len(streamed._waiting))
 
+    def fetch(index: int, plain=streamed._fetch) -> None:
+        plain(index)
+        count()
+
+    streamed._fetch = fetch
+
     x = plain = torch.randn(3, 2)
     for block in blocks:
         plain = block(plain)
@@ -53,7 +59,7 @@ def test_streamed_blocks_hold_two_blocks_at_most_and_give_them_back():
         for block in blocks:
             made = streamed.run(block, made)
         assert torch.equal(made, plain)
-    assert copied == [2] * 8, "the one that computes and the next one"
+    assert set(copied) == {1}, "the one that computes, then the next one"
     streamed.close()
     assert [block.weight.data_ptr() for block in blocks] == home and not streamed._waiting
 

@@ -194,6 +194,21 @@ def test_memory_and_seconds_of_clips_are_written(benchmarks, tmp_path):
     assert two["value"] == pytest.approx(one["value"] + 2 * two["against"]["expert_there_and_back_s"], abs=0.02)
 
 
+def test_whole_clips_of_each_way_of_offloading_are_written(benchmarks, paper_folders, tmp_path):
+    import paper_whole_clip
+
+    out = tmp_path / "clips.json"
+    words = ["--model", str(paper_folders["a14b"]), "--name", "tiny", "--device", "cpu", "--offload", "none,block"]
+    paper_whole_clip.main([*words, "--frames", "5", "--size", "32x48", "--steps", "5", "--json", str(out)])
+    found = lines_of(out)
+    for offload in ("none", "block"):
+        line = found[f"training/generate_tiny_offload_{offload}/clip_seconds"]
+        parts = line["against"]
+        assert (parts["steps"], parts["frames"], parts["offload"]) == (5, 5, offload)
+        summed = 5 * parts["step_ms"] / 1e3 + parts["decode_s"] + parts["other_s"]
+        assert line["value"] == pytest.approx(summed, abs=0.02) and line["n"] == 1
+
+
 def test_runs_whose_memory_is_compared_made_the_videos_that_they_should(benchmarks, tmp_path, monkeypatch, capsys):
     import paper_recipes
 
