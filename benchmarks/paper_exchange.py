@@ -6,6 +6,7 @@
 Updates of `physis train worldmodel experiment=pf_wan_5b` with all weights, by its own trainer. ``step_ms``: by the clock, without the profiler. Beside it, from
 the profiler's timeline of the first process: ``exchange`` is the time in which NCCL's kernels run, waiting for another process included, ``compute`` that in which
 other kernels and copies do, ``exposed`` the part of the exchange in which these do not, ``between`` the time in which nothing runs.
+``kinds_ms``: the other kernels by what they do. On one GPU, started without torchrun, that is all there is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_times import KINDS, kind_of
 from paper_scaling import overrides, part_of_claim
 
 from physisforcing.core.config import compose
@@ -60,6 +62,15 @@ def spent(kernels: Iterable[tuple[str, Interval]], whole_ms: float, steps: int) 
     parts = {"compute": length(compute), "exchange": length(exchange), "exposed": busy - length(compute)}
     made = {name: value / 1e3 / steps for name, value in parts.items()}
     return {name: round(value, 2) for name, value in (made | {"between": whole_ms - busy / 1e3 / steps}).items()}
+
+
+def kinds(kernels: Iterable[tuple[str, Interval]], steps: int) -> dict[str, float]:
+    """Milliseconds of an update in each kind of kernel, one added to the other, NCCL's left out."""
+    found = dict.fromkeys(KINDS, 0.0)
+    for name, (begin, end) in kernels:
+        if "nccl" not in name.lower():
+            found[kind_of(name)] += (end - begin) / 1e3 / steps
+    return {kind: round(value, 2) for kind, value in found.items()}
 
 
 def profiled(trainer: Trainer, first: int, steps: int) -> list[tuple[str, Interval]]:
@@ -106,7 +117,8 @@ def main(words: list[str] | None = None) -> None:
     value = statistics.median(times)
     if device.type == "cuda":
         about["memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-        about["kernels_ms"] = spent(profiled(trainer, options.warmup + options.updates, 2), value, 2)
+        kernels = profiled(trainer, options.warmup + options.updates, 2)
+        about |= {"kernels_ms": spent(kernels, value, 2), "kinds_ms": kinds(kernels, 2)}
     trainer.guard.check()
     if processes.first:
         claim = f"training/{options.experiment}/exchange{''.join(map(part_of_claim, options.more))}_{processes.world}_gpus_step_ms"

@@ -66,75 +66,99 @@ class Placement:
 
 
 class StreamedBlocks:
-    """Weights of ``blocks`` live on the CPU (page-locked beside a GPU); the next block's are copied while one computes.
+    """Weights of ``blocks`` stay where they are on the CPU, and the next block's are copied to the device while one computes.
 
-    ``run`` is the ``run_block`` of a backbone: it works around the call of a block, compiled or not. On the device are never more than
-    two blocks. For passes without gradients: a backward pass would miss the weights.
+    ``run`` is the ``run_block`` of a backbone: it works around the call of a block, compiled or not. There are buffers for two blocks on the
+    device and, page-locked, two on the CPU, which copies into them first: locking all weights would take time and as much memory again as
+    weights that are mapped from a file. For passes without gradients: a backward pass would miss the weights.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
         self.device = device
-        gpu = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if gpu else None
         self._order = {id(block): index for index, block in enumerate(blocks)}
-        self._home: list[list[tuple[Tensor, Tensor]]] = []
-        for index, block in enumerate(blocks):
-            self._home.append([(value, value.data.pin_memory() if gpu else value.data) for value in _values(block)])
-            self._leave(index)  # else the weights would lie in memory twice until each block has run
-        self._waiting: dict[int, list[Tensor]] = {}
-        self._last: torch.cuda.Event | None = None
+        self._home = [[(value, value.data, begin, end) for value, begin, end in _layout(block)] for block in blocks]
+        size = max((end for block in self._home for *_, end in block), default=0)
+        self._slots = [_Slot(size, device) for _ in range(2)]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:  # kernels may still use what was freed for the slots
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._waiting: dict[int, _Slot] = {}
 
     def run(self, block: nn.Module, *inputs: Any) -> Any:
         """The block's output, computed with copies of its weights on the device."""
         index = self._order[id(block)]
-        self._lend(index)
+        self._fetch(index)
+        slot = self._waiting.pop(index)
+        if slot.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.copied)
+        for value, home, begin, end in self._home[index]:
+            value.data = _as(home, slot.there[begin:end])
         try:
             made = block(*inputs)
         finally:
             self._leave(index)
-        self._keep_pace()
+            if self._stream is not None:
+                slot.computed = torch.cuda.current_stream(self.device).record_event()
         self._fetch((index + 1) % len(self._order))
         return made
 
-    def _lend(self, index: int) -> None:
-        """The copies become the block's weights."""
-        self._fetch(index)
-        copies = self._waiting.pop(index)
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self._stream)
-            for copy in copies:
-                copy.record_stream(current)  # made on the other stream, freed by this one
-        for (value, _), copy in zip(self._home[index], copies, strict=True):
-            value.data = copy
-
-    def _keep_pace(self) -> None:
-        """Wait until the block before this one has been computed, which frees its copies for those of the next: Python is many blocks ahead of
-        the device if it may be, and would have all their copies there at once."""
-        if self._stream is None:
-            return
-        if self._last is not None:
-            self._last.synchronize()
-        self._last = torch.cuda.current_stream(self.device).record_event()
-
     def close(self) -> None:
         """Forget what was fetched ahead and leave every weight on the CPU."""
+        if self._stream is not None:
+            self._stream.synchronize()  # it may still write into what is freed
         self._waiting.clear()
         for index in range(len(self._home)):
             self._leave(index)
 
     def _fetch(self, index: int) -> None:
+        """Begin to copy a block into the slot that was used longest ago."""
         if index in self._waiting:
             return
+        slot = self._slots[0]
+        self._slots.reverse()
+        self._waiting = {index: slot}
         if self._stream is None:
-            self._waiting[index] = [home.to(self.device, copy=True) for _, home in self._home[index]]
+            for _, home, begin, end in self._home[index]:
+                _as(home, slot.there[begin:end]).copy_(home)
             return
+        if slot.copied is not None:
+            slot.copied.synchronize()  # the device still read from the page-locked half
         with torch.cuda.stream(self._stream):
-            self._waiting[index] = [home.to(self.device, non_blocking=True) for _, home in self._home[index]]
+            if slot.computed is not None:
+                self._stream.wait_event(slot.computed)
+            for _, home, begin, end in self._home[index]:
+                _as(home, slot.locked[begin:end]).copy_(home)
+                slot.there[begin:end].copy_(slot.locked[begin:end], non_blocking=True)
+            slot.copied = self._stream.record_event()
 
     def _leave(self, index: int) -> None:
-        for value, home in self._home[index]:
+        for value, home, *_ in self._home[index]:
             value.data = home
+
+
+class _Slot:
+    """Room for one block: bytes on the device, bytes on the CPU that it copies from, and what was last done with them."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.there = torch.empty(size, dtype=torch.uint8, device=device)
+        gpu = device.type == "cuda"
+        self.locked = torch.empty(size if gpu else 0, dtype=torch.uint8, pin_memory=gpu)
+        self.copied: torch.cuda.Event | None = None
+        self.computed: torch.cuda.Event | None = None
+
+
+def _layout(block: nn.Module) -> Iterator[tuple[Tensor, int, int]]:
+    """The block's weights, each with its first and last byte in a slot: aligned as the allocator aligns tensors."""
+    end = 0
+    for value in _values(block):
+        begin = -(-end // 256) * 256
+        end = begin + value.nbytes
+        yield value, begin, end
+
+
+def _as(home: Tensor, part: Tensor) -> Tensor:
+    """Bytes as a tensor of the type and shape of ``home``."""
+    return part.view(home.dtype).view(home.shape)
 
 
 def _values(part: nn.Module) -> list[Tensor]:

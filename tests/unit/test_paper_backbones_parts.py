@@ -32,36 +32,43 @@ def test_offloading_changes_nothing_in_the_result(name, paper_generator):
         assert made.experts.high.run_block is call_block
 
 
-def test_streamed_blocks_hold_two_blocks_at_most_and_give_them_back():
+@pytest.mark.parametrize("order", [[0, 1, 2, 3] * 2, [2, 0, 0, 3, 1]])
+def test_streamed_blocks_compute_with_copies_and_give_their_weights_back(order):
     from physisforcing.worldmodel.placement import StreamedBlocks
 
-    blocks = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(4))
-    home = [block.weight.data_ptr() for block in blocks]
-    streamed = StreamedBlocks(blocks, torch.device("cpu"))
-    copied: list[int] = []
+    class Block(torch.nn.Module):
+        """Weights of several sizes and types, and buffers."""
 
-    def count(*_: object) -> None:
-        used = [k for k, block in enumerate(blocks) if block.weight.data_ptr() != home[k]]
-        copied.append(len(used) + len(streamed._waiting))
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.first, self.norm = torch.nn.Linear(2, width), torch.nn.BatchNorm1d(width)
+            self.last = torch.nn.Linear(width, 2, dtype=torch.bfloat16)
 
-    def fetch(index: int, plain=streamed._fetch) -> None:
-        plain(index)
-        count()
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.norm(self.first(x)).bfloat16()).float()
 
-    streamed._fetch = fetch
+    blocks = torch.nn.ModuleList(Block(width) for width in (3, 5, 4, 5)).eval().requires_grad_(False)
+    start = x = torch.randn(3, 2)
+    plain = [x := blocks[index](x) for index in order]
+    home = {name: (value.data_ptr(), value.clone()) for name, value in blocks.state_dict().items()}
+    streamed, used = StreamedBlocks(blocks, torch.device("cpu")), []
 
-    x = plain = torch.randn(3, 2)
-    for block in blocks:
-        plain = block(plain)
-        block.register_forward_hook(count)
-    for _ in range(2):
-        made = x
-        for block in blocks:
-            made = streamed.run(block, made)
-        assert torch.equal(made, plain)
-    assert set(copied) == {1}, "the one that computes, then the next one"
+    def note(module: torch.nn.Module, *_: object) -> None:
+        own = list(blocks).index(module)
+        away = [name for name, value in blocks.state_dict().items() if value.data_ptr() != home[name][0]]
+        assert {int(name.split(".")[0]) for name in away} == {own} and len(away) == len(module.state_dict())
+        used.append(away[0])
+
+    for one in blocks:
+        one.register_forward_hook(note)
+    x = start
+    for index, wanted in zip(order, plain, strict=True):
+        x = streamed.run(blocks[index], x)
+        assert torch.equal(x, wanted)
+    assert len(used) == len(order)
     streamed.close()
-    assert [block.weight.data_ptr() for block in blocks] == home and not streamed._waiting
+    assert all(value.data_ptr() == home[name][0] for name, value in blocks.state_dict().items())
+    assert all(torch.equal(value, home[name][1]) for name, value in blocks.state_dict().items())
 
 
 def test_blocks_compile_to_one_graph_for_all_of_them(paper_generator):

@@ -134,7 +134,7 @@ def test_kernels_are_told_by_their_names(benchmarks, kernel, kind):
 
 
 def test_exchange_that_computing_covers_is_not_exposed(benchmarks):
-    from paper_exchange import spent
+    from paper_exchange import kinds, spent
 
     kernels = [
         ("nvjet_a", (0.0, 2000.0)), ("ncclDevKernel_AllGather", (1000.0, 3000.0)), ("flash", (2500.0, 4000.0)),
@@ -143,6 +143,8 @@ def test_exchange_that_computing_covers_is_not_exposed(benchmarks):
     # two updates: 2 + 2 ms compute, 0.5 + 1 ms of 3 alone, 5.5 of 8 ms busy
     found = spent(kernels, whole_ms=4.0, steps=2)
     assert found == {"compute": 2.0, "exchange": 1.5, "exposed": 0.75, "between": 1.25}
+    expected = {"matrix_products": 1.0, "attention": 0.75, "fused": 0.5, "copies": 0.05, "other": 0.0}
+    assert kinds(kernels, 2) == expected
 
 
 def test_an_update_is_timed_with_its_exchange(benchmarks, tmp_path, large_models):
