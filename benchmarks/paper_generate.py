@@ -13,7 +13,7 @@ ours_two       ours_compiled, two samples in the pass          ours_qkv         
 ours_tuned     blocks compiled with max-autotune
 ours_fp8       ours_compiled, linear layers of the blocks in 8 bits with a scale a row (another result: its error is in the row)
 
-Whole clips are timed by `paper_whole_clip.py` and `paper_recipes.py --clip-steps`, and summed from their parts by `paper_clips.py`.
+Whole clips are timed by `paper_whole_clip.py` and `paper_recipes.py --clip-steps`.
 """
 
 from __future__ import annotations

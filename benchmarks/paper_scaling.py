@@ -98,6 +98,14 @@ def _lines(out: Path) -> list[dict[str, Any]]:
     return [line for line in found if "grad_norm" in line]
 
 
+def waits(found: list[dict[str, Any]]) -> dict[str, float]:
+    """Share of updates spent waiting for batches: the median's and the longest, and that of all their time."""
+    shares, times = ([line[name] for line in found] for name in ("data_wait_pct", "step_ms"))
+    whole = sum(share * time for share, time in zip(shares, times, strict=True)) / sum(times)
+    parts = {"": statistics.median(shares), "_whole": whole, "_most": max(shares)}
+    return {f"data_wait{part}_pct": round(share, 3) for part, share in parts.items()}
+
+
 def part_of_claim(override: str) -> str:
     """Claims of runs with other settings are called after these: ``run.gather=update`` is ``full_gather_update_2_gpus_step_ms``."""
     name, _, value = override.partition("=")
@@ -141,7 +149,7 @@ def main() -> None:
                     "memory_gib": round(found[-1]["memory_gib"], 2),
                     "mfu_pct": round(statistics.median(line.get("mfu_pct", 0.0) for line in found), 2),
                 }
-                more["data_wait_pct"] = round(statistics.median(line["data_wait_pct"] for line in found), 3)
+                more |= waits(found)
                 more["losses"] = [line["loss"] for line in found]  # whether another setting computes the same thing
                 if gpus == 1:
                     if alone and changed and value:

@@ -6,8 +6,6 @@
 ``--offload``: where the model's parts are (docs/paper_scale.md): all along on the GPU, one at a time there, or block by block. Each is loaded
 anew, makes a clip of two steps, which compiles, and then the clip that is timed: with the steps and the guidance of the model's authors where
 none are said, and a drawn picture. Reading the weights from the disk and embedding the sentence (kept by sentence) are left out.
-
-`paper_clips.py` sums seconds of a clip from parts where there is no time for a whole one.
 """
 
 from __future__ import annotations
