@@ -6,7 +6,7 @@
 Updates of `physis train worldmodel experiment=pf_wan_5b` with all weights, by its own trainer. ``step_ms``: by the clock, without the profiler. Beside it, from
 the profiler's timeline of the first process: ``exchange`` is the time in which NCCL's kernels run, waiting for another process included, ``compute`` that in which
 other kernels and copies do, ``exposed`` the part of the exchange in which these do not, ``between`` the time in which nothing runs.
-``kinds_ms``: the other kernels by what they do. On one GPU, started without torchrun, that is all there is.
+``kinds_ms``: the other kernels by what they do. Started without torchrun it profiles one GPU alone.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def main(words: list[str] | None = None) -> None:
     if processes.first:
         claim = f"training/{options.experiment}/exchange{''.join(map(part_of_claim, options.more))}_{processes.world}_gpus_step_ms"
         asked = shlex.join(sys.argv[1:] if words is None else words)
-        command = placeless(f"torchrun --nproc_per_node={processes.world} benchmarks/paper_exchange.py {asked}")
+        started = f"torchrun --nproc_per_node={processes.world}" if "WORLD_SIZE" in os.environ else "python"
+        command = placeless(f"{started} benchmarks/paper_exchange.py {asked}")
         line = measurement(
             claim, round(value, 2), unit="ms", low=min(times), high=max(times), n=len(times), seeds="0", against=about,
             command=command, provenance=machine_provenance(),

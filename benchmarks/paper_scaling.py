@@ -99,7 +99,7 @@ def _lines(out: Path) -> list[dict[str, Any]]:
 
 
 def waits(found: list[dict[str, Any]]) -> dict[str, float]:
-    """Share of updates spent waiting for batches: the median's and the longest, and that of all their time."""
+    """Per cent of an update's time that it waits for its batch: the median and the most, and of all updates together."""
     shares, times = ([line[name] for line in found] for name in ("data_wait_pct", "step_ms"))
     whole = sum(share * time for share, time in zip(shares, times, strict=True)) / sum(times)
     parts = {"": statistics.median(shares), "_whole": whole, "_most": max(shares)}

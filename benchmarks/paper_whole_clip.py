@@ -1,18 +1,17 @@
 """Seconds of a whole clip of a large model's pipeline folder, as `physis generate` makes it, from the first picture to frames.
 
-    python benchmarks/paper_whole_clip.py --model runs/a14b/model --name a14b_two --offload none,model,block --json clips.json
+    python benchmarks/paper_whole_clip.py --model runs/a14b/model --name a14b_two --offload block --json clip.json
     python benchmarks/paper_whole_clip.py --model runs/tiny/model --name tiny --device cpu --frames 9 --size 96x128 --steps 2
 
-``--offload``: where the model's parts are (docs/paper_scale.md): all along on the GPU, one at a time there, or block by block. Each is loaded
-anew, makes a clip of two steps, which compiles, and then the clip that is timed: with the steps and the guidance of the model's authors where
-none are said, and a drawn picture. Reading the weights from the disk and embedding the sentence (kept by sentence) are left out.
+``--offload``: where the model's parts are (docs/paper_scale.md): all along on the GPU, one at a time there, or block by block. A clip of two steps
+comes first, which compiles, reads the weights for the first time and embeds the sentence; then the one that is timed: with the steps and the
+guidance of the model's authors where none are said, and a drawn picture. ``host_gib``: of the process at most, files that it maps included.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import resource
 import shlex
 import sys
@@ -35,15 +34,16 @@ PROMPT = "stack the blocks"
 
 def timed_clip(maker: PaperGenerator, picture_HWC: NDArray[np.uint8], seed: int) -> tuple[float, dict[str, Any]]:
     """-> (seconds of the clip; its steps, its parts and, on a GPU, the memory in tensors at most)."""
-    cuda = maker.placement.device.type == "cuda"
+    device = maker.placement.device
+    cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
     marks = [time.perf_counter()]
 
     def advance() -> None:
         if cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         marks.append(time.perf_counter())
 
     with torch.no_grad():
@@ -56,7 +56,7 @@ def timed_clip(maker: PaperGenerator, picture_HWC: NDArray[np.uint8], seed: int)
         "other_s": round(seconds - decoding - step * (len(marks) - 2), 2), "frames": len(film), "guidance": maker.sampler.guidance,
     }  # fmt: skip
     if cuda:
-        more["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        more["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     return seconds, more
 
 
@@ -74,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="a pipeline folder")
     parser.add_argument("--name", required=True, help="part of the rows' names")
-    parser.add_argument("--offload", default=["none"], type=lambda text: text.split(","))
+    parser.add_argument("--offload", default="none", choices=OFFLOAD)
     parser.add_argument("--transformer", default="", help="other weights, such as an export")
     parser.add_argument("--experts", help="both or high")
     parser.add_argument("--frames", type=int, default=81)
@@ -84,42 +84,32 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json")
     options = parser.parse_args(words)
-    for offload in options.offload:
-        if offload not in OFFLOAD:
-            parser.error(f"--offload {offload}: one of {', '.join(OFFLOAD)}")
     cuda, (high, wide) = options.device.startswith("cuda"), options.size
     command = placeless("python benchmarks/paper_whole_clip.py " + shlex.join(sys.argv[1:] if words is None else words))
-    provenance, lines = machine_provenance(), []
     picture = np.random.default_rng(0).integers(0, 256, (high, wide, 3), dtype=np.uint8)
     torch.set_float32_matmul_precision("high")
     with tempfile.TemporaryDirectory() as texts:
-        for offload in options.offload:
-            config = PaperConfig(
-                transformer=options.transformer, experts=options.experts, device=options.device, dtype="bf16" if cuda else "fp32",
-                offload=offload, frames=options.frames, height=high, width=wide, steps=options.steps,
-                compile=options.compile or ("blocks" if cuda else "none"), text_cache=Path(texts),
-            )  # fmt: skip
-            begun = time.perf_counter()
-            maker = PaperGenerator(options.model, config)
-            loading = time.perf_counter() - begun
-            first = compiling_clip(maker, picture)
-            seconds, more = timed_clip(maker, picture, 1)
-            more |= {"offload": offload, "load_s": round(loading, 1), "first_clip_of_two_steps_s": round(first, 1)}
-            # of the process so far, all that it has of files included
-            more["host_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)
-            lines.append(
-                measurement(
-                    f"training/generate_{options.name}_offload_{offload}/clip_seconds", round(seconds, 3),
-                    unit="s a clip", n=1, seeds="1", against=more, command=command, provenance=provenance,
-                )
-            )  # fmt: skip
-            print(f"{options.name} offload={offload}: {seconds:.2f} s  {more}", flush=True)
-            if options.json:
-                write_measurements(options.json, lines)
-            del maker
-            gc.collect()
-            if cuda:
-                torch.cuda.empty_cache()
+        config = PaperConfig(
+            transformer=options.transformer, experts=options.experts, device=options.device, dtype="bf16" if cuda else "fp32",
+            offload=options.offload, frames=options.frames, height=high, width=wide, steps=options.steps,
+            compile=options.compile or ("blocks" if cuda else "none"), text_cache=Path(texts),
+        )  # fmt: skip
+        begun = time.perf_counter()
+        maker = PaperGenerator(options.model, config)
+        loading = time.perf_counter() - begun
+        first = compiling_clip(maker, picture)
+        seconds, more = timed_clip(maker, picture, 1)
+    more |= {
+        "offload": options.offload, "load_s": round(loading, 1), "first_clip_of_two_steps_s": round(first, 1),
+        "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    line = measurement(
+        f"training/generate_{options.name}_offload_{options.offload}/clip_seconds", round(seconds, 3),
+        unit="s a clip", n=1, seeds="1", against=more, command=command, provenance=machine_provenance(),
+    )  # fmt: skip
+    print(f"{options.name} offload={options.offload}: {seconds:.2f} s  {more}", flush=True)
+    if options.json:
+        write_measurements(options.json, [line])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Placement:
 
     @contextmanager
     def use_backbone(self, backbone: Any) -> Iterator[None]:
-        """As ``use``, for a ``VideoBackbone`` whose blocks may stream through the device."""
+        """As ``use``, for a ``VideoBackbone`` whose blocks may stream through the device; what a block writes into its weights is then lost with each call."""
         if self.offload != "block":
             with self.use(backbone):
                 yield
@@ -70,7 +70,8 @@ class StreamedBlocks:
 
     ``run`` is the ``run_block`` of a backbone: it works around the call of a block, compiled or not. There are buffers for two blocks on the
     device and, page-locked, two on the CPU, which copies into them first: locking all weights would take time and as much memory again as
-    weights that are mapped from a file. For passes without gradients: a backward pass would miss the weights.
+    weights that are mapped from a file. Copies are contiguous. For passes without gradients (a backward pass would miss the weights), on the stream that is
+    current when this is made, until ``close``.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
@@ -107,6 +108,7 @@ class StreamedBlocks:
         if self._stream is not None:
             self._stream.synchronize()  # it may still write into what is freed
         self._waiting.clear()
+        self._slots.clear()
         for index in range(len(self._home)):
             self._leave(index)
 
@@ -116,7 +118,11 @@ class StreamedBlocks:
             return
         slot = self._slots[0]
         self._slots.reverse()
-        self._waiting = {index: slot}
+        self._waiting.clear()
+        self._copy(index, slot)
+        self._waiting[index] = slot
+
+    def _copy(self, index: int, slot: _Slot) -> None:
         if self._stream is None:
             for _, home, begin, end in self._home[index]:
                 _as(home, slot.there[begin:end]).copy_(home)

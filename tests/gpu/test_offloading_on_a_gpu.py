@@ -1,6 +1,7 @@
 """Generation with parts that are on the CPU but for their turn: the same bits, less memory."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -20,10 +21,19 @@ def through(blocks, x, call):
     return x, torch.cuda.memory_stats()["active_bytes.all.peak"]
 
 
+def after_a_while(stream, call, *inputs):
+    """``call`` with the stream busy for some ten milliseconds before what it puts there."""
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+    return call(*inputs)
+
+
 @GPU
+@pytest.mark.parametrize("late", ["nothing", "computing", "copying"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_streamed_blocks_compute_the_same_bits_with_two_of_them_on_the_device(compiled):
-    """A block of 32 MiB takes about as long to copy as to compute: a missing wait would change bits, and Python is far ahead of both."""
+def test_streamed_blocks_compute_the_same_bits_with_two_of_them_on_the_device(compiled, late):
+    """Where a block is computed late, the next copy into its slot must wait for it; where a copy is late, the block and what is to be copied next
+    must wait for that."""
     from physisforcing.worldmodel.placement import StreamedBlocks
 
     torch.manual_seed(0)
@@ -39,8 +49,13 @@ def test_streamed_blocks_compute_the_same_bits_with_two_of_them_on_the_device(co
     home = [value.data_ptr() for value in blocks.parameters()]
     streamed = StreamedBlocks(blocks, torch.device("cuda"))
     weights = sum(value.nbytes for value in blocks[0].parameters())
+    if late == "copying":
+        streamed._copy = functools.partial(after_a_while, streamed._stream, streamed._copy)
+    run = streamed.run
+    if late == "computing":
+        run = functools.partial(after_a_while, torch.cuda.current_stream(), run)
     for _ in range(3):
-        made, used = through(blocks, x, streamed.run)
+        made, used = through(blocks, x, run)
         assert torch.equal(made, plain)
         del made
     # the tensors that are there besides are the same, but for the plain pass's output, which is kept for comparison

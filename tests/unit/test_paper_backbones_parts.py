@@ -65,6 +65,7 @@ def test_streamed_blocks_compute_with_copies_and_give_their_weights_back(order):
     for index, wanted in zip(order, plain, strict=True):
         x = streamed.run(blocks[index], x)
         assert torch.equal(x, wanted)
+        assert list(streamed._waiting) == [(index + 1) % 4], "the next one is being copied already"
     assert len(used) == len(order)
     streamed.close()
     assert all(value.data_ptr() == home[name][0] for name, value in blocks.state_dict().items())
