@@ -9,7 +9,7 @@
 3. `physis train worldmodel experiment=pf_...` with LoRA on that one window; what is measured as held out is the same window at eight
    noise levels. Beside the adapters the first and last layer are trained: those of random weights say nothing yet.
 4. The run is killed with -9 in its second half and continued; the updates that were made twice are compared bit by bit.
-5. The export in stock diffusers: a few steps to latents that must be finite, and the same by `physis generate`.
+5. The export in stock diffusers: a few steps to latents that must be finite; with --clip-steps a whole clip by our own generation.
    --parts prepare,videos: instead of 3 to 5, what held-out videos (`large.videos=1`) cost a run in memory.
 
 Lines are written after each part; a part that fails says so and ends the script with exit code 1.

@@ -34,7 +34,7 @@ out_seed1.mp4, ...:
 #: Settings that the large models alone have: naming one asks for them.
 LARGE = (
     "transformer", "negative_prompt", "size", "frames", "fps", "sampler", "shift", "guidance", "guidance_low", "boundary", "seeds",
-    "first_latent", "experts", "dtype", "offload", "compile",
+    "first_latent", "experts", "dtype", "offload", "compile", "exact_times",
 )  # fmt: skip
 #: Classes of pipeline folders that are generated with here, not through the adapter for anyone's pipeline.
 LARGE_CLASSES = ("WanImageToVideoPipeline", "Cosmos3OmniPipeline")
@@ -67,7 +67,8 @@ def run(config: GenerateConfig) -> list[Path]:
         got = (config.prompt, config.instruction)
         raise UserError("prompt, instruction", got=got, wanted="one of them: they are the same", fix="leave prompt out")
     config.instruction = config.prompt or config.instruction
-    asked = [name for name in LARGE if getattr(config, name) not in (None, "", [], "none")]
+    said = {name: getattr(config, name) for name in LARGE}
+    asked = [name for name, value in said.items() if value is not False and value not in (None, "", [], "none")]
     large = _is_large(config, bool(asked))
     if asked and not large and config.model and ":" not in config.model and not Path(config.model).is_dir():
         raise UserError("model", got=config.model, wanted="a folder that is there", fix="see physis generate --help")

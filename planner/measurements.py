@@ -18,7 +18,7 @@ from physisforcing.core.provenance import git_commit
 FIELDS = (
     "claim", "value", "unit", "low", "high", "n", "seeds", "against", "command", "commit", "hardware", "versions", "date",
 )  # fmt: skip
-PACKAGES = ("torch", "diffusers", "sapien", "numpy", "gymnasium")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchao", "sapien", "numpy", "gymnasium")
 #: A machine's own path in a command (absolute, from home, or above the repository; ``http://...`` is none), whatever stands round it.
 PLACE = re.compile(
     r"(?<![\w.:/~-])(?:~|\.\.|/)[^\s,:{}\[\]'\"=]*|(?<=[:=])(?<!http:)(?<!https:)(?:~|\.\.|/)[^\s,:{}\[\]'\"=]*"
@@ -122,9 +122,11 @@ def from_summary(
 
 def machine_provenance(root: Path | None = None) -> dict[str, Any]:
     """Commit (with ``+`` when the tree has changes), hardware, package versions and UTC time of now."""
+    import torch
+
     import physisforcing
 
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -34,7 +34,7 @@ class GenerateConfig:
 
     For the large models alone, ``paper_generate.PaperConfig`` says what they mean: ``transformer``, ``negative_prompt``, ``frames``, ``fps``,
     ``sampler``, ``shift``, ``guidance``, ``guidance_low``, ``boundary``, ``first_latent``, ``experts``, ``dtype`` (bf16 on a GPU and fp32 on
-    a CPU where nothing is said), ``offload``, ``compile``. ``size``: height and width, "480x640". ``seeds``: several videos.
+    a CPU where nothing is said), ``offload``, ``compile``, ``exact_times``. ``size``: height and width, "480x640". ``seeds``: several videos.
     """
 
     image: str | None = None
@@ -68,6 +68,7 @@ class GenerateConfig:
     dtype: str | None = None
     offload: str = "none"
     compile: str = "none"
+    exact_times: bool = False
 
 
 def main(argv: Sequence[str]) -> int:

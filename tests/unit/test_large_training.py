@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,8 +19,10 @@ import tiny_paper
 from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.backbones.folder import load_backbone
 from physisforcing.worldmodel.backbones.protocol import to_timesteps
+from physisforcing.worldmodel.training.checkpoint import latest_checkpoint, load_training
 from physisforcing.worldmodel.training.objective import objective
-from physisforcing.worldmodel.training.worldmodel import train_world_model
+from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
+from ranks import fork
 
 KINDS = ("ti2v", "a14b", "cosmos3")
 
@@ -102,6 +106,50 @@ def test_a_run_that_was_stopped_goes_on_bit_exactly_and_its_export_is_stock(larg
     assert said == {"first_latent": first, "tap": 1} | ({"fps": 16.0} if kind == "cosmos3" else {})
     checkpoint = tmp_path / "straight" / "step-000002" / "model"
     assert (checkpoint / "adapter").is_dir() and not (checkpoint / "transformer").exists()
+
+
+@pytest.mark.parametrize(("kind", "rank", "where"), [("ti2v", 2, "update"), ("a14b", 0, "save")])
+def test_a_run_that_is_killed_goes_on_with_the_bits_of_one_left_alone(large_models, tmp_path, kind, rank, where):
+    """Killed within the update after the first checkpoint, and while the second checkpoint is put in its place."""
+    model, store = large_models[kind]
+    train_world_model(tiny_large.config(model, [store], tmp_path / "straight", rank=rank))
+    config = tiny_large.config(model, [store], tmp_path / "killed", rank=rank)
+
+    def dies() -> None:
+        step, rename = Trainer.step, os.rename
+
+        def last_step(trainer: Trainer, number: int):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(trainer, number)
+
+        def last_rename(source, target) -> None:
+            if Path(target).name == "step-000004":
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+
+        if where == "update":
+            Trainer.step = last_step
+        else:
+            os.rename = last_rename
+        train_world_model(copy.deepcopy(config))
+
+    child = fork(dies, "the killed run")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert load_training(latest_checkpoint(tmp_path / "killed"))[1]["step"] == 2
+    config.run.resume = True
+    train_world_model(config)
+    one, other = (load_training(tmp_path / name / "last") for name in ("straight", "killed"))
+    assert one[1]["step"] == other[1]["step"] == 4 and one[0].keys() == other[0].keys() >= {
+        "weights",
+        "optimizer",
+        "rng",
+    }
+    for group, values in one[0].items():
+        assert values.keys() == other[0][group].keys()
+        assert all(torch.equal(value, other[0][group][key]) for key, value in values.items()), group
+    assert any(name.startswith("forcing.") for name in one[0]["weights"])
+    assert not list((tmp_path / "killed").glob(".writing-*"))
 
 
 def _check_stock(kind: str, model: Path, export: Path) -> None:

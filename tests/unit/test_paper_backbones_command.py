@@ -48,6 +48,11 @@ def test_the_command_writes_a_marked_video_a_seed(name, paper_folders, picture_f
     assert main([*common, "seed=1", f"out={tmp_path}/one.mp4"]) == 0
     assert np.array_equal(read_mp4(tmp_path / "one.mp4"), read_mp4(paths[1]))
     assert not np.array_equal(read_mp4(paths[0]), read_mp4(paths[1]))
+    if name == "ti2v":
+        assert main([*common, "seed=1", f"out={tmp_path}/exact.mp4", "exact_times=true"]) == 0
+        apart = np.abs(read_mp4(tmp_path / "exact.mp4").astype(int) - read_mp4(paths[1]))
+        assert apart.max() <= 8, "only rounding differs"
+        assert "once a token" in probe_mp4(tmp_path / "exact.mp4").metadata["comment"] and "once a token" not in comment
 
 
 @pytest.mark.parametrize(
