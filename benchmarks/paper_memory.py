@@ -6,7 +6,7 @@
 
 A step is forward, backward and AdamW, as `physis train worldmodel` makes it: adapters in float32 over weights in bfloat16, or all weights
 (``float32`` under autocast, which is what the trainer does, or ``bfloat16`` altogether), both physics losses, heads included, random weights,
-480x640 pixels, two samples one after the other (as ``run.micro=1``: the gradients of the first lie there while the second computes). Row: model, what is trained, activation checkpointing, optimiser where it is not AdamW, pixel frames. Without --eager blocks are compiled.
+480x640 pixels, two samples one after the other (as ``run.micro=1``: the gradients of the first lie there while the second computes). Row: model, what is trained, activation checkpointing, 8-bit products, optimiser where it is not AdamW, pixel frames. Without --eager blocks are compiled.
 
 ``value`` is what PyTorch's allocator had at most in tensors. A card fits if what it had reserved at most, with the CUDA context (measured),
 is no more than the card has; --limit-gib tries a limit out, where the allocator gives back what lies unused before it fails. What others hold
@@ -42,6 +42,7 @@ from physisforcing.worldmodel.physics.forcing import PhysisForcing
 from physisforcing.worldmodel.physics.relation import token_order
 from physisforcing.worldmodel.training.config import LoraConfig, OptimConfig
 from physisforcing.worldmodel.training.denoiser import BackboneDenoiser
+from physisforcing.worldmodel.training.float8 import use_float8
 from physisforcing.worldmodel.training.lora import add_lora
 from physisforcing.worldmodel.training.optim import build_optimizer
 from physisforcing.worldmodel.training.recompute import recomputed
@@ -58,10 +59,11 @@ class Case:
     frames: int = 81
     trained: str = "lora"
     optimizer: str = "adamw"
+    fp8: bool = False
 
     @property
     def name(self) -> str:
-        other = "" if self.optimizer == "adamw" else f"_{self.optimizer}"
+        other = "_fp8" * self.fp8 + ("" if self.optimizer == "adamw" else f"_{self.optimizer}")
         return f"{self.kind}_{self.trained}_{self.checkpointing}{other}_{self.frames}"
 
 
@@ -71,6 +73,7 @@ CASES = {
         *(Case(kind="5b", checkpointing=kind, frames=n) for n in (81, 49) for kind in ("none", "selective", "full")),
         *(Case(kind="5b", checkpointing=kind, trained="bfloat16") for kind in ("none", "full")),
         *(Case(kind="5b", checkpointing=kind, trained="float32") for kind in ("none", "selective", "full")),
+        Case(kind="5b", trained="float32", fp8=True, optimizer="adamw8bit"),
         Case(kind="a14b", checkpointing="full"),
         *(Case(kind="a14b", checkpointing="full", trained="bfloat16", optimizer=kind) for kind in ("adamw", "adamw8bit")),
         Case(kind="cosmos3", checkpointing="full"),
@@ -114,6 +117,8 @@ def prepare(
         )
     if case.trained == "lora":
         add_lora(transformer, LoraConfig(rank=KINDS[case.kind]["rank"]), backbone.lora_targets, torch.bfloat16)
+    if case.fp8:
+        use_float8(backbone.blocks, device)
     denoiser = BackboneDenoiser(backbone)
     compile_again(denoiser, backend)
     denoiser.run_block = recomputed(denoiser.run_block, case.checkpointing, backend is not None)

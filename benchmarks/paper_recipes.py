@@ -11,6 +11,7 @@
 4. The run is killed with -9 in its second half and continued; the updates that were made twice are compared bit by bit.
 5. The export in stock diffusers: a few steps to latents that must be finite; with --clip-steps a whole clip by our own generation.
    --parts prepare,videos: instead of 3 to 5, what held-out videos (`large.videos=1`) cost a run in memory.
+   --parts prepare,resume: instead of them, whether the last checkpoint of a run that was killed and continued is that of one left alone.
 
 Lines are written after each part; a part that fails says so and ends the script with exit code 1.
 """
@@ -20,16 +21,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -261,17 +260,53 @@ class Recipe:
             bucket=self.bucket, checkpointing=self.options.checkpointing or "the recipe's",
         )  # fmt: skip
 
+    def resume(self) -> None:
+        """Two runs of the same settings, one of them killed once and continued, and every tensor of their last checkpoints: weights, heads, optimiser,
+        average, random numbers."""
+        from physisforcing.worldmodel.training.checkpoint import is_complete, load_training
+
+        name = f"step-{self.steps:06d}"
+        for out in ("straight", "killed"):
+            run, words = self.work / out, self.words(out, self.steps)
+            if out == "killed":
+                self._killed(run, words)
+                words.append("run.resume=true")
+            self._run_until(words, lambda: is_complete(self.work / out / name))  # noqa: B023 - called in this turn
+        one, other = (load_training(self.work / out / name)[0] for out in ("straight", "killed"))
+        pairs = {
+            f"{group}/{key}": (value, other[group][key])
+            for group, values in one.items()
+            for key, value in values.items()
+        }
+        if sum(map(len, other.values())) != len(pairs):
+            raise RuntimeError(f"{self.work}: the two checkpoints have other tensors")
+        differing = {
+            key: float((a.double() - b.double()).abs().max()) for key, (a, b) in pairs.items() if not torch.equal(a, b)
+        }
+        self.note(
+            "resume_tensors_equal", 1 - len(differing) / len(pairs), "tensors with equal bits / tensors", n=len(pairs), steps=self.steps,
+            groups={group: len(values) for group, values in one.items()}, largest_difference=max(differing.values(), default=0.0),
+            first_differing=sorted(differing)[:3], more=" ".join(self.options.more),
+        )  # fmt: skip
+
     def _killed(self, run: Path, words: list[str]) -> dict[int, dict[str, Any]]:
         """Start the run and kill it a few updates after its first checkpoint; the lines it wrote."""
-        process = subprocess.Popen([sys.executable, "-m", "physisforcing", "train", "worldmodel", *words])
         enough = self.steps // 2 + max(2, self.steps // 20)
-        while process.poll() is None and not any(line["step"] >= enough for line in _lines(run)):
-            time.sleep(0.05)
-        if process.poll() is not None:
-            raise RuntimeError(f"the run ended by itself with {process.returncode}")
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        self._run_until(words, lambda: any(line["step"] >= enough for line in _lines(run)))
         return {line["step"]: line for line in _lines(run)}
+
+    def _run_until(self, words: list[str], reached: Callable[[], bool]) -> None:
+        """Start the training and kill it once ``reached``. ``RuntimeError`` where it ends before."""
+        process = subprocess.Popen([sys.executable, "-m", "physisforcing", "train", "worldmodel", *words])
+        try:
+            while process.poll() is None and not reached():
+                time.sleep(0.05)
+            ended = process.poll() is not None
+        finally:
+            process.kill()
+            process.wait()
+        if ended and not reached():
+            raise RuntimeError(f"the run ended by itself with {process.returncode}")
 
     def _compare(self, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> None:
         names = ("loss", "fm", "pix", "sem", "grad_norm")
