@@ -255,9 +255,7 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for the videos and what the command writes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument(
-        "--name", default="", help="of these recordings in the claims, where thresholds were chosen on others"
-    )
+    parser.add_argument("--name", default="recordings", help="of these recordings in the claims")
     parser.add_argument("--out")
     options = parser.parse_args()
     command = placeless(shlex.join(["python", "benchmarks/data_prepare.py", *sys.argv[1:]]))
@@ -272,7 +270,7 @@ def main() -> int:
         prepare_clips(folder / "prepared", folder / "manifest.csv", progress=True)
         seconds = time.perf_counter() - begun
         counts, more = score(planted, ClipManifest(folder / "prepared").everything)
-        claim = role(seed, options.name)
+        claim = f"{options.name}/seed_{seed}"
         lines += show(claim, seed, counts, more, measurement, command, machine_provenance())
         if anew:
             lines.append(timed(folder, claim, seed, seconds / len(planted), command, machine_provenance()))
@@ -297,11 +295,6 @@ def timed(folder: Path, claim: str, seed: int, seconds: float, command: str, pro
         f"data/prepare/{claim}/seconds_a_clip", round(seconds, 4), unit="s", n=len(found), seeds=[seed], against=against, command=command,
         provenance=provenance,
     )  # fmt: skip
-
-
-def role(seed: int, name: str) -> str:
-    """What the clips of a seed are to the thresholds, as it stands in claims."""
-    return f"{name}/seed_{seed}" if name else "chosen" if seed == 0 else "heldout"
 
 
 def show(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import shlex
 import shutil
@@ -35,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from cost_networks import in_bfloat16
+from paper_scaling import part_of_claim
 from paper_whole_clip import compiling_clip, timed_clip
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
@@ -265,14 +267,18 @@ class Recipe:
         average, random numbers."""
         from physisforcing.worldmodel.training.checkpoint import is_complete, load_training
 
-        name = f"step-{self.steps:06d}"
-        for out in ("straight", "killed"):
-            run, words = self.work / out, self.words(out, self.steps)
-            if out == "killed":
+        runs = [self.work / out for out in ("straight", "killed")]
+        last = [run / f"step-{self.steps:06d}" for run in runs]
+        for run in runs:
+            shutil.rmtree(run, ignore_errors=True)  # what an earlier call left would be compared at once
+        for run, place in zip(runs, last, strict=True):
+            words = self.words(run.name, self.steps)
+            if run.name == "killed":
                 self._killed(run, words)
                 words.append("run.resume=true")
-            self._run_until(words, lambda: is_complete(self.work / out / name))  # noqa: B023 - called in this turn
-        one, other = (load_training(self.work / out / name)[0] for out in ("straight", "killed"))
+            if not self._run_until(words, functools.partial(is_complete, place)):
+                raise RuntimeError(f"{run} ended by itself before its last checkpoint")
+        one, other = (load_training(place)[0] for place in last)
         pairs = {
             f"{group}/{key}": (value, other[group][key])
             for group, values in one.items()
@@ -284,19 +290,19 @@ class Recipe:
             key: float((a.double() - b.double()).abs().max()) for key, (a, b) in pairs.items() if not torch.equal(a, b)
         }
         self.note(
-            "resume_tensors_equal", 1 - len(differing) / len(pairs), "tensors with equal bits / tensors", n=len(pairs), steps=self.steps,
+            "resume_tensors_equal" + "".join(map(part_of_claim, self.options.more)), 1 - len(differing) / len(pairs), "tensors with equal bits / tensors", n=len(pairs), steps=self.steps,
             groups={group: len(values) for group, values in one.items()}, largest_difference=max(differing.values(), default=0.0),
-            first_differing=sorted(differing)[:3], more=" ".join(self.options.more),
+            first_differing=sorted(differing)[:3],
         )  # fmt: skip
 
     def _killed(self, run: Path, words: list[str]) -> dict[int, dict[str, Any]]:
         """Start the run and kill it a few updates after its first checkpoint; the lines it wrote."""
         enough = self.steps // 2 + max(2, self.steps // 20)
-        self._run_until(words, lambda: any(line["step"] >= enough for line in _lines(run)))
+        self._run_until(words, lambda: any(line["step"] >= enough for line in _lines(run)), killed=True)
         return {line["step"]: line for line in _lines(run)}
 
-    def _run_until(self, words: list[str], reached: Callable[[], bool]) -> None:
-        """Start the training and kill it once ``reached``. ``RuntimeError`` where it ends before."""
+    def _run_until(self, words: list[str], reached: Callable[[], bool], *, killed: bool = False) -> bool:
+        """Start the training and kill it once ``reached``; whether that is so. ``killed``: ``RuntimeError`` where it ends by itself."""
         process = subprocess.Popen([sys.executable, "-m", "physisforcing", "train", "worldmodel", *words])
         try:
             while process.poll() is None and not reached():
@@ -305,8 +311,9 @@ class Recipe:
         finally:
             process.kill()
             process.wait()
-        if ended and not reached():
+        if ended and killed:
             raise RuntimeError(f"the run ended by itself with {process.returncode}")
+        return reached()
 
     def _compare(self, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> None:
         names = ("loss", "fm", "pix", "sem", "grad_norm")

@@ -58,8 +58,8 @@ KINDS: dict[str, Recipe] = {
 class PaperConfig:
     """``transformer``: a folder with other weights for the (high-noise) transformer, such as an export of training. ``codec``: another
     autoencoder's. ``first_latent``: see ``backbones.protocol``; None is what ``load_backbone`` finds. ``experts``: ``both`` or ``high``;
-    None is both where the folder has two. ``exact_times``: embed the noise level once a token, as diffusers does, not once a latent frame: slower, and the
-    same to the last bit. ``boundary``: None is the folder's, 0.9 where it has none. ``fps``: None is that of the videos
+    None is both where the folder has two. ``exact_times``: embed noise levels once a token where diffusers does (TI2V-5B, Cosmos3, what is pinned): slower, and
+    bit-equal to it, which the usual way is but for rounding. ``boundary``: None is the folder's, 0.9 where it has none. ``fps``: None is that of the videos
     that a Cosmos3 was trained on here. None elsewhere: ``KINDS``."""
 
     transformer: str = ""
@@ -179,7 +179,7 @@ class PaperGenerator:
         said += [f"first latent {self.experts.high.first_latent}", config.dtype]
         if self._guided and config.negative_prompt:
             said.append(f"negative prompt {config.negative_prompt!r}")
-        said += ["times embedded once a token"] * config.exact_times
+        said += ["times embedded as diffusers does"] * config.exact_times
         return ", ".join(said)
 
     @property

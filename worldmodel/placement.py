@@ -70,7 +70,7 @@ class StreamedBlocks:
 
     ``run`` is the ``run_block`` of a backbone: it works around the call of a block, compiled or not. There are buffers for two blocks on the
     device and, page-locked, two on the CPU, which copies into them first: locking all weights would take time and as much memory again as
-    weights that are mapped from a file. Copies are contiguous. For passes without gradients (a backward pass would miss the weights), on the stream that is
+    weights that are mapped from a file. Weights of another layout in memory become contiguous, and kernels may round them differently. For passes without gradients (a backward pass would miss the weights), on the stream that is
     current when this is made, until ``close``.
     """
 

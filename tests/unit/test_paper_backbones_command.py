@@ -52,7 +52,7 @@ def test_the_command_writes_a_marked_video_a_seed(name, paper_folders, picture_f
         assert main([*common, "seed=1", f"out={tmp_path}/exact.mp4", "exact_times=true"]) == 0
         apart = np.abs(read_mp4(tmp_path / "exact.mp4").astype(int) - read_mp4(paths[1]))
         assert apart.max() <= 8, "only rounding differs"
-        assert "once a token" in probe_mp4(tmp_path / "exact.mp4").metadata["comment"] and "once a token" not in comment
+        assert "as diffusers" in probe_mp4(tmp_path / "exact.mp4").metadata["comment"] and "as diffusers" not in comment
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,13 @@ def test_commands_that_do_not_fit_are_named(changes, message, paper_folders, pic
 
     with pytest.raises(UserError, match=message):
         main([f"model={paper_folders['ti2v']}", f"image={picture_file}", "prompt=press", *changes])
+
+
+def test_exact_times_reach_the_backbone_and_belong_to_the_large_models(paper_generator, picture_file):
+    assert paper_generator("ti2v", exact_times=True).experts.high.exact_times
+    assert not paper_generator("ti2v").experts.high.exact_times
+    with pytest.raises(UserError, match="exact_times: got True"):
+        run(GenerateConfig(image=str(picture_file), instruction="press", exact_times=True))
 
 
 def test_an_autoencoder_of_other_latents_is_refused(paper_folders, paper_generator):

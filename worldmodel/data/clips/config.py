@@ -1,4 +1,4 @@
-"""Settings of the clip filters. Thresholds were chosen on planted clips (``benchmarks/data_prepare.py``, seed 0)."""
+"""Settings of the clip filters. Thresholds were chosen on planted clips of recordings of six tasks, none of which docs/data.md shows."""
 
 from __future__ import annotations
 
