@@ -18,7 +18,7 @@ settings (field=value):
   captions=captions.csv                   table of captions of a folder          camera=head   camera of a dataset
   min_seconds=1                           shorter clips are dropped
   motion.least=0.03 motion.cut=0.012      static below, camera cut above
-  duplicates.likeness=0.97                  one recording from this on; duplicates.neighbours=4, duplicates.shift=2 (seconds)
+  duplicates.likeness=0.97                  one recording from this on; duplicates.neighbours=8, duplicates.shift=2 (seconds)
   duplicates.per_task=0                   the most clips of one task, the best of them; 0: any number
   alignment.least=null                    captions below are dropped; alignment.model=image_text alignment.path=FOLDER takes a CLIP or SigLIP model
   shard=0/4                               measure a part or, once all is measured, compare a part; the run after which nothing is
@@ -55,7 +55,7 @@ class DuplicatesConfig:
     most clips of one task (task name, or caption where there is none), the best ones; 0 for any number."""
 
     likeness: float = 0.97
-    neighbours: int = 4
+    neighbours: int = 8
     shift: float = 2.0
     per_task: int = 0
 
