@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
 from physisforcing.worldmodel.data.clips.alignment import centre, nearest
 
-#: Numbers of a signature (``Measured.appearance``), and clips that each is compared with (``duplicates.neighbours``).
+#: Numbers of a signature (``Measured.appearance``), and clips that are looked for of each.
 WIDTH, NEIGHBOURS = 672, 4
 #: Rows of a block of likenesses, and rows that are sorted whole.
 BLOCK, SORTED = 1024, 64

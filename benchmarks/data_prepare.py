@@ -1,7 +1,7 @@
 """Recall and precision of ``physis data prepare``'s filters on planted clips.
 
     python benchmarks/data_prepare.py --data DATASET [DATASET ...] --work FOLDER [--seeds 0 1] [--out docs/results/data_prepare.json]
-    python benchmarks/data_prepare.py --data runs/nano/train --work FOLDER --seeds 0 1 2 3 5 6 --name eight_tasks --out eight_tasks.json
+    python benchmarks/data_prepare.py --data runs/nano/train --work FOLDER --seeds 0 1 3 4 7 8 9 --name eight_tasks --out eight_tasks.json
 
 The datasets are recorded robot episodes with a task each. Of them 200 clips a seed are written as videos with a table: clean ones, static
 ones, copies of clean ones, ones with the caption of another task, and ones that are cut together from two episodes. Even seeds
