@@ -58,9 +58,9 @@ KINDS: dict[str, Recipe] = {
 class PaperConfig:
     """``transformer``: a folder with other weights for the (high-noise) transformer, such as an export of training. ``codec``: another
     autoencoder's. ``first_latent``: see ``backbones.protocol``; None is what ``load_backbone`` finds. ``experts``: ``both`` or ``high``;
-    None is both where the folder has two. ``exact_times``: embed noise levels once a token where diffusers does (TI2V-5B, Cosmos3, what is pinned): slower, and
-    bit-equal to it, which the usual way is but for rounding. ``boundary``: None is the folder's, 0.9 where it has none. ``fps``: None is that of the videos
-    that a Cosmos3 was trained on here. None elsewhere: ``KINDS``."""
+    None is both where the folder has two. ``exact_times``: embed noise levels once a token where diffusers does (TI2V-5B, Cosmos3, what
+    is pinned): slower, and bit-equal to it, which the usual way is but for rounding. ``boundary``: None is the folder's, 0.9 where it
+    has none. ``fps``: None is that of the videos that a Cosmos3 was trained on here. None elsewhere: ``KINDS``."""
 
     transformer: str = ""
     codec: str = ""

@@ -33,7 +33,8 @@ class Placement:
 
     @contextmanager
     def use_backbone(self, backbone: Any) -> Iterator[None]:
-        """As ``use``, for a ``VideoBackbone`` whose blocks may stream through the device; what a block writes into its weights is then lost with each call."""
+        """As ``use``, for a ``VideoBackbone`` whose blocks may stream through the device; what a block writes into its weights is then
+        lost with each call."""
         if self.offload != "block":
             with self.use(backbone):
                 yield
@@ -70,8 +71,8 @@ class StreamedBlocks:
 
     ``run`` is the ``run_block`` of a backbone: it works around the call of a block, compiled or not. There are buffers for two blocks on the
     device and, page-locked, two on the CPU, which copies into them first: locking all weights would take time and as much memory again as
-    weights that are mapped from a file. Weights of another layout in memory become contiguous, and kernels may round them differently. For passes without gradients (a backward pass would miss the weights), on the stream that is
-    current when this is made, until ``close``.
+    weights that are mapped from a file. Weights of another layout in memory become contiguous, and kernels may round them differently.
+    For passes without gradients (a backward pass would miss the weights), on the stream that is current when this is made, until ``close``.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
