@@ -13,6 +13,9 @@ HEIGHT, WIDTH, FRAMES = 64, 96, 9
 SIZE = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES}
 PROMPT, NEGATIVE = "press the  bell &amp; lift the red bottle", "blurred"
 
+#: Sentences whose words the tiny tokenizers know.
+SENTENCES = ("press the bell with the left arm", "lift the red bottle off the table")
+
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -97,13 +100,16 @@ def cosmos3(folder: Path) -> Path:
 
 
 def _umt5() -> dict[str, Any]:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-    words = Tokenizer(models.Unigram())
+    # A trained tokenizer numbers its pieces anew in every process: embedded texts, and with them every rounding, would differ.
+    pieces = ["\u2581", *sorted({letter for sentence in SENTENCES for letter in sentence.replace(" ", "")})]
+    pieces += sorted({"\u2581" + word for sentence in SENTENCES for word in sentence.split()})
+    scores = [(name, 0.0) for name in ("<pad>", "</s>", "<unk>")] + [(piece, -1.0) for piece in pieces]
+    words = Tokenizer(models.Unigram(scores, unk_id=2))
     words.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
-    words.train_from_iterator(["press the bell with the left arm", "lift the red bottle off the table"], trainer)
+    words.add_special_tokens(["<pad>", "</s>", "<unk>"])
     end = ("</s>", words.token_to_id("</s>"))
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
@@ -113,16 +119,15 @@ def _umt5() -> dict[str, Any]:
 
 
 def _qwen() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"]
-    words = Tokenizer(models.BPE())
+    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = Tokenizer(models.BPE({piece: number for number, piece in enumerate(alphabet)}, []))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    words.train_from_iterator(["press the bell", "the video is not seconds long", "resolution"], trainer)
+    words.add_special_tokens(special)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHAT
     return tokenizer
