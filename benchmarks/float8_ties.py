@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 import torch
-from paper_recipes import TRANSFORMERS
+from paper_pipelines import TRANSFORMERS
 from torch import Tensor, nn
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements

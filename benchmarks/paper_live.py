@@ -3,7 +3,7 @@
     python benchmarks/paper_live.py --data runs/blocks --work /dev/shm/live --model /dev/shm/5b/model --json live.json
     python benchmarks/paper_live.py --data runs/blocks --work runs/live --tiny                # all of it on a CPU
 
-``--model`` is a pipeline folder as benchmarks/paper_recipes.py builds it (with --tiny it is built where it is missing). The store is made with
+``--model`` is a pipeline folder as benchmarks/paper_pipelines.py builds it (with --tiny it is built where it is missing). The store is made with
 `physis data latents`; one trainer then makes its updates with windows of the store and of the dataset in turn, the same windows in the same
 order, with the simulator's targets from a cache in both. Batches are compared bit by bit before anything is timed. An update is all of
 `Trainer.step`: the batch, forward, backward, optimiser.
@@ -20,7 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import paper_recipes
+import numpy as np
+import paper_pipelines
 import torch
 
 from physisforcing.core.config import compose
@@ -161,11 +162,11 @@ def build_tiny(options: argparse.Namespace) -> None:
 
     if (Path(options.model) / "model_index.json").is_file():
         return
-    paper_recipes.use_tiny_sizes()
+    paper_pipelines.use_tiny_sizes()
     frames, rows, columns = (int(side) for side in options.bucket.split("x"))
     recorded = LeRobotDataset(options.data).frames(0, range(frames))
-    clip = paper_recipes.np.stack([cover(frame, (rows, columns)) for frame in recorded])
-    paper_recipes.build("5b", Path(options.model), clip, torch.device("cpu"))
+    clip = np.stack([cover(frame, (rows, columns)) for frame in recorded])
+    paper_pipelines.build("5b", Path(options.model), clip, torch.device("cpu"))
 
 
 def measure(

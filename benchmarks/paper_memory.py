@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 from cost_networks import FULL, TINY
-from paper_recipes import _TINY, KINDS, TRANSFORMERS
+from paper_pipelines import TINY_TRANSFORMERS, TRANSFORMERS
+from paper_recipes import KINDS
 from paper_training import compile_again
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ def build(case: Case, tiny: bool, device: torch.device) -> nn.Module:
 
     cosmos = case.kind == "cosmos3"
     kind = diffusers.Cosmos3OmniTransformer if cosmos else diffusers.WanTransformer3DModel
-    config = TRANSFORMERS[case.kind] | (_TINY[case.kind] if tiny else {})
+    config = TRANSFORMERS[case.kind] | (TINY_TRANSFORMERS[case.kind] if tiny else {})
     usual = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32 if case.trained == "float32" else torch.bfloat16)

@@ -9,7 +9,8 @@
 3. `physis train worldmodel experiment=pf_...` with LoRA on that one window; what is measured as held out is the same window at eight
    noise levels. Beside the adapters the first and last layer are trained: those of random weights say nothing yet.
 4. The run is killed with -9 in its second half and continued; the updates that were made twice are compared bit by bit.
-5. The export in stock diffusers: a few steps to latents that must be finite; with --clip-steps a whole clip by our own generation.
+5. The export in stock diffusers: a few steps to latents that must be finite, beside our own generation's of the same noise; with --clip-steps a
+   whole clip by our own generation.
    --parts prepare,videos: instead of 3 to 5, what held-out videos (`large.videos=1`) cost a run in memory.
    --parts prepare,resume: instead of them, whether the last checkpoint of a run that was killed and continued is that of one left alone.
 
@@ -35,11 +36,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from cost_networks import in_bfloat16
+from paper_pipelines import build, use_tiny_sizes
 from paper_scaling import part_of_claim
-from paper_whole_clip import compiling_clip, timed_clip
+from paper_whole_clip import PROMPT, compiling_clip, timed_clip
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
+from physisforcing.worldmodel.paper_generate import PaperConfig, PaperGenerator
 
 #: Kind -> experiment, bucket, updates, what is trained beside adapters, class of the transformer.
 KINDS: dict[str, dict[str, Any]] = {
@@ -49,96 +51,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 #: Frames, rows and columns that the paper trains with; rows of another size have it in their names.
 BUCKET = "81x480x640"
-WAN: dict[str, Any] = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
-TRANSFORMERS: dict[str, dict[str, Any]] = {
-    "5b": WAN | {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
-    "a14b": WAN
-    | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, "in_channels": 36, "out_channels": 16},
-    "cosmos3": {},
-}
-VAES: dict[int, dict[str, Any]] = {
-    16: {"z_dim": 16, "scale_factor_spatial": 8},
-    48: {
-        "z_dim": 48, "base_dim": 160, "decoder_base_dim": 256, "is_residual": True, "in_channels": 12, "out_channels": 12,
-        "patch_size": 2, "scale_factor_spatial": 16,
-    },
-}  # fmt: skip
-
-
-def build(kind: str, folder: Path, frames_THWC: np.ndarray, device: torch.device) -> None:
-    """A pipeline folder in diffusers' layout: random weights, latents standardised on this clip."""
-    import diffusers
-
-    torch.manual_seed(0)
-    cosmos = kind == "cosmos3"
-    name = "Cosmos3OmniTransformer" if cosmos else "WanTransformer3DModel"
-    with device:
-        model = in_bfloat16(getattr(diffusers, name)(**TRANSFORMERS[kind]))
-    model.save_pretrained(folder / "transformer")
-    del model
-    _save_vae(16 if kind == "a14b" else 48, folder / "vae", frames_THWC, device)
-    shift = 10.0 if cosmos else 5.0
-    diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    ).save_pretrained(folder / "scheduler")
-    _save_text(folder, cosmos)
-    _save_index(folder, cosmos, kind)
-
-
-def _save_vae(channels: int, folder: Path, frames_THWC: np.ndarray, device: torch.device) -> None:
-    from diffusers import AutoencoderKLWan
-
-    torch.manual_seed(1)
-    neutral = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
-    with device:
-        vae = AutoencoderKLWan(**VAES[channels], **neutral).to(
-            torch.bfloat16 if device.type == "cuda" else torch.float32
-        )
-    video = torch.from_numpy(frames_THWC).to(device, vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
-    with torch.no_grad():
-        latents = vae.encode(video).latent_dist.mode().float()[0]
-    mean, std = latents.mean((1, 2, 3)), latents.std((1, 2, 3)).clamp(min=1e-4)
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    vae.save_pretrained(folder)
-
-
-def _save_text(folder: Path, cosmos: bool) -> None:
-    """A tokenizer trained on a few sentences, and for Wan an encoder of one layer with the width of UMT5-xxl."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-    import tiny_paper
-
-    if cosmos:
-        tiny_paper._qwen().save_pretrained(folder / "text_tokenizer")
-        return
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    tokenizer = tiny_paper._umt5()["tokenizer"]
-    tokenizer.save_pretrained(folder / "tokenizer")
-    config = UMT5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=64, d_ff=256, num_layers=1, num_heads=4)
-    UMT5EncoderModel(config).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
-
-
-def _save_index(folder: Path, cosmos: bool, kind: str) -> None:
-    import diffusers
-
-    from physisforcing.worldmodel.convert.pipeline import cosmos_index
-
-    index: dict[str, Any] = {"_diffusers_version": diffusers.__version__, "vae": ["diffusers", "AutoencoderKLWan"]}
-    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
-    if cosmos:
-        index |= cosmos_index() | {
-            "transformer": ["diffusers", "Cosmos3OmniTransformer"],
-            "enable_safety_checker": False,
-        }
-        index["text_tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
-    else:
-        index |= {
-            "_class_name": "WanImageToVideoPipeline", "transformer": ["diffusers", "WanTransformer3DModel"],
-            "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-            "image_encoder": [None, None], "image_processor": [None, None], "transformer_2": [None, None],
-            "boundary_ratio": None, "expand_timesteps": kind == "5b",
-        }  # fmt: skip
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 class Recipe:
@@ -366,30 +278,49 @@ class Recipe:
         latents = _stock(
             self.kind, self.model, export, picture, (frames, rows, columns), self.device, self.options.generate_steps
         )
+        stock_seconds = time.perf_counter() - begun
         finite = bool(latents.isfinite().all())
+        apart = self._apart_from(latents, export, np.asarray(picture), (frames, rows, columns))
         self.note(
             "stock_generation", float(finite), "1: finite latents", steps=self.options.generate_steps,
-            seconds=round(time.perf_counter() - begun, 1), std=round(float(latents.float().std()), 3),
+            seconds=round(stock_seconds, 1), std=round(float(latents.float().std()), 3),
+            relative_difference_from_ours=round(apart, 6),
         )  # fmt: skip
         if not finite:
             raise RuntimeError("latents of the export in stock diffusers are not finite")
         if self.options.clip_steps:
             self._clip(picture, export, (frames, rows, columns))
 
+    def _apart_from(
+        self, latents: torch.Tensor, export: Path, picture_HWC: np.ndarray, size: tuple[int, int, int]
+    ) -> float:
+        """Relative norm of what our own generation, with what the stock pipeline does, makes otherwise than ``latents``."""
+        like_stock: dict[str, dict[str, Any]] = {
+            "5b": {"shift": 5.0},
+            "a14b": {"shift": 5.0, "first_latent": "mask"},
+            "cosmos3": {"shift": 10.0, "fps": 24.0},
+        }
+        maker = self._generator(
+            export, size, steps=self.options.generate_steps, sampler="unipc", guidance=1.0, exact_times=True, **like_stock[self.kind]
+        )  # fmt: skip
+        with torch.no_grad():
+            ours = next(maker.latents(picture_HWC, PROMPT, [0]))[1].to(latents).float()
+        return float((ours - latents.float()).norm() / latents.float().norm())
+
     def _clip(self, picture: Any, export: Path, size: tuple[int, int, int]) -> None:
         """Seconds of a whole clip by our generation: denoising with guidance, and the decoder."""
-        from physisforcing.worldmodel.paper_generate import PaperConfig, PaperGenerator
-
-        tiny = self.options.tiny
-        config = PaperConfig(
-            transformer=str(export), device=self.device.type, dtype="fp32" if tiny else "bf16", frames=size[0],
-            height=size[1], width=size[2], steps=self.options.clip_steps, compile="none" if tiny else "blocks",
-            text_cache=self.work / "text",
-        )  # fmt: skip
-        maker = PaperGenerator(self.model, config)
+        compile_blocks = "none" if self.options.tiny else "blocks"
+        maker = self._generator(export, size, steps=self.options.clip_steps, compile=compile_blocks)
         compiling_clip(maker, np.asarray(picture))
         seconds, more = timed_clip(maker, np.asarray(picture), 1)
         self.note("clip_seconds", seconds, "s a clip", **more)
+
+    def _generator(self, export: Path, size: tuple[int, int, int], **settings: Any) -> PaperGenerator:
+        config = PaperConfig(
+            transformer=str(export), device=self.device.type, dtype="fp32" if self.options.tiny else "bf16", frames=size[0],
+            height=size[1], width=size[2], text_cache=self.work / "text", **settings,
+        )  # fmt: skip
+        return PaperGenerator(self.model, config)
 
 
 def _stock(
@@ -409,7 +340,7 @@ def _stock(
     )
     pipeline.to(device)
     made = pipeline(
-        image=picture, prompt="stack the blocks", height=size[1], width=size[2], num_frames=size[0], num_inference_steps=steps,
+        image=picture, prompt=PROMPT, height=size[1], width=size[2], num_frames=size[0], num_inference_steps=steps,
         guidance_scale=1.0, generator=torch.Generator().manual_seed(0), output_type="latent",
     )  # fmt: skip
     return made.video if hasattr(made, "video") else made.frames
@@ -474,23 +405,6 @@ def main() -> int:
         getattr(recipe, part)()
     return 0
 
-
-def use_tiny_sizes() -> None:
-    """From here on ``build`` makes models that a CPU trains."""
-    for kind, more in TRANSFORMERS.items():
-        more |= _TINY[kind]
-    VAES[16] |= {"base_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 1}
-    VAES[48] |= {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1] * 4, "num_res_blocks": 1}
-
-
-_TINY: dict[str, dict[str, Any]] = {
-    "5b": {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 3, "ffn_dim": 96},
-    "a14b": {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 3, "ffn_dim": 96},
-    "cosmos3": {
-        "head_dim": 16, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "num_hidden_layers": 3, "vocab_size": 400, "rope_axes_dim": [4, 2, 2],
-    },
-}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paper_recipes
+import paper_pipelines
 import torch
 from cost_results import median_interval
 from kernel_times import KernelTimes, kernel_times
@@ -88,7 +88,7 @@ def full_size(options: argparse.Namespace, device: torch.device) -> tuple[Any, .
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     torch.manual_seed(0)
-    shape, sizes = paper_recipes.TRANSFORMERS["5b"], {"width": 1024, "ffn_dim": 4096}
+    shape, sizes = paper_pipelines.TRANSFORMERS["5b"], {"width": 1024, "ffn_dim": 4096}
     if options.tiny:
         shape = shape | {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 64, "text_dim": 16, "freq_dim": 32}
         sizes = {"width": 32, "ffn_dim": 48}
@@ -104,7 +104,7 @@ def full_size(options: argparse.Namespace, device: torch.device) -> tuple[Any, .
 
             vae = tiny_paper.vae(channels, 16)
         else:
-            vae = AutoencoderKLWan(**paper_recipes.VAES[channels], **neutral)
+            vae = AutoencoderKLWan(**paper_pipelines.VAES[channels], **neutral)
     layout = CANVASES["robotwin"]
     info = PolicyInfo(canvas="robotwin", size=(layout.height, layout.width), frames=9, frame_stride=4)
     return model, info, PipelineVae(vae), FixedText(options.tokens, int(shape["text_dim"]), device)

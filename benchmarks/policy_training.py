@@ -38,7 +38,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import paper_recipes
+import paper_pipelines
 import torch
 
 from physisforcing.planner.measurements import machine_provenance, measurement, placeless, write_measurements
@@ -74,7 +74,7 @@ TINY = {
 
 def write_inputs(work: Path, tiny: bool) -> None:
     """``model/transformer/config.json``, an architecture without weights, and ``store``, drawn windows."""
-    shape = paper_recipes.TRANSFORMERS["5b"] | (TINY if tiny else {})
+    shape = paper_pipelines.TRANSFORMERS["5b"] | (TINY if tiny else {})
     folder = work / "model" / "transformer"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", **shape}))

@@ -72,7 +72,7 @@ def a14b(folder: Path) -> Path:
     from diffusers import WanImageToVideoPipeline
 
     WanImageToVideoPipeline(
-        **_umt5(), vae=vae(16, 8), scheduler=unipc(3.0), transformer=wan_transformer(36, 16, 2),
+        **umt5(), vae=vae(16, 8), scheduler=unipc(3.0), transformer=wan_transformer(36, 16, 2),
         transformer_2=wan_transformer(36, 16, 3), boundary_ratio=0.9,
     ).save_pretrained(folder)  # fmt: skip
     return folder
@@ -83,7 +83,7 @@ def ti2v(folder: Path) -> Path:
     from diffusers import WanImageToVideoPipeline
 
     WanImageToVideoPipeline(
-        **_umt5(), vae=vae(8, 16), scheduler=unipc(5.0), transformer=wan_transformer(8, 8, 4), expand_timesteps=True
+        **umt5(), vae=vae(8, 16), scheduler=unipc(5.0), transformer=wan_transformer(8, 8, 4), expand_timesteps=True
     ).save_pretrained(folder)
     return folder
 
@@ -93,13 +93,13 @@ def cosmos3(folder: Path) -> Path:
     from diffusers import Cosmos3OmniPipeline
 
     Cosmos3OmniPipeline(
-        transformer=cosmos_transformer(), text_tokenizer=_qwen(), vae=vae(8, 16), scheduler=unipc(10.0),
+        transformer=cosmos_transformer(), text_tokenizer=qwen(), vae=vae(8, 16), scheduler=unipc(10.0),
         enable_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
-def _umt5() -> dict[str, Any]:
+def umt5() -> dict[str, Any]:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -118,7 +118,7 @@ def _umt5() -> dict[str, Any]:
     return {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(config).eval()}
 
 
-def _qwen() -> Any:
+def qwen() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

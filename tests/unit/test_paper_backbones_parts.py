@@ -272,7 +272,7 @@ def test_a_text_to_video_folder_generates_with_a_transformer_that_was_taught_a_f
 
     folder, taught, picture = tmp_path / "t2v", tmp_path / "export" / "transformer", tmp_path / "first.png"
     WanPipeline(
-        **tiny_paper._umt5(),
+        **tiny_paper.umt5(),
         vae=tiny_paper.vae(16, 8),
         scheduler=tiny_paper.unipc(3.0),
         transformer=tiny_paper.wan_transformer(16, 16, 5),
