@@ -151,8 +151,11 @@ def test_a_run_that_is_killed_goes_on_with_the_bits_of_one_left_alone(large_mode
 
 
 def _check_stock(kind: str, model: Path, export: Path) -> None:
-    """The export has the stock model's keys and loads in its class; the adapter on the base model is the merged model."""
+    """The export has the stock model's keys and loads in its class; the adapter on the base model is the merged model; the stock pipeline and our
+    generation make the same latents of it."""
     import diffusers
+
+    from physisforcing.worldmodel.paper_generate import PaperConfig, PaperGenerator
 
     name = "Cosmos3OmniTransformer" if kind == "cosmos3" else "WanTransformer3DModel"
     stock = getattr(diffusers, name)
@@ -177,6 +180,13 @@ def _check_stock(kind: str, model: Path, export: Path) -> None:
     pipeline.transformer = merged
     after = tiny_paper.stock_latents(pipeline, steps=2, guidance=1.0, seed=0)
     assert after.isfinite().all() and not torch.equal(before, after)
+    like_stock = {"a14b": {"shift": 3.0}, "ti2v": {"shift": 5.0}, "cosmos3": {"shift": 10.0, "fps": 24.0}}[kind]
+    ours = PaperConfig(
+        **tiny_paper.SIZE, transformer=str(export / "transformer"), steps=2, guidance=1.0, exact_times=True, sampler="unipc", **like_stock
+    )  # fmt: skip
+    made = tiny_paper.our_latents(PaperGenerator(model, ours), [0])[0]
+    apart = 1e-5 if kind == "cosmos3" else 0  # its stock sampler lets the first latent drift by its last bit
+    torch.testing.assert_close(made, after, atol=apart, rtol=apart)
 
 
 def test_all_weights_are_trained_and_exported_without_adapters(large_models, tmp_path):
