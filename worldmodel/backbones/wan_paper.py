@@ -127,9 +127,8 @@ class WanBackbone(OverWan, nn.Module):
             return embed(model, x, times, text)
         tokens = x.shape[3] // self.patch[1] * (x.shape[4] // self.patch[2])
         at = embed(model, x, times.repeat_interleave(tokens, dim=1), text)
-        if (
-            self.split is not None
-        ):  # else each token keeps its own row: some libraries round equal rows of one product differently
+        if self.split is not None:
+            # Otherwise each token keeps its own row: some libraries round equal rows of one product differently.
             at.temb_BFD, at.modulation_BF6D = at.temb_BFD[:, ::tokens], at.modulation_BF6D[:, ::tokens]
         return at
 
