@@ -85,7 +85,7 @@ def _save_vae(channels: int, folder: Path, frames_THWC: np.ndarray, device: torc
 
 
 def _save_text(folder: Path, cosmos: bool) -> None:
-    """A tokenizer trained on a few sentences, and for Wan an encoder of one layer with the width of UMT5-xxl."""
+    """A tokenizer that knows the words of two sentences, and for Wan an encoder of one layer with the width of UMT5-xxl."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
     import tiny_paper
 

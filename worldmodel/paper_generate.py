@@ -59,7 +59,7 @@ class PaperConfig:
     """``transformer``: a folder with other weights for the (high-noise) transformer, such as an export of training. ``codec``: another
     autoencoder's. ``first_latent``: see ``backbones.protocol``; None is what ``load_backbone`` finds. ``experts``: ``both`` or ``high``;
     None is both where the folder has two. ``exact_times``: embed noise levels once a token where diffusers does (TI2V-5B, Cosmos3, what
-    is pinned): slower, and bit-equal to it, which the usual way is but for rounding. ``boundary``: None is the folder's, 0.9 where it
+    is pinned): slower, with more memory, and bit-equal to it, which the usual way is but for rounding. ``boundary``: None is the folder's, 0.9 where it
     has none. ``fps``: None is that of the videos that a Cosmos3 was trained on here. None elsewhere: ``KINDS``."""
 
     transformer: str = ""
@@ -257,8 +257,10 @@ class PaperGenerator:
                 raise UserError(name, got=value, wanted=f"a multiple of {step}", fix=fix)
 
     def _wan_text(self) -> UMT5Text:
+        placement = self.placement  # not self: models that hold themselves would stay until Python looks for cycles
+
         def run(encoder: torch.nn.Module, call: Callable[[], Tensor]) -> Tensor:
-            with self.placement.use(encoder):
+            with placement.use(encoder):
                 return call()
 
         return UMT5Text(self.folder, dtype=DTYPES[self.config.dtype], cache=self.config.text_cache, run=run)

@@ -13,7 +13,7 @@ HEIGHT, WIDTH, FRAMES = 64, 96, 9
 SIZE = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES}
 PROMPT, NEGATIVE = "press the  bell &amp; lift the red bottle", "blurred"
 
-#: Sentences whose words the tiny tokenizers know.
+#: Sentences whose words Wan's tiny tokenizer knows; Cosmos3's knows bytes.
 SENTENCES = ("press the bell with the left arm", "lift the red bottle off the table")
 
 CHAT = (

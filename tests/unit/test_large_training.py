@@ -185,7 +185,7 @@ def _check_stock(kind: str, model: Path, export: Path) -> None:
         **tiny_paper.SIZE, transformer=str(export / "transformer"), steps=2, guidance=1.0, exact_times=True, sampler="unipc", **like_stock
     )  # fmt: skip
     made = tiny_paper.our_latents(PaperGenerator(model, ours), [0])[0]
-    # equal bits are asserted where both have their weights from the same loader: test_paper_backbones_generation.py
+    # Two loaders read these weights, which may then lie otherwise in memory; equal bits are asserted in test_paper_backbones_generation.py.
     torch.testing.assert_close(made, after, atol=1e-5, rtol=1e-5)
 
 

@@ -218,7 +218,7 @@ class WanDenoiser(OverWan, nn.Module):
 @dataclass(slots=True, kw_only=True)
 class Embedded:
     """What the blocks of a ``WanTransformer3DModel`` read: tokens [B,F*h*w,D] row-major (F,h,w), the time embedding and its six
-    modulations once a latent frame, projected text [B,L,D], rotary positions."""
+    modulations once a latent frame (or any F equal runs of tokens, down to single ones), projected text [B,L,D], rotary positions."""
 
     x_BLD: Tensor
     temb_BFD: Tensor

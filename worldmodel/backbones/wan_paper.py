@@ -27,8 +27,8 @@ class WanBackbone(OverWan, nn.Module):
     """A stock ``WanTransformer3DModel`` behind the ``VideoBackbone`` protocol.
 
     ``first_latent``: ``mask`` or ``pinned`` where the transformer has conditioning channels (36 in, 16 out), ``pinned`` where it has
-    none. ``stride``: that of its autoencoder. ``exact_times``: embed the time once a token, as the stock forward does, instead of once
-    a latent frame: slower, and bit-equal to it in float32, where a matrix product with fewer rows may round differently.
+    none. ``stride``: that of its autoencoder. ``exact_times``: modulations once a token, as in the stock forward, instead of once a latent
+    frame: slower, with more memory, and bit-equal to it in float32, where a matrix product with fewer rows may round differently.
 
     Raises ``UserError`` for a transformer with an image encoder's branch (Wan2.1 image-to-video), for patches deeper than one latent
     frame, and for channels that are neither kind.
@@ -110,6 +110,7 @@ class WanBackbone(OverWan, nn.Module):
     def share_samples(self, split: SequenceSplit) -> None:
         """From here on a sample is computed by the processes of ``split`` together, whose number divides the heads and the tokens of a frame."""
         assert self.transformer.config.num_attention_heads % split.count == 0
+        assert not self.exact_times, "modulations of whole frames alone are shared"
         self.split = split
         for block in self.transformer.blocks:
             block.attn1.set_processor(SplitAttention(split))
@@ -126,11 +127,8 @@ class WanBackbone(OverWan, nn.Module):
         if not self.exact_times:
             return embed(model, x, times, text)
         tokens = x.shape[3] // self.patch[1] * (x.shape[4] // self.patch[2])
-        at = embed(model, x, times.repeat_interleave(tokens, dim=1), text)
-        if self.split is not None:
-            # Otherwise each token keeps its own row: some libraries round equal rows of one product differently.
-            at.temb_BFD, at.modulation_BF6D = at.temb_BFD[:, ::tokens], at.modulation_BF6D[:, ::tokens]
-        return at
+        # A row a token to the end: some libraries round equal rows of one product differently.
+        return embed(model, x, times.repeat_interleave(tokens, dim=1), text)
 
 
 def has_condition(config: Any) -> bool:
