@@ -90,11 +90,11 @@ def _save_text(folder: Path, cosmos: bool) -> None:
     import tiny_paper
 
     if cosmos:
-        tiny_paper.qwen().save_pretrained(folder / "text_tokenizer")
+        tiny_paper.bytes_tokenizer().save_pretrained(folder / "text_tokenizer")
         return
     from transformers import UMT5Config, UMT5EncoderModel
 
-    tokenizer = tiny_paper.umt5()["tokenizer"]
+    tokenizer = tiny_paper.words_tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")
     config = UMT5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=64, d_ff=256, num_layers=1, num_heads=4)
     UMT5EncoderModel(config).to(torch.bfloat16).save_pretrained(folder / "text_encoder")

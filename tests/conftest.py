@@ -65,6 +65,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=why))
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of this test alone: what another one or the user put into theirs, on another machine too, is not found, and nothing is left."""
+    monkeypatch.setenv("PHYSIS_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the checkout."""
@@ -89,25 +96,17 @@ def tiny_wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Wan image-to-video pipeline in diffusers format, in the layout of TI2V-5B, with tiny random weights and a tokenizer made here."""
     import torch
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-    words = Tokenizer(models.Unigram())
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
-    words.train_from_iterator(["press the bell with the left arm", "lift the red bottle off the table"], trainer)
-    end = ("</s>", words.token_to_id("</s>"))
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    import tiny_paper
+
     with torch.random.fork_rng():
+        text = tiny_paper.umt5()
         torch.manual_seed(0)
-        text = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
         vae = {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 8, "dim_mult": [1] * 4, "num_res_blocks": 1}
         vae |= {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
         heads = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 2, "freq_dim": 32}
         pipeline = WanImageToVideoPipeline(
-            tokenizer=tokenizer,
-            text_encoder=UMT5EncoderModel(text),
+            **text,
             vae=AutoencoderKLWan(**vae, latents_mean=[0.0] * 8, latents_std=[1.0] * 8),
             scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
             transformer=WanTransformer3DModel(in_channels=8, out_channels=8, text_dim=16, **heads),

@@ -13,7 +13,7 @@ HEIGHT, WIDTH, FRAMES = 64, 96, 9
 SIZE = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES}
 PROMPT, NEGATIVE = "press the  bell &amp; lift the red bottle", "blurred"
 
-#: Sentences whose words Wan's tiny tokenizer knows; Cosmos3's knows bytes.
+#: What ``words_tokenizer`` has seen.
 SENTENCES = ("press the bell with the left arm", "lift the red bottle off the table")
 
 CHAT = (
@@ -93,15 +93,16 @@ def cosmos3(folder: Path) -> Path:
     from diffusers import Cosmos3OmniPipeline
 
     Cosmos3OmniPipeline(
-        transformer=cosmos_transformer(), text_tokenizer=qwen(), vae=vae(8, 16), scheduler=unipc(10.0),
+        transformer=cosmos_transformer(), text_tokenizer=bytes_tokenizer(), vae=vae(8, 16), scheduler=unipc(10.0),
         enable_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
-def umt5() -> dict[str, Any]:
+def words_tokenizer() -> Any:
+    """Knows the words of SENTENCES."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+    from transformers import PreTrainedTokenizerFast
 
     # A trained tokenizer numbers its pieces anew in every process: embedded texts, and with them every rounding, would differ.
     pieces = ["\u2581", *sorted({letter for sentence in SENTENCES for letter in sentence.replace(" ", "")})]
@@ -112,17 +113,25 @@ def umt5() -> dict[str, Any]:
     words.add_special_tokens(["<pad>", "</s>", "<unk>"])
     end = ("</s>", words.token_to_id("</s>"))
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def umt5() -> dict[str, Any]:
+    """Tokenizer and text encoder of a Wan pipeline."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = words_tokenizer()
     torch.manual_seed(0)
     config = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(config).eval()}
 
 
-def qwen() -> Any:
+def bytes_tokenizer() -> Any:
+    """Cosmos3's chat tokenizer, with bytes for words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     words = Tokenizer(models.BPE({piece: number for number, piece in enumerate(alphabet)}, []))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -24,6 +24,7 @@ from physisforcing.worldmodel.adapters.diffusers_pipeline import (
     shifted,
 )
 from physisforcing.worldmodel.adapters.pipeline_classes import CLASSES, read_class
+from tiny_paper import bytes_tokenizer, words_tokenizer
 
 SETTINGS = {"height": 64, "width": 96, "frames": 9, "fps": 8, "steps": 2, "guidance": 3.0}
 SMALL = SETTINGS | {"view_height": 48, "view_width": 64}
@@ -203,19 +204,6 @@ def test_the_shift_is_that_of_the_settings():
 # ---------------------------------------------------------------------- other classes
 
 
-def tokens():
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.Unigram())
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
-    words.train_from_iterator(["press the bell with the left arm", "lift the red bottle off the table"], trainer)
-    end = ("</s>", words.token_to_id("</s>"))
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-
-
 def t5(vocabulary):
     from transformers import T5Config, T5EncoderModel
 
@@ -230,7 +218,7 @@ def cogvideox(folder):
         CogVideoXTransformer3DModel,
     )
 
-    tokenizer = tokens()
+    tokenizer = words_tokenizer()
     vae = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4,
@@ -265,7 +253,7 @@ def ltx(folder):
         LTXVideoTransformer3DModel,
     )
 
-    tokenizer = tokens()
+    tokenizer = words_tokenizer()
     vae = AutoencoderKLLTXVideo(
         latent_channels=8,
         block_out_channels=(8, 8, 8, 8),
@@ -288,21 +276,8 @@ def ltx(folder):
 
 def cosmos3(folder):
     from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer, UniPCMultistepScheduler
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    words.train_from_iterator(
-        ["press"], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special)
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|endoftext|>", eos_token="<|im_end|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+    tokenizer = bytes_tokenizer()
     vae = AutoencoderKLWan(
         base_dim=4,
         decoder_base_dim=4,

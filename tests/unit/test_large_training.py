@@ -24,6 +24,7 @@ from physisforcing.worldmodel.training.objective import objective
 from physisforcing.worldmodel.training.worldmodel import Trainer, train_world_model
 from ranks import fork
 
+pytestmark = pytest.mark.usefixtures("own_cache")  # sentences are embedded
 KINDS = ("ti2v", "a14b", "cosmos3")
 
 

@@ -17,6 +17,7 @@ from physisforcing.core.errors import UserError
 from physisforcing.worldmodel.backbones.protocol import call_block
 from tiny_paper import our_latents
 
+pytestmark = pytest.mark.usefixtures("own_cache")  # sentences are embedded
 NAMES = ("a14b", "ti2v", "cosmos3")
 
 

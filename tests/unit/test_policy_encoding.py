@@ -25,6 +25,7 @@ from physisforcing.worldmodel.pipeline_vae import PipelineVae, load_vae
 from physisforcing.worldmodel.text import TextEmbedder
 from physisforcing.worldmodel.text_encoders import UMT5Text
 
+pytestmark = pytest.mark.usefixtures("own_cache")  # sentences are embedded
 CPU = torch.device("cpu")
 
 
@@ -69,9 +70,8 @@ def test_of_a_large_model_it_is_that_of_the_store(stored: torch.dtype, tmp_path:
     torch.testing.assert_close(acted[0], maker.encode(frames)["latents_CFhw"][:, :1].float(), **tolerance)
 
 
-def test_a_sentence_is_as_long_as_in_training_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sentence_is_as_long_as_in_training_or_refused(tmp_path: Path) -> None:
     """Released weights say nothing of their training's padding: their encoder cuts, with a warning."""
-    monkeypatch.setenv("PHYSIS_CACHE", str(tmp_path / "cache"))
     source, short, long = str(tiny_paper.ti2v(tmp_path)), "turn the cube", "turn the cube " * 8
     fits = len(UMT5Text(source).tokens(short))
     width = UMT5Text(source).tokens(short).shape[1]

@@ -32,6 +32,8 @@ from released_fastwam import flat, release, skeleton, statistics, write_release
 from tests.helpers.tiny_paper import ti2v
 from tests.helpers.tiny_policy import tiny_transformer
 
+pytestmark = pytest.mark.usefixtures("own_cache")  # sentences are embedded
+
 
 def settings(path: Path, output: Path, **more: Any) -> ConvertPolicyConfig:
     options: dict[str, Any] = {"config": str(path.parent / "sizes.json"), "chunk": 8}

@@ -30,6 +30,7 @@ from physisforcing.worldmodel.training.banks import open_stores
 from physisforcing.worldmodel.training.checkpoint import load_training
 from ranks import fork, kill_once, update_lines
 
+pytestmark = pytest.mark.usefixtures("own_cache")  # sentences are embedded
 CPU = torch.device("cpu")
 #: The paper's six tasks and one more.
 TASKS = (
@@ -334,10 +335,9 @@ def test_a_frozen_video_stays_as_it_was(model: Path, store: Path, tmp_path: Path
     assert read_settings(export)[1].source["video_trained"] is False
 
 
-def test_it_acts_on_what_it_was_trained_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_acts_on_what_it_was_trained_on(model: Path, tmp_path: Path) -> None:
     """From recordings over a store to a plan: the first picture and the sentence of a window are, in use, the bits of training; and a run on
     ``data.roots`` makes the same updates without the store."""
-    monkeypatch.setenv("PHYSIS_CACHE", str(tmp_path / "cache"))
     data = tiny.dataset(tmp_path / "data")
     windows = {"buckets": ["9x384x320"], "stride": 4, "start_stride": 16, "past_end": True, "canvas": "robotwin"}
     text = str(tmp_path / "text")
