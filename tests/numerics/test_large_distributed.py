@@ -58,9 +58,7 @@ def test_the_export_of_two_processes_is_that_of_one(runs, case):
     assert files[0] == files[1]
     first, second = (load_file(e / "transformer" / "diffusion_pytorch_model.safetensors") for e in exports)
     for name, value in first.items():
-        # Adam makes a whole step, 0.01, of a gradient that is nothing but rounding: single elements of an adapter may go the other way.
-        close = torch.isclose(value.float(), second[name].float(), rtol=1e-2, atol=5e-3)
-        assert close.float().mean() >= 0.98, name
+        torch.testing.assert_close(value.float(), second[name].float(), rtol=1e-2, atol=5e-3, msg=name)
         assert (value.float() - second[name].float()).norm() <= 0.02 * value.float().norm(), name
 
 
