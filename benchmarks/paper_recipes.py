@@ -167,7 +167,7 @@ class Recipe:
         waits = [line["data_wait_pct"] for line in after.values()][3:]
         more = {
             "before": round(losses["before"]["heldout_fm"], 4), "after": round(losses["after"]["heldout_fm"], 4),
-            "steps": self.steps, "seconds": round(time.perf_counter() - begun, 1), "learning_rate": self.options.lr, "batch": self.options.batch,
+            "steps": self.steps, "seconds": round(time.perf_counter() - begun, 1), "learning_rate": self.options.lr, "batch": self.options.batch, "alpha": self.options.alpha,
         }  # fmt: skip
         self.note("overfit_ratio", more["after"] / more["before"], "loss / initial loss", n=8, **more)
         last = after[max(after)]
